@@ -1,0 +1,188 @@
+"""The update rule: what every optimizer of this package is, learned or hand-designed.
+
+An `UpdateRule` is an `nn.Module` whose parameters are the meta-parameters. Its maths is a pure function, so that the very
+same code runs under `torch.func.vmap` and autograd in meta-training, in place behind `RuleOptimizer`, and in the analysis.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+
+class StepContext(NamedTuple):
+    """What a rule knows of a step beside one tensor's gradient, state and value."""
+
+    step: Tensor  # () updates of this tensor made before this one, 0 at the first
+    loss: Tensor | None = None  # () the step's training loss; given to rules with needs_loss
+    num_steps: int | None = None  # the run's length in optimizer steps, where known
+
+
+@dataclasses.dataclass(frozen=True)
+class RuleConfig:
+    """Base of the rules' frozen, self-validating, JSON-serialisable configurations."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RuleConfig:
+        """Build and validate a configuration; lists (as JSON has them) become tuples.
+
+        Raises:
+            ValueError: for a name that the configuration does not have, or a value that it does not allow.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"Unknown config key {unknown[0]!r}; allowed are {sorted(known)}. Remove or rename it.")
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain JSON types."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    def check(self, condition: bool, name: str, allowed: str) -> None:
+        """Raise a ValueError naming the field, its value and what is allowed, unless `condition` holds."""
+        if not condition:
+            raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: it must be {allowed}.")
+
+    def check_number(self, name: str, low: float = -math.inf, high: float = math.inf) -> None:
+        """Require a finite real number between `low` and `high`."""
+        value = getattr(self, name)
+        real = isinstance(value, (int, float)) and not isinstance(value, bool)
+        self.check(real and math.isfinite(value) and low <= value <= high, name, f"a number in [{low}, {high}]")
+
+    def check_numbers(self, name: str, length: int, low: float = -math.inf, high: float = math.inf) -> None:
+        """Require a tuple of `length` finite real numbers between `low` and `high`."""
+        value = getattr(self, name)
+        fits = isinstance(value, tuple) and len(value) == length
+        fits = fits and all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in value)
+        fits = fits and all(math.isfinite(x) and low <= x <= high for x in value)
+        self.check(fits, name, f"{length} numbers in [{low}, {high}]")
+
+    def check_integer(self, name: str, low: int, high: int) -> None:
+        """Require an int between `low` and `high`."""
+        value = getattr(self, name)
+        self.check(type(value) is int and low <= value <= high, name, f"an integer in [{low}, {high}]")
+
+    def check_flags(self, *names: str) -> None:
+        """Require booleans."""
+        for name in names:
+            self.check(isinstance(getattr(self, name), bool), name, "true or false")
+
+
+class UpdateRule(nn.Module):
+    """A map from gradients to parameter updates; its `nn.Parameter`s are the meta-parameters.
+
+    A subclass names its `Config`, creates its meta-parameters in `__init__`, and implements `init_state` and `update`.
+    State is a `NamedTuple` of tensors, so that it is a pytree for vmap and can be stored flat, field by field.
+    """
+
+    Config: ClassVar[type[RuleConfig]] = RuleConfig
+    needs_loss: ClassVar[bool] = False
+    kind: str
+    config: RuleConfig
+
+    def __init__(self, config: RuleConfig | None = None, *, kind: str = "") -> None:
+        super().__init__()
+        self.config = config if config is not None else self.Config()
+        self.kind = kind
+
+    @abstractmethod
+    def init_state(self, param: Tensor) -> Any:
+        """The state of a parameter before its first step: a NamedTuple of tensors in the parameter's dtype and device."""
+
+    @abstractmethod
+    def update(
+        self, meta_params: Mapping[str, Tensor], grad: Tensor, state: Any, param: Tensor, context: StepContext
+    ) -> tuple[Tensor, Any]:
+        """One step for one tensor, as a pure function.
+
+        Args:
+            meta_params: name -> meta-parameter, as `self.meta_params()` gives them.
+            grad: gradient, any shape.
+            state: what `init_state` or the last `update` returned.
+            param: the parameter's value, shape of `grad`.
+            context: step count, loss and run length.
+
+        Returns:
+            (delta, state): `param + delta` is the new parameter; delta has the shape of `grad`.
+        """
+
+    def terms(
+        self, meta_params: Mapping[str, Tensor], grad: Tensor, state: Any, param: Tensor, context: StepContext
+    ) -> dict[str, Tensor]:
+        """The additive parts of this step's delta by name, for logs and analysis; one part unless a rule has several."""
+        return {"blackbox": self.update(meta_params, grad, state, param, context)[0]}
+
+    def meta_params(self) -> dict[str, Tensor]:
+        """The meta-parameters by name, to be passed to `update`."""
+        return dict(self.named_parameters())
+
+    def num_meta_params(self) -> int:
+        """How many numbers are learned."""
+        return sum(p.numel() for p in self.parameters())
+
+    def extra_repr(self) -> str:
+        """Kind, size and configuration."""
+        values = ", ".join(f"{k}={v}" for k, v in self.config.to_dict().items())
+        return f"kind={self.kind!r}, {self.num_meta_params()} meta-parameters, {values}"
+
+
+class Kind(NamedTuple):
+    """An entry of the registry: the class, and where its defaults differ from the class's own."""
+
+    rule: type[UpdateRule]
+    defaults: dict[str, Any]
+
+
+REGISTRY: dict[str, Kind] = {}
+RuleClass = TypeVar("RuleClass", bound=type[UpdateRule])
+
+
+def register(kind: str, rule: type[UpdateRule], **defaults: Any) -> None:
+    """Make `rule` known as `kind` to `make`, to saved files and to the command line.
+
+    Args:
+        kind: name in `config.json`; letters, digits and underscores.
+        rule: the class.
+        defaults: config values in which this kind differs from the class's defaults.
+
+    Raises:
+        ValueError: for a name that is no identifier, or is taken by another class.
+    """
+    if not kind.isidentifier():
+        raise ValueError(f"kind={kind!r} is not allowed: use letters, digits and underscores.")
+    if kind in REGISTRY and REGISTRY[kind].rule.__qualname__ != rule.__qualname__:
+        raise ValueError(f"kind={kind!r} is taken by {REGISTRY[kind].rule.__name__}; choose another name.")
+    REGISTRY[kind] = Kind(rule, defaults)
+
+
+def make(kind: str, **config: Any) -> UpdateRule:
+    """A fresh rule with untrained meta-parameters (drawn from torch's global generator, as `nn.Linear` does).
+
+    Args:
+        kind: a registered kind, e.g. "star".
+        config: values in which the rule differs from the kind's defaults.
+
+    Raises:
+        ValueError: unknown kind, unknown config key or a value out of range.
+
+    Example:
+        >>> import lightning_lopt as lopt
+        >>> rule = lopt.rules.make("star", nominal_stepsize=1e-2)
+        >>> rule.num_meta_params()
+        207
+    """
+    if kind not in REGISTRY:
+        raise ValueError(f"Unknown kind {kind!r}; known are {sorted(REGISTRY)}. A rule of your own: rules.register first.")
+    rule, defaults = REGISTRY[kind]
+    return rule(rule.Config.from_dict({**defaults, **config}), kind=kind)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of state and arithmetic for a parameter: float32 at least, whatever the parameter's own dtype."""
+    return torch.promote_types(dtype, torch.float32)

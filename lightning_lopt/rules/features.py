@@ -1,0 +1,173 @@
+"""Accumulators and input features of the MLP learned optimizers (small_fc_lopt and STAR).
+
+Source: Metz et al. 2022 (arXiv 2203.11860), table of inputs; Harrison et al. 2022 (STAR, arXiv 2209.11208), section 5;
+in all details as the authors' released code has them. Channels come first here, `(channels, *shape)`, so that each is a
+contiguous plane; nothing is bias-corrected.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+TIMESCALES = (1, 3, 10, 30, 100, 300, 1000, 3000, 10000, 30000, 100000)
+NUM_CHANNELS = 28
+NUM_FEATURES = NUM_CHANNELS + len(TIMESCALES)
+
+# Where the channels of `Features` stand in the reference's order of 28, which is also the order of the first layer's rows.
+DENSE = (*range(13), 25, 26, 27)
+ROW = (13, 14, 15, 19, 20, 21)
+COL = (16, 17, 18, 22, 23, 24)
+
+
+class Accumulators(NamedTuple):
+    """Moving averages of one tensor's gradients; those that a shape does not have are empty."""
+
+    exp_avg: Tensor  # (3, *shape) momentum at three decays
+    exp_avg_sq: Tensor  # (*shape) second moment
+    row: Tensor  # (3, *shape without dim d0) factored second moment, mean over d0
+    col: Tensor  # (3, *shape without dim d1) factored second moment, mean over d1
+    diag: Tensor  # (3, *shape) second moment at the factored decays, for tensors that are not factored
+    factored_dims: Tensor  # (2,) the dims (d1, d0), or (0,); a record for those who read the state elsewhere
+
+
+class Decays(NamedTuple):
+    """Effective decay rates, each in [0, 1) for sensible offsets."""
+
+    momentum: Tensor  # (3,)
+    rms: Tensor  # (1,)
+    adafactor: Tensor  # (3,)
+
+
+class Features(NamedTuple):
+    """The 28 channels of a tensor before normalisation, grouped by what they depend on (`DENSE`, `ROW`, `COL`)."""
+
+    dense: Tensor  # (16, *shape)
+    row: Tensor  # (6, *shape with dim d0 = 1), or (6, *shape)
+    col: Tensor  # (6, *shape with dim d1 = 1), or (6, *shape)
+
+
+def factored_dims(shape: torch.Size | tuple[int, ...]) -> tuple[int, int] | None:
+    """The dims (d1, d0) of second-largest and largest size; None below two dims.
+
+    Ties go to the later dim, for both (a stable sort). The reference uses numpy's unstable sort, which agrees except on some
+    rank-4 shapes with small trailing dims, where it depends on the platform.
+
+    Example:
+        >>> factored_dims((3, 3, 64, 64)), factored_dims((7,))
+        ((2, 3), None)
+    """
+    if len(shape) < 2:
+        return None
+    order = sorted(range(len(shape)), key=lambda dim: shape[dim])
+    return order[-2], order[-1]
+
+
+def effective_decay(initial: tuple[float, ...], offset: Tensor) -> Tensor:
+    """Decay rate 1 - exp(10 (log(1 - initial) / 10 + offset)): the meta-parameter is an offset in log(1 - decay) / 10.
+
+    Args:
+        initial: decays at offset 0.
+        offset: (len(initial),) learned offsets. The arithmetic runs in its dtype, as the reference's does.
+    """
+    start = torch.log(1 - torch.tensor(initial, dtype=offset.dtype, device=offset.device)) / 10
+    return 1 - torch.exp(10 * (start + offset))
+
+
+def init_accumulators(param: Tensor) -> Accumulators:
+    """Zero accumulators in the dtype and on the device of `param`."""
+    dims = factored_dims(param.shape)
+    empty = param.new_zeros((3, 0))
+    row, col, diag = empty, empty, empty
+    if dims is None:
+        diag = param.new_zeros((3, *param.shape))
+    else:
+        row, col = (param.new_zeros((3, *_without(param.shape, dim))) for dim in reversed(dims))
+    record = torch.tensor(dims or (), dtype=torch.int64, device=param.device)
+    return Accumulators(param.new_zeros((3, *param.shape)), torch.zeros_like(param), row, col, diag, record)
+
+
+def update_accumulators(state: Accumulators, grad: Tensor, decays: Decays) -> Accumulators:
+    """Fold one gradient into the averages: a <- b a + (1 - b) x, without bias correction (the reference has none)."""
+    dims = factored_dims(grad.shape)
+    square = grad * grad + 1e-30
+    row, col, diag = state.row, state.col, state.diag
+    if dims is None:
+        diag = _average(diag, square, decays.adafactor)
+    else:
+        d1, d0 = dims
+        row = _average(row, square.mean(d0), decays.adafactor)
+        col = _average(col, square.mean(d1), decays.adafactor)
+    exp_avg_sq = decays.rms * state.exp_avg_sq + (1 - decays.rms) * grad * grad
+    return Accumulators(
+        _average(state.exp_avg, grad, decays.momentum), exp_avg_sq.reshape(grad.shape), row, col, diag, state.factored_dims
+    )
+
+
+def inverse_root(exp_avg_sq: Tensor) -> Tensor:
+    """1 / sqrt(second moment + 1e-6): STAR's preconditioner 1/v (eq. 22) and the scale of the Adam-like features."""
+    return torch.rsqrt(exp_avg_sq + 1e-6)
+
+
+def features(state: Accumulators, grad: Tensor, param: Tensor) -> Features:
+    """The 28 channels from accumulators that already hold `grad`.
+
+    In the reference's order: gradient; parameter; 3 momenta; second moment; 3 momenta / sqrt(second moment); its inverse root;
+    gradient preconditioned by 3 factored second moments; 3 row and 3 column moments; their inverse roots; 3 momenta
+    preconditioned by the factored second moments. A tensor that is not factored has its diagonal moments in place of both rows
+    and columns.
+    """
+    inv_root = inverse_root(state.exp_avg_sq)
+    dims = factored_dims(grad.shape)
+    if dims is None:
+        row = col = torch.cat([state.diag, torch.rsqrt(state.diag + 1e-8)])
+        grad_factor = _clamped_rsqrt(state.diag + 1e-9)
+        # 1e-6 here and 1e-9 for the gradient: so in the reference.
+        momentum_factor = torch.rsqrt(state.diag + 1e-6)
+    else:
+        d1, d0 = dims
+        rows, cols = state.row.unsqueeze(d0 + 1), state.col.unsqueeze(d1 + 1)
+        grad_factor = _clamped_rsqrt(rows / (rows.mean(d1 + 1, keepdim=True) + 1e-9)) * _clamped_rsqrt(cols)
+        momentum_factor = grad_factor
+        row, col = (torch.cat([v, torch.rsqrt(v + 1e-8)]) for v in (rows, cols))
+    dense = torch.cat(
+        [
+            torch.stack([grad, param]),
+            state.exp_avg,
+            state.exp_avg_sq.unsqueeze(0),
+            state.exp_avg * inv_root,
+            inv_root.unsqueeze(0),
+            grad * grad_factor,
+            state.exp_avg * momentum_factor,
+        ]
+    )
+    return Features(dense, row, col)
+
+
+def inverse_rms(channels: Tensor) -> Tensor:
+    """1 / sqrt(1e-5 + mean square) of each channel over the tensor: (c, *shape) -> (c,).
+
+    A channel that is constant along a dim of the tensor may come with that dim as 1: its mean square is the same.
+    """
+    return torch.rsqrt(1e-5 + channels.reshape(channels.shape[0], -1).square().mean(1))
+
+
+def time_features(step: Tensor, dtype: torch.dtype) -> Tensor:
+    """tanh(step / T - 1) at eleven timescales T from 1 to 100,000 steps: () -> (11,). Step 0 is the first update."""
+    timescales = torch.tensor(TIMESCALES, dtype=dtype, device=step.device)
+    return torch.tanh(step.to(dtype) / timescales - 1)
+
+
+def _average(old: Tensor, new: Tensor, decay: Tensor) -> Tensor:
+    decay = decay.reshape(-1, *[1] * new.dim())
+    return decay * old + (1 - decay) * new
+
+
+def _clamped_rsqrt(x: Tensor) -> Tensor:
+    return torch.rsqrt(x.clamp(min=1e-9))
+
+
+def _without(shape: torch.Size, dim: int) -> tuple[int, ...]:
+    return (*shape[:dim], *shape[dim + 1 :])
