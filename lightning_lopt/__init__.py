@@ -1,7 +1,23 @@
 """lightning_lopt: learned optimizers for PyTorch Lightning."""
 
-from lightning_lopt import rules
-from lightning_lopt.optimizer import RuleOptimizer
-
 __version__ = "0.1.0"
-__all__ = ["RuleOptimizer", "__version__", "rules"]
+
+from lightning_lopt import rules, strategies
+from lightning_lopt.callback import LearnedOptimizer
+from lightning_lopt.hub import list_pretrained, load_rule, push_to_hub, save_rule
+from lightning_lopt.optimizer import RuleOptimizer
+from lightning_lopt.rules import UpdateRule
+
+strategies.register()
+
+__all__ = [
+    "LearnedOptimizer",
+    "RuleOptimizer",
+    "UpdateRule",
+    "__version__",
+    "list_pretrained",
+    "load_rule",
+    "push_to_hub",
+    "rules",
+    "save_rule",
+]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,14 @@ class Measurements(NamedTuple):
     update_rms: Tensor  # root mean square of the change of the parameters
     nominal_share: Tensor | None  # rms of the nominal term / sum of the terms' rms; None for rules without one
     skipped: Tensor  # updates skipped by the safeguard since the start, over all tensors
+
+
+class LossSource(Protocol):
+    """Gives the loss of the current step, None where it has seen none."""
+
+    def __call__(self) -> Tensor | None: ...  # noqa: D102
+
+    def reset(self) -> None: ...  # noqa: D102
 
 
 class RuleOptimizer(Optimizer):
@@ -140,11 +148,12 @@ class RuleOptimizer(Optimizer):
         Returns:
             The closure's value, or None.
         """
+        self._opt_called = True  # what torch's schedulers look for, see below the class
         value = None
         if closure is not None:
             with torch.enable_grad():
                 value = closure()
-        context_loss = self._loss(loss if loss is not None else value) if self.rule.needs_loss else None
+        context_loss = self._loss(loss, value) if self.rule.needs_loss else None
         shell = self._shell
         shell.totals = _Totals() if shell.measure_next else None
         for group in self.param_groups:
@@ -159,13 +168,13 @@ class RuleOptimizer(Optimizer):
         return value
 
     def measure_next_step(self) -> None:
-        """Have the next step measured; it costs that step about twice its time. Read `measurements` after it."""
+        """Have the next step measured; it costs that step about twice its time. `take_measurements` gives them."""
         self._shell.measure_next = True
 
-    @property
-    def measurements(self) -> Measurements | None:
-        """What the last measured step did."""
-        return self._shell.measurements
+    def take_measurements(self) -> Measurements | None:
+        """What the last measured step did; None if there was none since the last call."""
+        measured, self._shell.measurements = self._shell.measurements, None
+        return measured
 
     def num_skipped(self) -> int:
         """Updates that the safeguard has skipped, over all tensors. Waits for the device."""
@@ -203,9 +212,15 @@ class RuleOptimizer(Optimizer):
             for handle in handles:
                 handle.remove()
 
-    def set_loss_source(self, source: Callable[[], Tensor | None] | None) -> None:
-        """Where `step` finds the loss that a rule needs when its caller does not pass one."""
+    def set_loss_source(self, source: LossSource | None) -> None:
+        """Where `step` finds the loss that a rule needs; it is reset by `zero_grad`."""
         self._shell.loss_source = source
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients."""
+        super().zero_grad(set_to_none)
+        if self._shell.loss_source is not None:
+            self._shell.loss_source.reset()
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in ("rule", "num_steps", "safeguard", "backend")}
@@ -223,7 +238,11 @@ class RuleOptimizer(Optimizer):
         grad = _dense_gradient(param)
         dtype = compute_dtype(param.dtype)
         value, grad = param.to(dtype), grad.to(dtype)
-        flat = self.state[param] or self._init_state(param, value)
+        if not self.state[param]:
+            self._init_state(param, value)
+            if group["lr"] == 0:  # torch.distributed.checkpoint creates state this way, and must not move parameters
+                return
+        flat = self.state[param]
         old = self._shell.state_class(self.rule)(*(flat[name] for name in self._shell.state_class(self.rule)._fields))
         if flat["step"].device != param.device:  # Lightning and torch leave it on the CPU
             flat["step"] = flat["step"].to(param.device)
@@ -252,18 +271,17 @@ class RuleOptimizer(Optimizer):
         flat.update(zip(new._fields, new, strict=True))
         flat["step"] = flat["step"] + counted
 
-    def _init_state(self, param: Tensor, value: Tensor) -> dict[str, Tensor]:
-        flat: dict[str, Tensor] = self.state[param]
+    def _init_state(self, param: Tensor, value: Tensor) -> None:
+        flat = self.state[param]
         flat["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
         flat.update(self.rule.init_state(value)._asdict())
         if self.safeguard:
             flat.update(self._new_counters(param))
-        return flat
 
-    def _loss(self, given: Any) -> Tensor:
-        if self._shell.loss_source is not None:
-            tapped = self._shell.loss_source()
-            given = tapped if tapped is not None else given
+    def _loss(self, given: Any, closure_value: Any) -> Tensor:
+        if given is None and self._shell.loss_source is not None:
+            given = self._shell.loss_source()
+        given = closure_value if given is None else given
         if given is None:
             raise RuntimeError(f"Rule {self.rule.kind!r} reads the training loss, and step() got none. Call step(loss=loss).")
         return torch.as_tensor(given).detach().reshape(())
@@ -309,6 +327,11 @@ class RuleOptimizer(Optimizer):
         return {name: torch.zeros((), dtype=torch.int64, device=param.device) for name in ("skipped", "skipped_in_row")}
 
 
+# torch's schedulers wrap the step of the optimizer they are made with, to warn when they are stepped first, and warn of any other
+# optimizer. Ours keeps that record itself, so that a scheduler can be handed to it.
+RuleOptimizer.step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+
+
 class _Totals:
     """Sums over the tensors of one step."""
 
@@ -342,7 +365,7 @@ class _Shell:
         self.measure_next = False
         self.totals: _Totals | None = None
         self.measurements: Measurements | None = None
-        self.loss_source: Callable[[], Tensor | None] | None = None
+        self.loss_source: LossSource | None = None
         self._meta_params: dict[Any, tuple[tuple[int, ...], dict[str, Tensor]]] = {}
         self._state_class: Any = None
 
