@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -159,7 +160,8 @@ class RuleOptimizer(Optimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None and param.numel():
-                    self._update(param, group, context_loss)
+                    with _tensor_scope(param):
+                        self._update(param, group, context_loss)
         shell.steps += 1
         if self.safeguard and shell.steps % CHECK_EVERY == 0:
             self.check_skipped()
@@ -267,14 +269,15 @@ class RuleOptimizer(Optimizer):
             flat["skipped_in_row"] = (flat["skipped_in_row"] + 1) * ~counted
         if self._shell.totals is not None:
             self._shell.totals.add(moved.to(dtype) - value, self.rule.terms(*arguments))
-        param.copy_(moved)
-        flat.update(zip(new._fields, new, strict=True))
+        param.copy_(_placed_like(param, moved))
+        flat.update((name, _placed_like(param, tensor)) for name, tensor in zip(new._fields, new, strict=True))
         flat["step"] = flat["step"] + counted
 
     def _init_state(self, param: Tensor, value: Tensor) -> None:
         flat = self.state[param]
         flat["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-        flat.update(self.rule.init_state(value)._asdict())
+        for name, tensor in self.rule.init_state(value)._asdict().items():
+            flat[name] = _placed_like(param, tensor)
         if self.safeguard:
             flat.update(self._new_counters(param))
 
@@ -342,9 +345,9 @@ class _Totals:
 
     def add(self, change: Tensor, terms: dict[str, Tensor]) -> None:
         self.count += change.numel()
-        self.change = self.change + change.square().sum()
+        self.change = self.change + _whole(change.square().sum())
         for name, term in terms.items():
-            self.terms[name] = self.terms.get(name, 0.0) + term.square().sum()
+            self.terms[name] = self.terms.get(name, 0.0) + _whole(term.square().sum())
 
     def result(self, skipped: Tensor) -> Measurements:
         roots = {name: torch.as_tensor(total).sqrt() for name, total in self.terms.items()}
@@ -393,6 +396,30 @@ def _resolve_backend(backend: str, rule: UpdateRule) -> str:
     return "reference"
 
 
+def _tensor_scope(param: Tensor) -> AbstractContextManager[None]:
+    """Where a sharded parameter (DTensor) may meet plain tensors: meta-parameters and counters are the same on all ranks."""
+    if type(param) in (Tensor, torch.nn.Parameter):
+        return nullcontext()
+    from torch.distributed.tensor.experimental import implicit_replication
+
+    return implicit_replication()
+
+
+def _placed_like(param: Tensor, tensor: Tensor) -> Tensor:
+    """Lay a sharded tensor out like its parameter, where its last dims are the parameter's; on every rank where not.
+
+    So each state tensor has one layout from the start, and a resumed run adds in the same order as one that was not stopped.
+    """
+    if not hasattr(param, "placements") or not hasattr(tensor, "placements"):
+        return tensor
+    from torch.distributed.tensor import Replicate, Shard
+
+    extra = tensor.dim() - param.dim()
+    alike = extra >= 0 and tensor.shape[extra:] == param.shape
+    placements = [Shard(p.dim + extra) if alike and isinstance(p, Shard) else Replicate() for p in param.placements]
+    return tensor.redistribute(param.device_mesh, placements)
+
+
 def _reference_lr(group: dict[str, Any]) -> float:
     return next((float(group[key]) for key in _LR_KEYS if key in group), 1.0)
 
@@ -411,7 +438,12 @@ def _dense_gradient(param: Tensor) -> Tensor:
 def _all_finite(*tensors: Tensor) -> Tensor:
     """() bool: no NaN or inf in any floating tensor. A sum carries them, in one read and without a temporary."""
     sums = [t.sum(dtype=compute_dtype(t.dtype)) for t in tensors if t.is_floating_point()]
-    return torch.isfinite(torch.stack(sums).sum())
+    return torch.isfinite(_whole(torch.stack(sums).sum()))
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor's value, the same on all ranks; any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _check_marker(state_dict: dict[str, Any], kind: str) -> None:

@@ -3,4 +3,14 @@
 from lightning_lopt.rules.base import REGISTRY, RuleConfig, StepContext, UpdateRule, compute_dtype, make, register
 from lightning_lopt.rules.star import STAR, STARConfig
 
-__all__ = ["REGISTRY", "STAR", "RuleConfig", "STARConfig", "StepContext", "UpdateRule", "compute_dtype", "make", "register"]
+__all__ = [
+    "REGISTRY",
+    "STAR",
+    "RuleConfig",
+    "STARConfig",
+    "StepContext",
+    "UpdateRule",
+    "compute_dtype",
+    "make",
+    "register",
+]

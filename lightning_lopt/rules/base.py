@@ -1,7 +1,8 @@
 """The update rule: what every optimizer of this package is, learned or hand-designed.
 
-An `UpdateRule` is an `nn.Module` whose parameters are the meta-parameters. Its maths is a pure function, so that the very
-same code runs under `torch.func.vmap` and autograd in meta-training, in place behind `RuleOptimizer`, and in the analysis.
+An `UpdateRule` is an `nn.Module` whose parameters are the meta-parameters. Its maths is a pure function, so that the
+very same code runs under `torch.func.vmap` and autograd in meta-training, in place behind `RuleOptimizer`, and in the
+analysis.
 """
 
 from __future__ import annotations
@@ -24,12 +25,15 @@ class StepContext(NamedTuple):
     num_steps: int | None = None  # the run's length in optimizer steps, where known
 
 
+ConfigType = TypeVar("ConfigType", bound="RuleConfig")
+
+
 @dataclasses.dataclass(frozen=True)
 class RuleConfig:
     """Base of the rules' frozen, self-validating, JSON-serialisable configurations."""
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> RuleConfig:
+    def from_dict(cls: type[ConfigType], values: Mapping[str, Any]) -> ConfigType:
         """Build and validate a configuration; lists (as JSON has them) become tuples.
 
         Raises:
@@ -93,7 +97,7 @@ class UpdateRule(nn.Module):
 
     @abstractmethod
     def init_state(self, param: Tensor) -> Any:
-        """The state of a parameter before its first step: a NamedTuple of tensors in the parameter's dtype and device."""
+        """The state of a parameter before its first step: a NamedTuple of tensors of its dtype and on its device."""
 
     @abstractmethod
     def update(
@@ -115,7 +119,7 @@ class UpdateRule(nn.Module):
     def terms(
         self, meta_params: Mapping[str, Tensor], grad: Tensor, state: Any, param: Tensor, context: StepContext
     ) -> dict[str, Tensor]:
-        """The additive parts of this step's delta by name, for logs and analysis; one part unless a rule has several."""
+        """The additive parts of this step's delta by name, for logs and analysis; one unless a rule has several."""
         return {"blackbox": self.update(meta_params, grad, state, param, context)[0]}
 
     def meta_params(self) -> dict[str, Tensor]:
@@ -178,7 +182,9 @@ def make(kind: str, **config: Any) -> UpdateRule:
         207
     """
     if kind not in REGISTRY:
-        raise ValueError(f"Unknown kind {kind!r}; known are {sorted(REGISTRY)}. A rule of your own: rules.register first.")
+        raise ValueError(
+            f"Unknown kind {kind!r}; known are {sorted(REGISTRY)}. A rule of your own: rules.register first."
+        )
     rule, defaults = REGISTRY[kind]
     return rule(rule.Config.from_dict({**defaults, **config}), kind=kind)
 

@@ -16,7 +16,7 @@ TIMESCALES = (1, 3, 10, 30, 100, 300, 1000, 3000, 10000, 30000, 100000)
 NUM_CHANNELS = 28
 NUM_FEATURES = NUM_CHANNELS + len(TIMESCALES)
 
-# Where the channels of `Features` stand in the reference's order of 28, which is also the order of the first layer's rows.
+# Where the channels of `Features` stand in the reference's order of 28, also the order of the first layer's rows.
 DENSE = (*range(13), 25, 26, 27)
 ROW = (13, 14, 15, 19, 20, 21)
 COL = (16, 17, 18, 22, 23, 24)
@@ -52,8 +52,8 @@ class Features(NamedTuple):
 def factored_dims(shape: torch.Size | tuple[int, ...]) -> tuple[int, int] | None:
     """The dims (d1, d0) of second-largest and largest size; None below two dims.
 
-    Ties go to the later dim, for both (a stable sort). The reference uses numpy's unstable sort, which agrees except on some
-    rank-4 shapes with small trailing dims, where it depends on the platform.
+    Ties go to the later dim, for both (a stable sort). The reference uses numpy's unstable sort, which agrees except on
+    some rank-4 shapes with small trailing dims, where it depends on the platform.
 
     Example:
         >>> factored_dims((3, 3, 64, 64)), factored_dims((7,))
@@ -100,10 +100,10 @@ def update_accumulators(state: Accumulators, grad: Tensor, decays: Decays) -> Ac
         d1, d0 = dims
         row = _average(row, square.mean(d0), decays.adafactor)
         col = _average(col, square.mean(d1), decays.adafactor)
-    exp_avg_sq = decays.rms * state.exp_avg_sq + (1 - decays.rms) * grad * grad
-    return Accumulators(
-        _average(state.exp_avg, grad, decays.momentum), exp_avg_sq.reshape(grad.shape), row, col, diag, state.factored_dims
-    )
+    rms = decays.rms.squeeze(0)
+    exp_avg_sq = rms * state.exp_avg_sq + (1 - rms) * grad * grad
+    exp_avg = _average(state.exp_avg, grad, decays.momentum)
+    return Accumulators(exp_avg, exp_avg_sq, row, col, diag, state.factored_dims)
 
 
 def inverse_root(exp_avg_sq: Tensor) -> Tensor:
@@ -114,10 +114,10 @@ def inverse_root(exp_avg_sq: Tensor) -> Tensor:
 def features(state: Accumulators, grad: Tensor, param: Tensor) -> Features:
     """The 28 channels from accumulators that already hold `grad`.
 
-    In the reference's order: gradient; parameter; 3 momenta; second moment; 3 momenta / sqrt(second moment); its inverse root;
-    gradient preconditioned by 3 factored second moments; 3 row and 3 column moments; their inverse roots; 3 momenta
-    preconditioned by the factored second moments. A tensor that is not factored has its diagonal moments in place of both rows
-    and columns.
+    In the reference's order: gradient; parameter; 3 momenta; second moment; 3 momenta / sqrt(second moment); its
+    inverse root; gradient preconditioned by 3 factored second moments; 3 row and 3 column moments; their inverse roots;
+    3 momenta preconditioned by the factored second moments. A tensor that is not factored has its diagonal moments in
+    place of both rows and columns.
     """
     inv_root = inverse_root(state.exp_avg_sq)
     dims = factored_dims(grad.shape)
@@ -151,7 +151,24 @@ def inverse_rms(channels: Tensor) -> Tensor:
 
     A channel that is constant along a dim of the tensor may come with that dim as 1: its mean square is the same.
     """
-    return torch.rsqrt(1e-5 + channels.reshape(channels.shape[0], -1).square().mean(1))
+    square = channels.square()
+    return torch.rsqrt(1e-5 + (square.mean(tuple(range(1, square.dim()))) if square.dim() > 1 else square))
+
+
+def contract(weight: Tensor, channels: Tensor) -> Tensor:
+    """A layer over the channels of every coordinate: weight (c, h), channels (c, *shape) -> (h, *shape).
+
+    Sharded tensors (DTensor) stay sharded: each coordinate is computed where it lies.
+    """
+    if not hasattr(channels, "placements"):
+        return torch.tensordot(weight, channels, dims=([0], [0]))
+    from torch.distributed.tensor import DTensor
+
+    weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
+    local = torch.tensordot(weight, channels.to_local(), dims=([0], [0]))
+    shape = torch.Size((weight.shape[1], *channels.shape[1:]))
+    strides = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(local, channels.device_mesh, channels.placements, run_check=False, shape=shape, stride=strides)
 
 
 def time_features(step: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""STAR's stabilisers as components: nominal term, magnitude controller, preconditioner. Any blackbox can be put beside them.
+"""STAR's stabilisers as components: nominal term, magnitude controller, preconditioner; for any blackbox.
 
 Source: Harrison et al. 2022 (STAR, arXiv 2209.11208), section 5, eqs. 21 and 22.
 """

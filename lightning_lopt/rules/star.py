@@ -3,13 +3,13 @@
     f = beta_1 exp(beta_2 m_g) g  +  beta_3 (d / v) exp(beta_4 m_b)                                  (eqs. 21 and 22)
         nominal term                 preconditioned blackbox term
 
-A small network reads 39 features of each coordinate and gives direction d and magnitudes m_b, m_g, m_r. It is the authors' code
-that is followed where it differs from the paper:
+A small network reads 39 features of each coordinate and gives direction d and magnitudes m_b, m_g, m_r. It is the
+authors' code that is followed where it differs from the paper:
 
-* the paper counts 203 meta-parameters (three heads, and beta_1 learned); the code has 207: four heads, the fourth a regulariser
-  magnitude m_r that is off by default, and beta_1 given by hand;
-* v is sqrt(second moment + 1e-6) without bias correction, not "of the magnitude of the mean gradient": the first steps are
-  about ten times larger than later ones, and a tensor without gradient moves by the full 1 / sqrt(1e-6);
+* the paper counts 203 meta-parameters (three heads, and beta_1 learned); the code has 207: four heads, the fourth a
+  regulariser magnitude m_r that is off by default, and beta_1 given by hand;
+* v is sqrt(second moment + 1e-6) without bias correction, not "of the magnitude of the mean gradient": the first steps
+  are about ten times larger than later ones, and a tensor without gradient moves by the full 1 / sqrt(1e-6);
 * with the nominal controller off m_g is 1, not 0: the nominal term is multiplied by exp(beta_2).
 
 symbol | here                   | symbol | here
@@ -81,14 +81,22 @@ class STARConfig(RuleConfig):
         for name in ("nominal_stepsize", "step_mult", "weight_decay"):
             self.check_number(name, 0.0)
         self.check_numbers("exp_mult", 3)
-        self.check(self.nominal_grad_estimator in nominal.ESTIMATORS, "nominal_grad_estimator", f"one of {list(nominal.ESTIMATORS)}")
-        self.check_flags("nominal_controller", "normalize_blackbox", "regularization_controller", "selfnormalize_blackbox")
+        self.check(
+            self.nominal_grad_estimator in nominal.ESTIMATORS,
+            "nominal_grad_estimator",
+            f"one of {list(nominal.ESTIMATORS)}",
+        )
+        self.check_flags(
+            "nominal_controller", "normalize_blackbox", "regularization_controller", "selfnormalize_blackbox"
+        )
         self.check_flags("aggregate_magnitude", "aggregate_nom_magnitude", "aggregate_reg_magnitude")
         self.check_integer("hidden_size", 1, 1024)
         self.check_integer("hidden_layers", 1, 16)
         self.check(self.num_heads in (2, 4), "num_heads", "2 or 4")
         for name in ("nominal_controller", "regularization_controller"):
-            self.check(self.num_heads == 4 or not getattr(self, name), name, "false with num_heads=2, which has no head for it")
+            self.check(
+                self.num_heads == 4 or not getattr(self, name), name, "false with num_heads=2, which has no head for it"
+            )
         for name, length in (("momentum", 3), ("rms", 1), ("adafactor", 3)):
             self.check_numbers(f"initial_{name}_decays", length, 0.0, math.nextafter(1.0, 0.0))
 
@@ -96,9 +104,9 @@ class STARConfig(RuleConfig):
 class STAR(UpdateRule):
     """STAR, with `hyperparam` (step_mult 0) and `blackbox` (two heads, no nominal term) as configurations of it.
 
-    Meta-parameters: `w0 (39, h), b0, w1 (h, h), b1, ..., w2 (h, heads), b2` and the decay offsets `momentum_decays (3,)`,
-    `rms_decays (1,)`, `adafactor_decays (3,)`; 207 in all, 197 for `blackbox`. State: 4 floats per parameter, and 3 per row and per
-    column of a factored tensor (3 per parameter for tensors of fewer than two dims).
+    Meta-parameters: `w0 (39, h), b0, w1 (h, h), b1, ..., w2 (h, heads), b2` and the decay offsets
+    `momentum_decays (3,)`, `rms_decays (1,)`, `adafactor_decays (3,)`; 207 in all, 197 for `blackbox`. State: 4 floats
+    per parameter, and 3 per row and per column of a factored tensor (3 per parameter below two dims).
 
     Example:
         >>> import torch
@@ -131,7 +139,12 @@ class STAR(UpdateRule):
         return feats.init_accumulators(param)
 
     def update(
-        self, meta_params: Mapping[str, Tensor], grad: Tensor, state: feats.Accumulators, param: Tensor, context: StepContext
+        self,
+        meta_params: Mapping[str, Tensor],
+        grad: Tensor,
+        state: feats.Accumulators,
+        param: Tensor,
+        context: StepContext,
     ) -> tuple[Tensor, feats.Accumulators]:
         """One step: accumulators first, then the features from them, then the network's heads, then the two terms."""
         state = feats.update_accumulators(state, grad, self.decays(meta_params))
@@ -139,7 +152,12 @@ class STAR(UpdateRule):
         return sum(terms.values(), torch.zeros_like(param)), state
 
     def terms(
-        self, meta_params: Mapping[str, Tensor], grad: Tensor, state: feats.Accumulators, param: Tensor, context: StepContext
+        self,
+        meta_params: Mapping[str, Tensor],
+        grad: Tensor,
+        state: feats.Accumulators,
+        param: Tensor,
+        context: StepContext,
     ) -> dict[str, Tensor]:
         """The step's `blackbox`, `nominal` and `decay` parts, those that the configuration has."""
         state = feats.update_accumulators(state, grad, self.decays(meta_params))
@@ -157,23 +175,30 @@ class STAR(UpdateRule):
     def heads(self, meta_params: Mapping[str, Tensor], features: feats.Features, time: Tensor) -> Tensor:
         """The network's outputs (heads, *shape): direction, blackbox, nominal and regulariser magnitude.
 
-        The first layer is applied group by group, with the normaliser folded into its rows: features that are constant along
-        a dim then cost a row or a column instead of a plane, and nothing of 39 planes is ever formed.
+        The first layer is applied group by group, with the normaliser folded into its rows: features that are constant
+        along a dim then cost a row or a column instead of a plane, and nothing of 39 planes is ever formed.
         """
         w0, ndim = meta_params["w0"], features.dense.dim() - 1
         hidden = _bias(meta_params["b0"] + time @ w0[feats.NUM_CHANNELS :], ndim)
         for rows, channels in zip((feats.DENSE, feats.ROW, feats.COL), features, strict=True):
-            hidden = hidden + _linear(w0[list(rows)] * feats.inverse_rms(channels).unsqueeze(1), channels)
+            hidden = hidden + feats.contract(w0[list(rows)] * feats.inverse_rms(channels).unsqueeze(1), channels)
         for layer in range(1, self.config.hidden_layers + 1):
-            hidden = _linear(meta_params[f"w{layer}"], torch.relu(hidden)) + _bias(meta_params[f"b{layer}"], ndim)
+            hidden = feats.contract(meta_params[f"w{layer}"], torch.relu(hidden)) + _bias(meta_params[f"b{layer}"], ndim)
         return hidden
 
     def _terms(
-        self, meta_params: Mapping[str, Tensor], grad: Tensor, state: feats.Accumulators, param: Tensor, context: StepContext
+        self,
+        meta_params: Mapping[str, Tensor],
+        grad: Tensor,
+        state: feats.Accumulators,
+        param: Tensor,
+        context: StepContext,
     ) -> dict[str, Tensor]:
         c = self.config
         inv_root = feats.inverse_root(state.exp_avg_sq)
-        heads = self.heads(meta_params, feats.features(state, grad, param), feats.time_features(context.step, param.dtype))
+        heads = self.heads(
+            meta_params, feats.features(state, grad, param), feats.time_features(context.step, param.dtype)
+        )
         terms = {}
         if c.step_mult:
             step = c.step_mult * heads[0] * nominal.magnitude(c.exp_mult[0], heads[1], aggregate=c.aggregate_magnitude)
@@ -200,14 +225,14 @@ class STAR(UpdateRule):
         """A rule from the authors' meta-parameters.
 
         Args:
-            theta: `w0 b0 w1 b1 w2 b2 momentum_decays rms_decays adafactor_decays` as arrays. A last layer of two columns
-                gives the `blackbox` rule. The arrays' dtype is kept.
-            arguments: the reference constructor's own (`MLPNomLOpt`, or `AdafacMLPLOpt` with its scalar `exp_mult`), with its
-                own defaults: nominal_stepsize 0, nominal_controller False, normalize_blackbox False.
+            theta: `w0 b0 w1 b1 w2 b2 momentum_decays rms_decays adafactor_decays` as arrays. A last layer of two
+                columns gives the `blackbox` rule. The arrays' dtype is kept.
+            arguments: the reference constructor's own (`MLPNomLOpt`, or `AdafacMLPLOpt` with its scalar `exp_mult`),
+                with its own defaults: nominal_stepsize 0, nominal_controller False, normalize_blackbox False.
 
         Raises:
-            ValueError: for missing, unknown or wrongly shaped arrays, and for arguments that the reference does not have or
-                that change how the same weights are read (`split_weights`, `make_separate_weights`).
+            ValueError: for missing, unknown or wrongly shaped arrays, and for arguments that the reference does not
+                have or that change how the same weights are read (`split_weights`, `make_separate_weights`).
 
         Example:
             >>> import lightning_lopt as lopt
@@ -220,7 +245,9 @@ class STAR(UpdateRule):
         expected = {name: tuple(p.shape) for name, p in rule.named_parameters()}
         if (given := {name: tuple(t.shape) for name, t in tensors.items()}) != expected:
             wrong = sorted(name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name))[0]
-            raise ValueError(f"theta[{wrong!r}] has shape {given.get(wrong)}, expected {expected.get(wrong)} (None: absent).")
+            raise ValueError(
+                f"theta[{wrong!r}] has shape {given.get(wrong)}, expected {expected.get(wrong)} (None: absent)."
+            )
         for name, tensor in tensors.items():
             setattr(rule, name, nn.Parameter(tensor))
         return rule
@@ -231,9 +258,13 @@ _LAYOUT_ARGUMENTS = {"concat_weights", "make_separate_weights", "split_weights"}
 
 def _from_reference(cls: type[STAR], theta: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> STAR:
     if theta.get("w2", torch.empty(0)).dim() != 2:
-        raise ValueError(f"theta has no matrix 'w2'; it has {sorted(theta)}. Pass the flat mapping of w0, b0, ..., adafactor_decays.")
+        raise ValueError(
+            f"theta has no matrix 'w2'; it has {sorted(theta)}. Pass the flat mapping of w0, b0, ..., adafactor_decays."
+        )
     if refused := [name for name in ("make_separate_weights", "split_weights") if arguments.get(name)]:
-        raise ValueError(f"{refused[0]}=True reads the same weights as another function; it is not supported. Leave it False.")
+        raise ValueError(
+            f"{refused[0]}=True reads the same weights as another function; it is not supported. Leave it False."
+        )
     config = {name: _plain(value) for name, value in arguments.items() if name not in _LAYOUT_ARGUMENTS}
     kind = "blackbox" if theta["w2"].shape[1] == 2 else "star"
     defaults = dict(_BLACKBOX, num_heads=2 if kind == "blackbox" else 4)
@@ -248,10 +279,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [_plain(item) for item in value]
     return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _linear(weight: Tensor, x: Tensor) -> Tensor:
-    return torch.tensordot(weight, x, dims=([0], [0]))
 
 
 def _bias(bias: Tensor, ndim: int) -> Tensor:
