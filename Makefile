@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint types examples clean
 
 demo: $(VENV)/.installed-demo
-	$(BIN)/python examples/quickstart.py
+	MPLBACKEND=Agg $(BIN)/python examples/quickstart.py
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -56,15 +57,13 @@ class RuleConfig:
     def check_number(self, name: str, low: float = -math.inf, high: float = math.inf) -> None:
         """Require a finite real number between `low` and `high`."""
         value = getattr(self, name)
-        real = isinstance(value, (int, float)) and not isinstance(value, bool)
-        self.check(real and math.isfinite(value) and low <= value <= high, name, f"a number in [{low}, {high}]")
+        self.check(_is_finite(value) and low <= value <= high, name, f"a number in [{low}, {high}]")
 
     def check_numbers(self, name: str, length: int, low: float = -math.inf, high: float = math.inf) -> None:
         """Require a tuple of `length` finite real numbers between `low` and `high`."""
         value = getattr(self, name)
         fits = isinstance(value, tuple) and len(value) == length
-        fits = fits and all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in value)
-        fits = fits and all(math.isfinite(x) and low <= x <= high for x in value)
+        fits = fits and all(_is_finite(x) and low <= x <= high for x in value)
         self.check(fits, name, f"{length} numbers in [{low}, {high}]")
 
     def check_integer(self, name: str, low: int, high: int) -> None:
@@ -76,6 +75,11 @@ class RuleConfig:
         """Require booleans."""
         for name in names:
             self.check(isinstance(getattr(self, name), bool), name, "true or false")
+
+
+def _is_finite(value: object) -> bool:
+    # An int beyond the floats is as useless as inf; bool is an int to Python, not to us.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 class UpdateRule(nn.Module):

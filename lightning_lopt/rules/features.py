@@ -7,7 +7,7 @@ contiguous plane; nothing is bias-corrected.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -161,14 +161,18 @@ def contract(weight: Tensor, channels: Tensor) -> Tensor:
     Sharded tensors (DTensor) stay sharded: each coordinate is computed where it lies.
     """
     if not hasattr(channels, "placements"):
-        return torch.tensordot(weight, channels, dims=([0], [0]))
+        product: Tensor = torch.tensordot(weight, channels, dims=([0], [0]))
+        return product
     from torch.distributed.tensor import DTensor
 
+    sharded = cast(DTensor, channels)
     weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
-    local = torch.tensordot(weight, channels.to_local(), dims=([0], [0]))
+    local = torch.tensordot(weight, sharded.to_local(), dims=([0], [0]))
     shape = torch.Size((weight.shape[1], *channels.shape[1:]))
     strides = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(local, channels.device_mesh, channels.placements, run_check=False, shape=shape, stride=strides)
+    return DTensor.from_local(
+        local, sharded.device_mesh, sharded.placements, run_check=False, shape=shape, stride=strides
+    )
 
 
 def time_features(step: Tensor, dtype: torch.dtype) -> Tensor:

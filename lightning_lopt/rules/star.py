@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lopt.rules import features as feats
-from lightning_lopt.rules import nominal
+from lightning_lopt.rules import nominal, scheduler
 from lightning_lopt.rules.base import RuleConfig, StepContext, UpdateRule, register
 
 
@@ -62,6 +62,10 @@ class STARConfig(RuleConfig):
     """One regulariser magnitude per tensor. The authors' code fails on this option; here it does what it says."""
     selfnormalize_blackbox: bool = False
     """Multiply the blackbox term by the tensor's signed mean gradient."""
+    scale_power: float = 0.0
+    """Not in the paper: both terms are multiplied by (rms of the tensor / 0.1) ** scale_power, the rms at least 0.05."""
+    scheduler: bool = False
+    """Not in the paper: both terms are multiplied by a learned schedule, see `scheduler`."""
     hidden_size: int = 4
     """Units of each hidden layer."""
     hidden_layers: int = 2
@@ -82,7 +86,7 @@ class STARConfig(RuleConfig):
             self.check_number(name, 0.0)
         self.check_numbers("exp_mult", 3)
         self.check(
-            self.nominal_grad_estimator in nominal.ESTIMATORS,
+            self.nominal_grad_estimator in list(nominal.ESTIMATORS),
             "nominal_grad_estimator",
             f"one of {list(nominal.ESTIMATORS)}",
         )
@@ -90,9 +94,11 @@ class STARConfig(RuleConfig):
             "nominal_controller", "normalize_blackbox", "regularization_controller", "selfnormalize_blackbox"
         )
         self.check_flags("aggregate_magnitude", "aggregate_nom_magnitude", "aggregate_reg_magnitude")
+        self.check_number("scale_power", 0.0, 1.0)
+        self.check_flags("scheduler")
         self.check_integer("hidden_size", 1, 1024)
         self.check_integer("hidden_layers", 1, 16)
-        self.check(self.num_heads in (2, 4), "num_heads", "2 or 4")
+        self.check(type(self.num_heads) is int and self.num_heads in (2, 4), "num_heads", "2 or 4")
         for name in ("nominal_controller", "regularization_controller"):
             self.check(
                 self.num_heads == 4 or not getattr(self, name), name, "false with num_heads=2, which has no head for it"
@@ -133,6 +139,8 @@ class STAR(UpdateRule):
         self.momentum_decays = nn.Parameter(torch.zeros(3))
         self.rms_decays = nn.Parameter(torch.zeros(1))
         self.adafactor_decays = nn.Parameter(torch.zeros(3))
+        for name, shape in scheduler.SHAPES.items() if self.config.scheduler else ():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
 
     def init_state(self, param: Tensor) -> feats.Accumulators:
         """Zero accumulators."""
@@ -183,7 +191,8 @@ class STAR(UpdateRule):
         for rows, channels in zip((feats.DENSE, feats.ROW, feats.COL), features, strict=True):
             hidden = hidden + feats.contract(w0[list(rows)] * feats.inverse_rms(channels).unsqueeze(1), channels)
         for layer in range(1, self.config.hidden_layers + 1):
-            hidden = feats.contract(meta_params[f"w{layer}"], torch.relu(hidden)) + _bias(meta_params[f"b{layer}"], ndim)
+            weight, bias = meta_params[f"w{layer}"], meta_params[f"b{layer}"]
+            hidden = feats.contract(weight, torch.relu(hidden)) + _bias(bias, ndim)
         return hidden
 
     def _terms(
@@ -196,29 +205,39 @@ class STAR(UpdateRule):
     ) -> dict[str, Tensor]:
         c = self.config
         inv_root = feats.inverse_root(state.exp_avg_sq)
-        heads = self.heads(
-            meta_params, feats.features(state, grad, param), feats.time_features(context.step, param.dtype)
-        )
-        terms = {}
+        heads = torch.zeros(0)
+        if c.step_mult or c.nominal_controller or (c.weight_decay and c.regularization_controller):
+            time = feats.time_features(context.step, param.dtype)
+            heads = self.heads(meta_params, feats.features(state, grad, param), time)
+        terms, factor = {}, self._factor(meta_params, param, context)
         if c.step_mult:
             step = c.step_mult * heads[0] * nominal.magnitude(c.exp_mult[0], heads[1], aggregate=c.aggregate_magnitude)
             if c.normalize_blackbox:
                 step = nominal.precondition(step, inv_root)
             if c.selfnormalize_blackbox:
                 step = step * grad.mean()
-            terms["blackbox"] = -step
+            terms["blackbox"] = -factor * step
         if c.nominal_stepsize:
-            factor: Tensor | float = math.exp(c.exp_mult[1])
+            control: Tensor | float = math.exp(c.exp_mult[1])
             if c.nominal_controller:
-                factor = nominal.magnitude(c.exp_mult[1], heads[2], aggregate=c.aggregate_nom_magnitude)
+                control = nominal.magnitude(c.exp_mult[1], heads[2], aggregate=c.aggregate_nom_magnitude)
             direction = nominal.nominal_direction(c.nominal_grad_estimator, grad, state.exp_avg, inv_root)
-            terms["nominal"] = -nominal.nominal_term(c.nominal_stepsize, direction, factor)
+            terms["nominal"] = -factor * nominal.nominal_term(c.nominal_stepsize, direction, control)
         if c.weight_decay:
             decay: Tensor | float = c.weight_decay
             if c.regularization_controller:
                 decay = decay * nominal.magnitude(c.exp_mult[2], heads[3], aggregate=c.aggregate_reg_magnitude)
             terms["decay"] = -decay * param
         return terms
+
+    def _factor(self, meta_params: Mapping[str, Tensor], param: Tensor, context: StepContext) -> Tensor | float:
+        """What multiplies both terms: 1 in the paper's form."""
+        factor: Tensor | float = 1.0
+        if self.config.scale_power:
+            factor = nominal.tensor_scale(param) ** self.config.scale_power
+        if self.config.scheduler:
+            factor = factor * torch.exp(scheduler.log_factor(meta_params, context.step, context.num_steps))
+        return factor
 
     @classmethod
     def from_jax(cls, theta: Mapping[str, Any], **arguments: Any) -> STAR:
@@ -240,7 +259,7 @@ class STAR(UpdateRule):
             >>> lopt.rules.STAR.from_jax(theta, nominal_stepsize=1e-3, nominal_controller=True).kind
             'star'
         """
-        tensors = {name: torch.as_tensor(value).clone() for name, value in theta.items()}
+        tensors = {name: _theta_tensor(name, value) for name, value in theta.items()}
         rule = _from_reference(cls, tensors, arguments)
         expected = {name: tuple(p.shape) for name, p in rule.named_parameters()}
         if (given := {name: tuple(t.shape) for name, t in tensors.items()}) != expected:
@@ -254,17 +273,29 @@ class STAR(UpdateRule):
 
 
 _LAYOUT_ARGUMENTS = {"concat_weights", "make_separate_weights", "split_weights"}
+_NOT_IN_THE_REFERENCE = {"num_heads", "scale_power", "scheduler"}
+_FLAT = "Pass the flat mapping of w0, b0, w1, b1, w2, b2, momentum_decays, rms_decays, adafactor_decays"
+
+
+def _theta_tensor(name: str, value: Any) -> Tensor:
+    try:
+        tensor = torch.as_tensor(value).clone()
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"theta[{name!r}] is {type(value).__name__}, no array. {_FLAT} to arrays.") from None
+    if not (tensor.is_floating_point() and tensor.isfinite().all()):
+        raise ValueError(f"theta[{name!r}] is {tensor.dtype} or holds NaN or inf. {_FLAT} to finite floating arrays.")
+    return tensor
 
 
 def _from_reference(cls: type[STAR], theta: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> STAR:
     if theta.get("w2", torch.empty(0)).dim() != 2:
-        raise ValueError(
-            f"theta has no matrix 'w2'; it has {sorted(theta)}. Pass the flat mapping of w0, b0, ..., adafactor_decays."
-        )
+        raise ValueError(f"theta has no matrix 'w2'; it has {sorted(theta)}. {_FLAT}.")
     if refused := [name for name in ("make_separate_weights", "split_weights") if arguments.get(name)]:
         raise ValueError(
             f"{refused[0]}=True reads the same weights as another function; it is not supported. Leave it False."
         )
+    if unknown := sorted(_NOT_IN_THE_REFERENCE.intersection(arguments)):
+        raise ValueError(f"{unknown[0]!r} is no argument of the reference; for our own options use rules.make.")
     config = {name: _plain(value) for name, value in arguments.items() if name not in _LAYOUT_ARGUMENTS}
     kind = "blackbox" if theta["w2"].shape[1] == 2 else "star"
     defaults = dict(_BLACKBOX, num_heads=2 if kind == "blackbox" else 4)

@@ -1,0 +1,25 @@
+"""Tasks: what optimizers are meta-trained and evaluated on, as pure functions that batch over a population."""
+
+from lightning_lopt.tasks import datasets, families
+from lightning_lopt.tasks.base import Params, Start, Task
+from lightning_lopt.tasks.catalog import GENERALIZATION, dataset_of, list_tasks, make, register
+from lightning_lopt.tasks.supervised import Supervised, build
+from lightning_lopt.tasks.wrappers import ESGradient, Reparametrized, ScaledInit
+
+__all__ = [
+    "GENERALIZATION",
+    "ESGradient",
+    "Params",
+    "Reparametrized",
+    "ScaledInit",
+    "Start",
+    "Supervised",
+    "Task",
+    "build",
+    "dataset_of",
+    "datasets",
+    "families",
+    "list_tasks",
+    "make",
+    "register",
+]

@@ -1,0 +1,314 @@
+"""The tasks that have names: what `make` knows.
+
+Short names are tasks of this package and of the papers it implements. Names as `ImageMLP_Cifar10_128x128x128_Relu` are
+the STAR reference's own (released code of Metz et al. 2022, arXiv 2203.11860, which defines the tasks that Harrison et
+al. 2022 evaluate on), where the data are here. Where they are not (ImageNet, LM1B, Cifar100), a stand-in has the
+reference's network and batch on data that are, and says so in its name: `GENERALIZATION` says which reference task each
+stands for.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from lightning_lopt.tasks.analytic import LeastSquares, LogUniformQuadratic, NoisyQuadratic, Rosenbrock, SumOfSquares
+from lightning_lopt.tasks.base import Task
+from lightning_lopt.tasks.supervised import build
+from lightning_lopt.tasks.wrappers import ESGradient
+
+
+class Entry(NamedTuple):
+    """How a named task is made: `builder(name=..., **options)`."""
+
+    builder: Callable[..., Task]
+    options: dict[str, Any]
+
+
+REGISTRY: dict[str, Entry] = {}
+
+
+def register(name: str, builder: Callable[..., Task], **options: Any) -> None:
+    """Make a task known by name to `make` and to the command line.
+
+    Args:
+        name: not yet taken.
+        builder: called as `builder(name=name, **options)`; a Task subclass or a function.
+        options: what the builder gets; a caller of `make` may override each.
+
+    Raises:
+        ValueError: for a name that is taken.
+    """
+    if name in REGISTRY:
+        raise ValueError(f"name={name!r} is taken by another task; choose another name.")
+    REGISTRY[name] = Entry(builder, options)
+
+
+def make(name: str, **options: Any) -> Task:
+    """A task by name.
+
+    Args:
+        name: one of `list_tasks()`.
+        options: what is to differ from the task as it is registered, e.g. `batch_size=32`, `hidden=(64, 64)` or
+            `dataset="synthetic"`.
+
+    Raises:
+        ValueError: unknown name or option, or a value that is not allowed.
+        FileNotFoundError: the task's data are not here; the message says what to do.
+
+    Example:
+        >>> make("digits-mlp").num_params, make("digits-mlp", hidden=(64, 64)).num_params
+        (2410, 8970)
+    """
+    if name not in REGISTRY:
+        close = difflib.get_close_matches(name, REGISTRY, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(repr(match) for match in close)}?" if close else "none is close."
+        raise ValueError(f"Unknown task {name!r}: {hint} tasks.list_tasks() has all {len(REGISTRY)} names.")
+    entry = REGISTRY[name]
+    parameters = inspect.signature(entry.builder).parameters
+    # A builder with **options checks them itself.
+    if inspect.Parameter.VAR_KEYWORD not in {parameter.kind for parameter in parameters.values()}:
+        known = sorted(set(parameters) - {"name"})
+        if unknown := sorted(set(options) - set(known)):
+            raise ValueError(f"Unknown option {unknown[0]!r} of task {name!r}; allowed are {known}.")
+    return entry.builder(**{"name": name, **entry.options, **options})
+
+
+def list_tasks() -> list[str]:
+    """The names that `make` knows.
+
+    Example:
+        >>> "digits-mlp" in list_tasks()
+        True
+    """
+    return sorted(REGISTRY)
+
+
+def dataset_of(name: str) -> str | None:
+    """The data set that a task loads, or None for a task without data; a ValueError for an unknown name."""
+    if name not in REGISTRY:
+        raise ValueError(f"Unknown task {name!r}; tasks.list_tasks() has the names.")
+    entry = REGISTRY[name]
+    return dataset_of(entry.options["base"]) if "base" in entry.options else entry.options.get("dataset")
+
+
+def by_evolution_strategies(name: str, base: str, pairs: int = 1, std: float = 0.01, **options: Any) -> Task:
+    """The task `base`, with `options`, and gradients estimated from antithetic pairs (`wrappers.ESGradient`)."""
+    return ESGradient(name=name, task=make(base, **options), pairs=pairs, std=std)
+
+
+def _mlp(name: str, dataset: str, hidden: tuple[int, ...], **options: Any) -> None:
+    register(name, build, network="mlp", dataset=dataset, hidden=hidden, **options)
+
+
+def _register_small() -> None:
+    """Tasks on data that come with scikit-learn, or on none: everywhere at hand, quick."""
+    small: dict[str, Any] = {"dataset": "digits", "batch_size": 64}
+    mlps: dict[str, dict[str, Any]] = {
+        "digits-logreg": {},
+        "digits-mlp": {"hidden": (32,)},
+        "digits-deep-mlp": {"hidden": (32, 32, 32, 32)},
+        "digits-tanh-mlp": {"hidden": (64, 64), "activation": "tanh"},
+        "digits-sigmoid-mlp": {"hidden": (32,), "activation": "sigmoid", "scheme": "torch"},
+        "digits-layernorm-mlp": {"hidden": (32, 32), "norm": "layer"},
+        "digits-batchnorm-mlp": {"hidden": (32, 32), "norm": "batch"},
+        "digits-dropout-mlp": {"hidden": (64, 64), "dropout": 0.2},
+        "digits-mse-mlp": {"hidden": (32,), "objective": "mse"},
+        "digits-autoencoder": {"hidden": (32, 8, 32), "objective": "reconstruction"},
+    }
+    for name, options in mlps.items():
+        register(name, build, network="mlp", **{**small, **options})
+    register("digits-conv", build, network="conv", channels=(8, 16), strides=(2, 1), **small)
+    register("digits-resnet", build, network="resnet", channels=(8, 16), blocks=(1, 1), stem_channels=8, **small)
+    register("digits-vit", build, network="vit", patch=2, width=32, depth=2, heads=4, **small)
+    register("digits-es", by_evolution_strategies, base="digits-mlp", pairs=8)
+    register("synthetic-mlp", build, network="mlp", hidden=(32,), dataset="synthetic", batch_size=64)
+    register("breast-cancer-logreg", build, network="mlp", dataset="breast_cancer", batch_size=64)
+    _mlp("wine-mlp", "wine", (16,), batch_size=32)
+    _mlp("wine-deep-mlp", "wine", (16, 16, 16, 16), batch_size=32)
+    _mlp("diabetes-mlp", "diabetes", (32,), activation="tanh", objective="regression", batch_size=64)
+    register("quadratic", LeastSquares)
+    register("quadratic-deepmind", LeastSquares, coefficients="uniform", init_std=0.01)
+    register("quadratic-thesis", LeastSquares, dim=16, init_std=1.0)
+    register("quadratic-thesis-code", LeastSquares, dim=16, init_std=0.05, squared=False)
+    register("linear-regression", LogUniformQuadratic)
+    register("rosenbrock", Rosenbrock)
+    register("rosenbrock-thesis", Rosenbrock, x_range=(-10.0, 10.0), y_range=(-10.0, 10.0))
+    register("sum-of-squares", SumOfSquares)
+    register("noisy-quadratic", NoisyQuadratic)
+    register(
+        "noisy-quadratic-code",
+        NoisyQuadratic,
+        hessian=((1.11499, 0.59389), (0.59389, 0.48372)),
+        init_std=10.0,
+        factor=1.0,
+    )
+    moons = {"activation": "tanh", "objective": "logistic", "l2": 5e-3, "batch_size": None, "train_fraction": 1.0}
+    _mlp("two-moons", "two_moons", (64, 64, 64), **moons)
+
+
+def _register_papers() -> None:
+    """Optimizees of the papers on MNIST, Fashion-MNIST and CIFAR-10."""
+    # Learning to learn (arXiv 1606.04474) as the PyTorch port has it, and the variations that it generalizes to; also
+    # L2O-DMD's.
+    l2l = {"activation": "sigmoid", "scheme": "torch"}
+    _mlp("mnist-l2l", "mnist", (20,), **l2l)
+    _mlp("mnist-l2l-2layer", "mnist", (20, 20), **l2l)
+    _mlp("mnist-l2l-40", "mnist", (40,), **l2l)
+    _mlp("mnist-l2l-relu", "mnist", (20,), activation="relu", scheme="torch")
+    _mlp("mnist-l2l-batch16", "mnist", (20,), batch_size=16, **l2l)
+    _mlp("fashion-l2l", "fashion_mnist", (20,), **l2l)
+    _mlp("cifar-l2l", "cifar10", (20,), **l2l)
+    _mlp("mnist-dmd", "mnist", (8,), **l2l)
+    # DeepMind's own initialization; the multiscale-Adam thesis's MlpMnist.
+    _mlp("mnist-mlp", "mnist", (20,), activation="sigmoid", scheme="normal", std=0.01)
+    # The LSTM thesis: sigmoid on the output as well.
+    _mlp("mnist-mlp-thesis", "mnist", (32,), activation="sigmoid", objective="sigmoid_cross_entropy")
+    # Reverse engineering (arXiv 2011.02159).
+    convs = {"channels": (16, 16, 16), "strides": (1, 1, 1), "padding": "valid", "pool": "flatten", "batch_size": 100}
+    register("mnist-conv", build, network="conv", dataset="mnist", **convs)
+    # STAR (arXiv 2209.11208): the two tasks that it is meta-trained on.
+    _mlp("fashion-mlp-paper", "fashion_mnist", (128, 128))
+    register("cifar-conv-paper", build, network="conv", dataset="cifar10")
+
+
+def _register_images() -> None:
+    """Tasks of this package's own on the image and text data."""
+    for dataset, short in (("mnist", "mnist8-mlp"), ("fashion_mnist", "fashion8-mlp"), ("cifar10", "cifar8-mlp")):
+        _mlp(short, dataset, (32,), image_size=8, grayscale=True, batch_size=64)
+    _mlp("fashion-mlp", "fashion_mnist", (64, 64), image_size=14)
+    _mlp("cifar-mlp", "cifar10", (128, 128, 128))
+    register(
+        "cifar-conv", build, network="conv", dataset="cifar10", image_size=16, channels=(16, 32, 32), batch_size=64
+    )
+    register("cifar-resnet", build, network="resnet", dataset="cifar10", batch_size=64)
+    register("cifar-vit", build, network="vit", dataset="cifar10", batch_size=64)
+    _mlp("fashion-autoencoder", "fashion_mnist", (128, 32, 128), objective="reconstruction")
+    text = {"dataset": "tinyshakespeare", "length": 32}
+    register("shakespeare-lstm", build, network="lstm", embed=32, hidden=64, batch_size=32, **text)
+    register("shakespeare-transformer", build, network="transformer", width=64, depth=2, heads=4, batch_size=32, **text)
+
+
+def _register_reference_mlps() -> None:
+    """ImageMLP_*, ImageMLPAE_* and ESWrapped_* of the reference; batch 128 unless the name says otherwise."""
+    deep = (128, 128, 128)
+    _mlp("ImageMLP_FashionMnist_Relu128x128", "fashion_mnist", (128, 128))
+    _mlp("ImageMLP_FashionMnist8_Relu32", "fashion_mnist", (32,), image_size=8)
+    _mlp("ImageMLP_Cifar10BW8_Relu32", "cifar10", (32,), image_size=8, grayscale=True)
+    _mlp("ImageMLP_Mnist_128x128x128_Relu", "mnist", deep)
+    _mlp("ImageMLP_Cifar10_128x128x128_Relu", "cifar10", deep)
+    _mlp("ImageMLP_Cifar10_128x128x128_Relu_MSE", "cifar10", deep, objective="mse")
+    for width in (256, 1024, 4096):
+        _mlp(f"ImageMLP_Cifar10_{width}x{width}_Relu", "cifar10", (width, width))
+    for batch_size in (64, 128, 256):
+        name = f"ImageMLP_Cifar10_128x128x128_Tanh_bs{batch_size}"
+        _mlp(name, "cifar10", deep, activation="tanh", batch_size=batch_size)
+    for norm in ("Layer", "Batch"):
+        for activation in ("Relu", "Tanh"):
+            name = f"ImageMLP_Cifar10_128x128x128_{norm}Norm_{activation}"
+            _mlp(name, "cifar10", deep, norm=norm.lower(), activation=activation.lower())
+    for rate in (2, 5, 8):
+        _mlp(
+            f"ImageMLP_Cifar10_128x128_Dropout0{rate}_Relu_MSE",
+            "cifar10",
+            (128, 128),
+            dropout=rate / 10,
+            objective="mse",
+        )
+    for data, size, batch_size in (
+        ("Cifar10", "32x32x32", 128),
+        ("Cifar10", "256x256x256", 128),
+        ("Cifar10", "256x256x256", 1024),
+        ("Cifar10", "128x32x128", 256),
+        ("Mnist", "128x32x128", 128),
+        ("FashionMnist", "128x32x128", 128),
+    ):
+        dataset = {"Cifar10": "cifar10", "Mnist": "mnist", "FashionMnist": "fashion_mnist"}[data]
+        hidden = tuple(int(width) for width in size.split("x"))
+        name = f"ImageMLPAE_{data}_{size}_bs{batch_size}"
+        _mlp(name, dataset, hidden, objective="reconstruction", batch_size=batch_size)
+    for pairs in (1, 8):
+        for base in ("ImageMLP_Cifar10_128x128x128_Relu", "ImageMLP_Mnist_128x128x128_Relu"):
+            register(f"ESWrapped_{pairs}pair_{base}", by_evolution_strategies, base=base, pairs=pairs)
+    for base in ("ImageMLP_FashionMnist8_Relu32", "ImageMLP_Cifar10BW8_Relu32"):
+        register(f"ESWrapped_1pair_{base}", by_evolution_strategies, base=base, pairs=1)
+
+
+def _register_reference_rest() -> None:
+    """Conv_* of the reference, and the stand-ins for its residual networks, language models and vision transformers."""
+    conv = {"network": "conv", "dataset": "cifar10"}
+    register("Conv_Cifar10_32x64x64", build, **conv)
+    register("Conv_Cifar10_16_32x64x64", build, image_size=16, **conv)
+    register("Conv_Cifar10_32x64x64_Tanh", build, activation="tanh", **conv)
+    register("Conv_Cifar10_32x64x64_batchnorm", build, norm="batch", **conv)
+    register("Conv_Cifar10_32x64x64_layernorm", build, norm="layer", **conv)
+    resnet = {"network": "resnet", "dataset": "cifar10", "blocks": (1, 1, 1, 1), "bottleneck": True, "zero_head": True}
+    stem = {"stem_channels": 64, "stem_stride": 2, "max_pool": True}
+    for number, size, batch_size, channels, kernel_size in (
+        (0, 16, 64, (8, 16, 16, 16), 3),
+        (1, 16, 64, (8, 16, 16, 32), 3),
+        (2, 16, 64, (64, 128, 128, 128), 3),
+        (5, 32, 128, (128, 256, 512, 512), 5),
+        (6, 32, 256, (128, 256, 512, 512), 3),
+        (7, 32, 256, (256, 512, 512, 1024), 5),
+    ):
+        sizes = {"image_size": size, "batch_size": batch_size, "channels": channels, "stem_kernel_size": kernel_size}
+        register(f"Resnet_Cifar10_MultiRuntime_{number}", build, **resnet, **stem, **sizes)
+    text = {"dataset": "tinyshakespeare"}
+    for length, hidden, embed in ((32, 128, 64), (128, 128, 64), (32, 256, 128)):
+        sizes = {"length": length, "hidden": hidden, "embed": embed, "batch_size": 128}
+        register(
+            f"RNNLM_tinyshakespeare_Patch{length}_LSTM{hidden}_Embed{embed}", build, network="lstm", **text, **sizes
+        )
+    # Heads of size 32 whatever the width, and no positions: as in the reference.
+    transformer = {"network": "transformer", "positions": False, "head_size": 32, **text}
+    for width in (32, 128, 256, 512):
+        sizes = {"width": width, "depth": 5, "heads": 8, "length": 128, "batch_size": 32, "dropout": 0.1}
+        register(f"TransformerLM_tinyshakespeare_5layer_{width}width", build, **transformer, **sizes)
+    for number, (heads, width, depth, batch_size, length, dropout) in enumerate(
+        ((5, 20, 1, 4, 8, 0.1), (6, 24, 1, 4, 8, 0.1), (4, 32, 2, 8, 8, 0.0), (4, 32, 1, 8, 16, 0.0))
+    ):
+        sizes = {
+            "heads": heads,
+            "width": width,
+            "depth": depth,
+            "batch_size": batch_size,
+            "length": length,
+            "dropout": dropout,
+        }
+        register(f"TransformerLM_tinyshakespeare_MultiRuntime_{number}", build, **transformer, **sizes)
+    vit = {"network": "vit", "dataset": "cifar10", "patch": 16, "batch_size": 128}
+    register("VIT_Cifar10_wideshallow", build, width=384, depth=6, heads=6, **vit)
+    register("VIT_Cifar10_skinnydeep", build, width=128, depth=10, heads=4, **vit)
+
+
+GENERALIZATION: dict[str, str] = {
+    "ImageMLP_Cifar10_128x128x128_Relu": "ImageMLP_Cifar10_128x128x128_Relu",
+    "ImageMLP_Cifar10_1024x1024_Relu": "ImageMLP_Cifar10_1024x1024_Relu",
+    "ImageMLP_Cifar10_128x128x128_Tanh_bs128": "ImageMLP_Cifar10_128x128x128_Tanh_bs128",
+    "ImageMLP_Cifar10_128x128x128_LayerNorm_Relu": "ImageMLP_Cifar10_128x128x128_LayerNorm_Relu",
+    "ImageMLP_Cifar10_128x128x128_LayerNorm_Tanh": "ImageMLP_Cifar10_128x128x128_LayerNorm_Tanh",
+    "ImageMLP_Cifar10_128x128x128_BatchNorm_Relu": "ImageMLP_Cifar10_128x128x128_BatchNorm_Relu",
+    "ImageMLP_Cifar10_128x128_Dropout05_Relu_MSE": "ImageMLP_Cifar10_128x128_Dropout05_Relu_MSE",
+    "ImageMLP_Mnist_128x128x128_Relu": "ImageMLP_Mnist_128x128x128_Relu",
+    "ImageMLPAE_Cifar10_32x32x32_bs128": "ImageMLPAE_Cifar10_32x32x32_bs128",
+    "ESWrapped_1pair_ImageMLP_Cifar10_128x128x128_Relu": "ESWrapped_1pair_ImageMLP_Cifar10_128x128x128_Relu",
+    "ESWrapped_8pair_ImageMLP_Mnist_128x128x128_Relu": "ESWrapped_8pair_ImageMLP_Mnist_128x128x128_Relu",
+    "Conv_Cifar10_32x64x64_batchnorm": "Conv_Cifar10_32x64x64_batchnorm",
+    "Resnet_Cifar10_MultiRuntime_5": "Resnet_MultiRuntime_5",
+    "RNNLM_tinyshakespeare_Patch32_LSTM256_Embed128": "RNNLM_lm1bbytes_Patch32_LSTM256_Embed128",
+    "TransformerLM_tinyshakespeare_5layer_256width": "TransformerLM_LM1B_5layer_256width",
+    "VIT_Cifar10_skinnydeep": "VIT_Cifar100_skinnydeep",
+}
+"""Sixteen tasks as in the STAR paper's generalization study: name here -> the reference task that it is or stands for.
+
+The paper names them only in figures that are not at hand: which sixteen is a guess from the kinds that its text lists.
+"""
+
+_register_small()
+_register_papers()
+_register_images()
+_register_reference_mlps()
+_register_reference_rest()

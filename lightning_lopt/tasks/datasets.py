@@ -1,0 +1,295 @@
+"""Data sets as tensors: `load(name)`.
+
+`digits`, `breast_cancer`, `wine`, `diabetes` and `two_moons` come with scikit-learn. `mnist`, `fashion_mnist`,
+`cifar10` and `tinyshakespeare` are read from the folder `$LIGHTNING_LOPT_DATA`, else through torchvision where it is
+installed. `synthetic` is made up, and is used only where it is asked for by name. Nothing happens at import, and
+everything that is loaded stays cached.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FOLDER_VARIABLE = "LIGHTNING_LOPT_DATA"
+_TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
+_ARRAYS = ("train_x", "train_y", "test_x", "test_y")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """Training and test examples on the CPU. Images are float32 in [0, 1], not standardized."""
+
+    name: str
+    train_x: Tensor = dataclasses.field(
+        repr=False
+    )  # images (n, c, h, w), features (n, f), or text (n,) as uint8 tokens
+    train_y: Tensor = dataclasses.field(repr=False)  # int64 classes (n,), float32 targets (n,), or the following tokens
+    test_x: Tensor = dataclasses.field(repr=False)
+    test_y: Tensor = dataclasses.field(repr=False)
+    num_classes: int  # 0 for regression; the vocabulary's size for text
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the examples are one long sequence of tokens."""
+        return self.train_x.dim() == 1
+
+
+def load(name: str) -> Dataset:
+    """A data set by name, read once and then kept in memory.
+
+    Args:
+        name: one of `list_datasets()`.
+
+    Raises:
+        ValueError: unknown name.
+        FileNotFoundError: the data are nowhere to be found; the message says where they are looked for.
+        ModuleNotFoundError: scikit-learn is needed and not installed.
+
+    Example:
+        >>> digits = load("digits")
+        >>> digits.train_x.shape, digits.test_x.shape, digits.num_classes
+        (torch.Size([1437, 1, 8, 8]), torch.Size([360, 1, 8, 8]), 10)
+    """
+    if name not in _LOADERS:
+        raise ValueError(f"Unknown dataset {name!r}; known are {list_datasets()}.")
+    return _load(name, os.environ.get(FOLDER_VARIABLE))
+
+
+def list_datasets() -> list[str]:
+    """The names that `load` knows."""
+    return sorted(_LOADERS)
+
+
+def is_available(name: str) -> bool:
+    """Whether `load(name)` works here without a download."""
+    if name in (*_TORCHVISION, "tinyshakespeare"):
+        return _file(name, os.environ.get(FOLDER_VARIABLE)) is not None
+    return name == "synthetic" or importlib.util.find_spec("sklearn") is not None
+
+
+def synthetic(
+    shape: tuple[int, ...] = (1, 8, 8), num_classes: int = 10, num_train: int = 1024, num_test: int = 256, seed: int = 0
+) -> Dataset:
+    """A made-up classification problem: noisy copies of one random pattern per class, clipped to [0, 1].
+
+    Args:
+        shape: of one example, default one channel of 8 x 8.
+        num_classes: default 10.
+        num_train: training examples, default 1,024.
+        num_test: test examples, default 256.
+        seed: everything follows from it.
+
+    Example:
+        >>> synthetic((3, 4, 4), num_classes=2).train_x.shape
+        torch.Size([1024, 3, 4, 4])
+    """
+    generator = torch.Generator().manual_seed(seed)
+    patterns = torch.rand(num_classes, *shape, generator=generator)
+    labels = torch.randint(num_classes, (num_train + num_test,), generator=generator)
+    noise = 0.5 * torch.randn(len(labels), *shape, generator=generator)
+    images = (patterns[labels] + noise).clamp(0.0, 1.0)
+    return Dataset(
+        "synthetic", images[:num_train], labels[:num_train], images[num_train:], labels[num_train:], num_classes
+    )
+
+
+def resize(dataset: Dataset, size: int) -> Dataset:
+    """The data set with its images brought to `size` x `size` pixels by area averaging."""
+    if size < 1 or dataset.train_x.dim() != 4:
+        raise ValueError(
+            f"image_size={size} is not allowed: it must be at least 1, and {dataset.name!r} must be of images."
+        )
+    if dataset.train_x.shape[-2:] == (size, size):
+        return dataset
+    train_x, test_x = area_resize(dataset.train_x, size), area_resize(dataset.test_x, size)
+    return dataclasses.replace(dataset, train_x=train_x, test_x=test_x)
+
+
+def grayscale(dataset: Dataset) -> Dataset:
+    """The data set with the mean over its images' channels in place of them."""
+    if dataset.train_x.dim() != 4:
+        raise ValueError(f"grayscale=True is not allowed for {dataset.name!r}: it is not of images.")
+    return dataclasses.replace(
+        dataset, train_x=dataset.train_x.mean(1, keepdim=True), test_x=dataset.test_x.mean(1, keepdim=True)
+    )
+
+
+def area_resize(images: Tensor, size: int) -> Tensor:
+    """Average the pixels under each new pixel, by the area that they share: (n, c, h, w) -> (n, c, size, size).
+
+    Exact for sizes that do not divide, where adaptive pooling counts shared pixels in full.
+
+    Example:
+        >>> area_resize(torch.tensor([[[[0.0, 3.0, 6.0]] * 3]]), 2)[0, 0, 0]
+        tensor([1., 5.])
+    """
+    rows, columns = (_overlap(old, size).to(images) for old in images.shape[-2:])
+    return rows @ images @ columns.T
+
+
+def _overlap(old: int, new: int) -> Tensor:
+    """(new, old): the share of each old pixel in each new one; rows sum to 1."""
+    edges = torch.arange(new + 1, dtype=torch.float64) * old / new
+    pixels = torch.arange(old, dtype=torch.float64)
+    shared = torch.minimum(edges[1:, None], pixels + 1) - torch.maximum(edges[:-1, None], pixels)
+    return shared.clamp(min=0) * new / old
+
+
+@functools.cache
+def _load(name: str, folder: str | None) -> Dataset:
+    return _LOADERS[name](name, folder)
+
+
+def _import(module: str, name: str) -> Any:
+    # importlib, so that neither importing this package nor checking its types needs the optional libraries.
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        library = {"sklearn": "scikit-learn"}.get(module.split(".")[0], module)
+        raise ModuleNotFoundError(
+            f"Dataset {name!r} needs {library}, which is not installed: pip install {library}."
+        ) from None
+
+
+def _file(name: str, folder: str | None) -> Path | None:
+    """The data set's file in the folder, where there is one."""
+    if folder is None:
+        return None
+    path = Path(folder).expanduser() / (f"{name}.txt" if name == "tinyshakespeare" else f"{name}.npz")
+    return path if path.is_file() else None
+
+
+def _missing(name: str, folder: str | None, more: str) -> FileNotFoundError:
+    file = f"{name}.txt" if name == "tinyshakespeare" else f"{name}.npz"
+    came = f"{FOLDER_VARIABLE} is not set" if folder is None else f"{FOLDER_VARIABLE}={folder} has no {file}"
+    return FileNotFoundError(
+        f"Dataset {name!r} was not found: {came}, and {more}. Set {FOLDER_VARIABLE} to a folder with {file}, "
+        "or ask for 'digits' or 'synthetic', which need no files."
+    )
+
+
+def _load_images(name: str, folder: str | None) -> Dataset:
+    path = _file(name, folder)
+    if path is None:
+        return _load_torchvision(name, folder)
+    numpy = _import("numpy", name)
+    try:
+        # The stream is ours, because numpy leaves its own open when the file is broken.
+        with path.open("rb") as stream, numpy.load(stream) as file:
+            arrays = [torch.from_numpy(file[key]) for key in _ARRAYS]
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path} cannot be read: it must be an .npz with the uint8 arrays {', '.join(_ARRAYS)}."
+        ) from error
+    return _from_arrays(name, arrays)
+
+
+def _load_torchvision(name: str, folder: str | None) -> Dataset:
+    try:
+        torchvision = importlib.import_module("torchvision.datasets")
+    except ImportError:
+        raise _missing(name, folder, "torchvision is not installed") from None
+    root = folder or str(Path("~/.cache/lightning_lopt").expanduser())
+    try:
+        parts = [getattr(torchvision, _TORCHVISION[name])(root, train=train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError) as error:
+        raise _missing(name, folder, f"torchvision could not provide it ({error})") from error
+    arrays = [torch.as_tensor(array) for part in parts for array in (part.data, part.targets)]
+    return _from_arrays(name, arrays)
+
+
+def _from_arrays(name: str, arrays: list[Tensor]) -> Dataset:
+    train_x, train_y, test_x, test_y = arrays
+    train_y, test_y = train_y.long(), test_y.long()
+    return Dataset(name, _images(train_x), train_y, _images(test_x), test_y, int(train_y.max()) + 1)
+
+
+def _images(array: Tensor) -> Tensor:
+    """(n, h, w) or (n, h, w, c) uint8 -> (n, c, h, w) float32 in [0, 1]."""
+    array = array.unsqueeze(1) if array.dim() == 3 else array.permute(0, 3, 1, 2)
+    return array.contiguous().float().div_(255.0)  # reordered while it is small
+
+
+def _load_text(name: str, folder: str | None) -> Dataset:
+    path = _file(name, folder)
+    if path is None:
+        raise _missing(name, folder, "torchvision does not have it")
+    text = path.read_text(encoding="utf-8")
+    vocabulary = {character: token for token, character in enumerate(sorted(set(text)))}
+    if not 2 <= len(vocabulary) <= 256 or len(text) < 1000:
+        raise ValueError(
+            f"{path} cannot be used: it must be a text of 1,000 characters or more, of 2 to 256 different ones."
+        )
+    tokens = torch.tensor([vocabulary[character] for character in text], dtype=torch.uint8)
+    split = int(0.9 * len(tokens))
+    train, test = tokens[:split], tokens[split:]
+    return Dataset(name, train[:-1], train[1:], test[:-1], test[1:], len(vocabulary))
+
+
+def _load_digits(name: str, folder: str | None) -> Dataset:
+    data = _import("sklearn.datasets", name).load_digits()
+    return _split(
+        name, torch.from_numpy(data.images).float().unsqueeze(1) / 16.0, torch.from_numpy(data.target).long(), 10
+    )
+
+
+def _load_table(name: str, folder: str | None) -> Dataset:
+    """Tabular data: features, and regression targets, at mean 0 and standard deviation 1 over the training part."""
+    data = getattr(_import("sklearn.datasets", name), f"load_{name}")()
+    regression = name == "diabetes"
+    y = torch.from_numpy(data.target)
+    dataset = _split(name, torch.from_numpy(data.data), y, 0 if regression else int(y.max()) + 1)
+    train_x, test_x = _standardize(dataset.train_x, dataset.test_x)
+    if not regression:
+        return Dataset(name, train_x, dataset.train_y.long(), test_x, dataset.test_y.long(), dataset.num_classes)
+    train_y, test_y = _standardize(dataset.train_y, dataset.test_y)
+    return Dataset(name, train_x, train_y, test_x, test_y, 0)
+
+
+def _load_two_moons(name: str, folder: str | None) -> Dataset:
+    """The 1,024 points of Maheswaranathan et al. 2021 (arXiv 2011.02159), and 256 of another seed as the test part."""
+    moons = _import("sklearn.datasets", name).make_moons
+    parts = []
+    for num, seed in ((1024, 0), (256, 1)):
+        x, y = moons(n_samples=num, shuffle=True, noise=0.1, random_state=seed)
+        parts += [torch.from_numpy(x).float(), torch.from_numpy(y).long()]
+    train_x, train_y, test_x, test_y = parts
+    return Dataset(name, train_x, train_y, test_x, test_y, 2)
+
+
+def _split(name: str, x: Tensor, y: Tensor, num_classes: int) -> Dataset:
+    """First 80 % of a fixed permutation for training, the rest for testing."""
+    # numpy's legacy generator is frozen: this permutation is the same on every version and machine.
+    order = torch.from_numpy(_import("numpy", name).random.RandomState(0).permutation(len(x)))
+    train, test = order[: int(0.8 * len(x))], order[int(0.8 * len(x)) :]
+    return Dataset(name, x[train], y[train], x[test], y[test], num_classes)
+
+
+def _standardize(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
+    std, mean = torch.std_mean(train.double(), 0)
+    return tuple(((part.double() - mean) / std).float() for part in (train, test))  # type: ignore[return-value]
+
+
+_LOADERS: dict[str, Callable[[str, str | None], Dataset]] = {
+    "digits": _load_digits,
+    "breast_cancer": _load_table,
+    "wine": _load_table,
+    "diabetes": _load_table,
+    "two_moons": _load_two_moons,
+    "mnist": _load_images,
+    "fashion_mnist": _load_images,
+    "cifar10": _load_images,
+    "tinyshakespeare": _load_text,
+    "synthetic": lambda name, folder: synthetic(),
+}

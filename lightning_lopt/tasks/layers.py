@@ -1,0 +1,182 @@
+"""Parameter specifications, initializers and functional layers that the networks are made of.
+
+Everything works on dicts of tensors and on one member: vmap adds the population. Weights have torch's layout, (out, in)
+and (out, in, kh, kw); epsilon of the norms is 1e-5, as in Haiku and torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_lopt.tasks import draws
+from lightning_lopt.tasks.base import Params, check_choice
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "gelu": lambda x: F.gelu(x, approximate="tanh"),
+    "leaky_relu": F.leaky_relu,
+    "elu": F.elu,
+    "silu": F.silu,
+}
+NORMS = ("none", "layer", "batch")
+SCHEMES = ("haiku", "torch", "normal")
+
+
+class Spec(NamedTuple):
+    """One parameter: its shape, and what its initial values depend on."""
+
+    shape: tuple[int, ...]
+    kind: str  # "weight", "bias" or "embedding": drawn by the scheme; "ones" or "zeros": the same in each
+    fan_in: int = 1
+    gain: float = 1.0  # multiplies the standard deviation of "haiku" weights and embeddings
+
+
+class Network(Protocol):
+    """A network as static configuration: parameter specifications and a pure forward function."""
+
+    def specs(self) -> dict[str, Spec]:
+        """Name -> specification, in forward order."""
+        ...
+
+    def mask_shapes(self, batch_size: int) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the dropout masks of one batch; empty without dropout."""
+        ...
+
+    @property
+    def dropout(self) -> float:
+        """The dropout rate."""
+        ...
+
+    def apply(self, params: Params, x: Tensor, masks: tuple[Tensor, ...] = ()) -> Tensor:
+        """The outputs for a batch: x (b, ...) -> (b, ..., outputs). No masks: no dropout."""
+        ...
+
+
+def init_params(
+    specs: Mapping[str, Spec],
+    generator: torch.Generator,
+    population: int | None,
+    scheme: str = "haiku",
+    std: float = 0.01,
+) -> Params:
+    """Initial parameters.
+
+    Args:
+        specs: name -> specification.
+        generator: the only source of randomness.
+        population: leading axis, or None.
+        scheme: "haiku": weights truncated normal of std 1 / sqrt(fan_in), biases 0, embeddings truncated normal of std
+        1;
+            "torch": what nn.Linear, nn.Conv2d and nn.Embedding draw, U(+-1 / sqrt(fan_in)) and N(0, 1);
+            "normal": all three N(0, std^2), as Andrychowicz et al. 2016 do.
+        std: of "normal".
+    """
+    check_choice("scheme", scheme, SCHEMES)
+    return {name: _draw(spec, generator, population, scheme, std) for name, spec in specs.items()}
+
+
+def _draw(spec: Spec, generator: torch.Generator, population: int | None, scheme: str, std: float) -> Tensor:
+    shape, bound = spec.shape, 1.0 / math.sqrt(spec.fan_in)
+    if spec.kind == "ones":
+        return torch.ones((*draws.lead(population), *shape), device=generator.device)
+    if spec.kind == "zeros" or (spec.kind == "bias" and scheme == "haiku"):
+        return torch.zeros((*draws.lead(population), *shape), device=generator.device)
+    if scheme == "normal":
+        return draws.normal(generator, shape, population, std)
+    if scheme == "haiku":
+        return draws.truncated_normal(
+            generator, shape, population, spec.gain * (1.0 if spec.kind == "embedding" else bound)
+        )
+    if spec.kind == "embedding":
+        return draws.normal(generator, shape, population)
+    return draws.uniform(generator, shape, population, -bound, bound)
+
+
+def linear_specs(name: str, inputs: int, outputs: int, *, gain: float = 1.0, zero: bool = False) -> dict[str, Spec]:
+    """Specifications of a linear layer; `zero`: weight and bias start at 0."""
+    kinds = ("zeros", "zeros") if zero else ("weight", "bias")
+    return {
+        f"{name}.weight": Spec((outputs, inputs), kinds[0], inputs, gain),
+        f"{name}.bias": Spec((outputs,), kinds[1], inputs),
+    }
+
+
+def conv_specs(name: str, inputs: int, outputs: int, kernel_size: int, *, bias: bool = True) -> dict[str, Spec]:
+    """Specifications of a 2-d convolution with a square kernel."""
+    fan_in = inputs * kernel_size**2
+    specs = {f"{name}.weight": Spec((outputs, inputs, kernel_size, kernel_size), "weight", fan_in)}
+    return {**specs, f"{name}.bias": Spec((outputs,), "bias", fan_in)} if bias else specs
+
+
+def norm_specs(name: str, size: int) -> dict[str, Spec]:
+    """Specifications of a norm's scale (1) and offset (0)."""
+    return {f"{name}.weight": Spec((size,), "ones"), f"{name}.bias": Spec((size,), "zeros")}
+
+
+def linear(params: Params, name: str, x: Tensor) -> Tensor:
+    """(..., in) -> (..., out)."""
+    return F.linear(x, params[f"{name}.weight"], params[f"{name}.bias"])
+
+
+def conv(params: Params, name: str, x: Tensor, stride: int = 1, padding: str = "same") -> Tensor:
+    """(b, in, h, w) -> (b, out, h', w'), padded as `pad_same` does or ("valid") not at all."""
+    weight = params[f"{name}.weight"]
+    if padding == "same":
+        x = pad_same(x, weight.shape[-1], stride)
+    return F.conv2d(x, weight, params.get(f"{name}.bias"), stride)
+
+
+def pad_same(x: Tensor, kernel_size: int, stride: int, value: float = 0.0) -> Tensor:
+    """Pad (b, c, h, w) so that a window of `kernel_size` gives ceil(size / stride) outputs.
+
+    An odd pixel goes after the end: this is XLA's and TensorFlow's "SAME"; torch's symmetric padding differs from it
+    for stride 2 on an even size.
+
+    Example:
+        >>> pad_same(torch.zeros(1, 1, 4, 4), kernel_size=3, stride=2).shape
+        torch.Size([1, 1, 5, 5])
+    """
+    pads: list[int] = []
+    for size in (x.shape[-1], x.shape[-2]):
+        total = max((math.ceil(size / stride) - 1) * stride + kernel_size - size, 0)
+        pads += [total // 2, total - total // 2]
+    return F.pad(x, pads, value=value) if any(pads) else x
+
+
+def max_pool_same(x: Tensor, kernel_size: int = 3, stride: int = 2) -> Tensor:
+    """Max pooling of (b, c, h, w) with `pad_same`'s padding."""
+    return F.max_pool2d(pad_same(x, kernel_size, stride, -math.inf), kernel_size, stride)
+
+
+def norm(params: Params, name: str, x: Tensor, kind: str) -> Tensor:
+    """Normalize (b, c) or (b, c, h, w), then scale and shift per channel; "none" does nothing.
+
+    "layer" normalizes over the channels of each example and position, "batch" each channel over examples and positions,
+    always with the statistics of the batch at hand: there is no running average, so the loss stays a pure function.
+    """
+    if kind == "none":
+        return x
+    spatial = tuple(range(2, x.dim()))
+    var, mean = torch.var_mean(x, (1,) if kind == "layer" else (0, *spatial), correction=0, keepdim=True)
+    per_channel = (-1, *[1] * len(spatial))
+    weight, bias = (params[f"{name}.{part}"].reshape(per_channel) for part in ("weight", "bias"))
+    return (x - mean) * torch.rsqrt(var + 1e-5) * weight + bias
+
+
+def layer_norm(params: Params, name: str, x: Tensor) -> Tensor:
+    """Normalize over the last axis, then scale and shift it."""
+    weight = params[f"{name}.weight"]
+    return F.layer_norm(x, weight.shape, weight, params[f"{name}.bias"])
+
+
+def mask(x: Tensor, masks: tuple[Tensor, ...], index: int) -> Tensor:
+    """Dropout with a mask that was drawn into the batch; without masks, none."""
+    return x * masks[index] if masks else x

@@ -1,0 +1,44 @@
+"""The examples run as a user would run them, from an empty folder, and the bundled rules are what their script writes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lightning_lopt as lopt
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+ARGUMENTS = {"quickstart.py": ["--epochs", "2", "--seeds", "2"], "nominal_rules.py": ["--out", "rules"]}
+
+
+def run(script: Path, folder: Path) -> str:
+    environment = {**os.environ, "MPLBACKEND": "Agg", "PYTHONPATH": str(EXAMPLES.parent)}
+    command = [sys.executable, str(script), *ARGUMENTS.get(script.name, [])]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_example_runs_and_is_short(script, tmp_path):
+    assert run(script, tmp_path).strip()
+    assert len(script.read_text().splitlines()) <= 80
+
+
+def test_quickstart_draws_both_curves(tmp_path):
+    out = run(EXAMPLES / "quickstart.py", tmp_path)
+    assert "STAR, untuned" in out
+    assert "AdamW, default lr" in out
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bundled_rules_are_reproduced_bit_by_bit(tmp_path):
+    run(EXAMPLES / "nominal_rules.py", tmp_path)
+    for name in ("star", "hyperparam"):
+        made, bundled = lopt.load_rule(tmp_path / "rules" / name), lopt.load_rule(name)
+        assert made.config == bundled.config
+        for key, tensor in made.state_dict().items():
+            assert torch.equal(tensor, bundled.state_dict()[key])
