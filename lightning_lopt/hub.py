@@ -232,8 +232,11 @@ def _check_arguments(repo_id: str, refs: Mapping[str, str | None], token: object
             raise ValueError(f"{argument}={_show(ref)} is not allowed: pass a branch, a tag or a commit sha.")
     if isinstance(token, str) and not re.fullmatch("[!-~]+", token):
         raise ValueError("token is not allowed: it is empty or has spaces or non-ASCII characters. Copy it again.")
-    if endpoint is not None and not re.fullmatch("https?://[!-?A-~]+", endpoint):  # no @: errors show the endpoint
-        raise ValueError(f"endpoint={_show(endpoint)} is not allowed: pass one such as 'https://huggingface.co'.")
+    if endpoint is not None and not re.fullmatch("https?://[!-?A-~]+", endpoint):
+        shown = "..." if "@" in endpoint else _show(endpoint)  # what is before an @ may be a password
+        raise ValueError(
+            f"endpoint={shown} is not allowed: pass one such as 'https://huggingface.co', without user name."
+        )
 
 
 # --- Reading ---
@@ -403,7 +406,7 @@ def _serialize(rule: UpdateRule) -> dict[str, bytes]:
         raise ValueError(
             f"{CONFIG}: the configuration is no JSON ({error}). Use numbers, strings and tuples."
         ) from error
-    weights = safetensors.torch.save(tensors, metadata)
+    weights = _sorted_header(safetensors.torch.save(tensors, metadata))
     template = _parse_config(config.encode(), CONFIG)
     if template.config != rule.config:
         raise ValueError(f"{CONFIG}: JSON does not give the configuration back. Use numbers, strings and flat tuples.")
@@ -411,6 +414,14 @@ def _serialize(rule: UpdateRule) -> dict[str, bytes]:
         _check_size(len(data), name, name)
     _read_weights(io.BytesIO(weights), len(weights), template, WEIGHTS)
     return {WEIGHTS: weights, CONFIG: config.encode()}
+
+
+def _sorted_header(weights: bytes) -> bytes:
+    """The library writes its metadata in random order; one rule is to be the same bytes each time, and one commit."""
+    end = 8 + int.from_bytes(weights[:8], "little")
+    header = json.dumps(json.loads(weights[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # data are aligned to 8 bytes
+    return len(header).to_bytes(8, "little") + header + weights[end:]
 
 
 def _replace_files(directory: Path, files: Mapping[str, bytes]) -> None:
