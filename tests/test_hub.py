@@ -13,6 +13,7 @@ from hub_server import TOKEN, Hub, serve
 
 import lightning_lopt as lopt
 from lightning_lopt import hub as lopt_hub
+from lightning_lopt.hub import bundle
 from lightning_lopt.rules import UpdateRule
 
 REPO = "someone/my-star"
@@ -61,7 +62,7 @@ def bundled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, kind in (("star", "star"), ("tiny", "hyperparam")):
         lopt.save_rule(lopt.rules.make(kind), folder / name)
     (folder / "no-rule").mkdir()
-    monkeypatch.setattr(lopt_hub, "bundled_dir", lambda: folder)
+    monkeypatch.setattr(bundle, "bundled_dir", lambda: folder)
     return folder
 
 
@@ -104,7 +105,7 @@ def test_a_bundled_rule_is_loaded_by_its_name(bundled: Path) -> None:
 
 
 def test_nothing_is_bundled_where_there_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lopt_hub, "bundled_dir", lambda: tmp_path / "absent")
+    monkeypatch.setattr(bundle, "bundled_dir", lambda: tmp_path / "absent")
     assert lopt.list_pretrained() == []
 
 
@@ -114,12 +115,12 @@ def test_the_bundled_folder_is_the_installed_one_else_the_checkouts(
     monkeypatch.undo()
     package = tmp_path / "site" / "lightning_lopt"
     package.mkdir(parents=True)
-    monkeypatch.setattr(lopt_hub, "__file__", str(package / "hub.py"))
-    assert lopt_hub.bundled_dir() == package / "pretrained"  # not site/pretrained, which would be someone else's
+    monkeypatch.setattr(bundle, "__file__", str(package / "hub" / "bundle.py"))
+    assert bundle.bundled_dir() == package / "pretrained"  # not site/pretrained, which would be someone else's
     (tmp_path / "site" / "pyproject.toml").touch()
-    assert lopt_hub.bundled_dir() == tmp_path / "site" / "pretrained"
+    assert bundle.bundled_dir() == tmp_path / "site" / "pretrained"
     (package / "pretrained").mkdir()
-    assert lopt_hub.bundled_dir() == package / "pretrained"
+    assert bundle.bundled_dir() == package / "pretrained"
 
 
 def test_a_directory_comes_before_a_bundled_name_and_before_the_hub(
@@ -271,13 +272,13 @@ def test_both_files_come_from_one_commit(
     """The branch moves between the two downloads."""
     first = lopt.rules.make("star")
     sha = push(hub, first)
-    original = lopt_hub._read_config
+    original = lopt_hub.read_config
 
     def read_config_then_move_the_branch(*arguments: Any) -> UpdateRule:
         push(hub, lopt.rules.make("star"))
         return original(*arguments)
 
-    monkeypatch.setattr(lopt_hub, "_read_config", read_config_then_move_the_branch)
+    monkeypatch.setattr(lopt_hub, "read_config", read_config_then_move_the_branch)
     loaded = load()
     assert loaded.source == (REPO, sha)
     assert_equal(loaded, first)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lightning_lopt as lopt
-from lightning_lopt import hub
+from lightning_lopt.hub import files
 from lightning_lopt.rules import REGISTRY, RuleConfig, UpdateRule
 
 KINDS = sorted(REGISTRY)
@@ -576,7 +576,7 @@ def assert_loads_or_is_refused(folder: str, name: str, data: bytes, expected: Up
 
 
 STAR = lopt.rules.make("star")
-STAR_FILES = hub._serialize(STAR)
+STAR_FILES = files.serialize(STAR)
 HEADER_LENGTH = int.from_bytes(STAR_FILES["model.safetensors"][:8], "little")
 
 

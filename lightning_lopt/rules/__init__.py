@@ -1,6 +1,15 @@
 """Update rules: the maths of every optimizer of this package, in torch alone."""
 
-from lightning_lopt.rules.base import REGISTRY, RuleConfig, StepContext, UpdateRule, compute_dtype, make, register
+from lightning_lopt.rules.base import (
+    REGISTRY,
+    RuleConfig,
+    Source,
+    StepContext,
+    UpdateRule,
+    compute_dtype,
+    make,
+    register,
+)
 from lightning_lopt.rules.star import STAR, STARConfig
 
 __all__ = [
@@ -8,6 +17,7 @@ __all__ = [
     "STAR",
     "RuleConfig",
     "STARConfig",
+    "Source",
     "StepContext",
     "UpdateRule",
     "compute_dtype",

@@ -29,6 +29,13 @@ class StepContext(NamedTuple):
 ConfigType = TypeVar("ConfigType", bound="RuleConfig")
 
 
+class Source(NamedTuple):
+    """Where a rule was loaded from: `rule.source`."""
+
+    name: str  # bundled name, directory or Hub repo id
+    revision: str | None  # commit sha, for a Hub repo
+
+
 @dataclasses.dataclass(frozen=True)
 class RuleConfig:
     """Base of the rules' frozen, self-validating, JSON-serialisable configurations."""
@@ -93,6 +100,7 @@ class UpdateRule(nn.Module):
     needs_loss: ClassVar[bool] = False
     kind: str
     config: RuleConfig
+    source: Source | None = None
 
     def __init__(self, config: RuleConfig | None = None, *, kind: str = "") -> None:
         super().__init__()

@@ -1,9 +1,9 @@
 """A learned schedule: one factor for the steps of the whole net, from how far the run has come.
 
-Not in the STAR paper. Why: a rule that does not know how long a run is cannot anneal at the right time, and AdamW with a
-cosine schedule, which does know, is the hardest baseline; Lightning knows the length of nearly every run. Learned
-schedulers beside a per-parameter rule are VeLO's (Metz et al. 2022, arXiv 2211.09760) and Celo's; theirs are LSTMs, this is a
-curve of a few points, which can be drawn and read.
+Not in the STAR paper. Why: a rule that does not know how long a run is cannot anneal at the right time, and AdamW with
+a cosine schedule, which does know, is the hardest baseline; Lightning knows the length of nearly every run. Learned
+schedulers beside a per-parameter rule are VeLO's (Metz et al. 2022, arXiv 2211.09760) and Celo's; theirs are LSTMs,
+this is a curve of a few points, which can be drawn and read.
 """
 
 from __future__ import annotations

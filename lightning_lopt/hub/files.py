@@ -1,0 +1,297 @@
+"""A rule's three files: read without trust, written whole or not at all.
+
+Nothing that is read is ever executed: no pickle, and a kind is looked up in `rules.REGISTRY`, never imported. Sizes are
+bounded before anything is parsed, and the header of the weights must name exactly the tensors that the configuration
+asks for before their data are read. What is wrong with a file is a `ValueError` of one line.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import io
+import json
+import math
+import os
+import reprlib
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from lightning_lopt.rules import REGISTRY, Source, UpdateRule
+
+FORMAT_VERSION = 1
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+MAX_BYTES = {CONFIG: 64 << 10, WEIGHTS: 64 << 20}
+MAX_HEADER_BYTES = 1 << 20
+DTYPES = ("F16", "BF16", "F32", "F64")
+
+
+def library_version() -> str:
+    """The installed package's version, which files and requests carry."""
+    try:
+        return importlib.metadata.version("lightning_lopt")
+    except importlib.metadata.PackageNotFoundError:  # a checkout on the path, not installed
+        return "unknown"
+
+
+@contextmanager
+def _open(path: Path, file: str) -> Iterator[BinaryIO]:
+    if not path.is_file():  # a named pipe would block for ever
+        todo = "Only safetensors are read" if path.name == WEIGHTS else "save_rule writes one"
+        raise _refusal(file, "is missing or is no regular file", f"{todo}; check the directory.")
+    with path.open("rb") as stream:
+        check_size(os.fstat(stream.fileno()).st_size, path.name, file)
+        yield stream
+
+
+def check_size(size: int, name: str, file: str) -> None:
+    """Refuse a file of that name which is larger than a rule's can be."""
+    if size > MAX_BYTES[name]:
+        raise _refusal(file, f"has {size} bytes; at most {MAX_BYTES[name]} are allowed", "It is no rule's file.")
+
+
+def read_config(path: Path, file: str) -> UpdateRule:
+    """The rule that a config.json describes, on the meta device: shapes at no memory. `file` is its name in errors."""
+    with _open(path, file) as stream:
+        return _parse_config(stream.read(), file)
+
+
+def _parse_config(data: bytes, file: str) -> UpdateRule:
+    """The rule on the meta device: its kind, its configuration and its tensors' shapes, at no memory."""
+    spec = _parse_json(data, file)
+    version, kind, values = (spec.get(key) for key in ("format_version", "kind", "config"))
+    if type(version) is not int or version < 1:
+        raise _refusal(file, f"format_version={show(version)}; allowed is {FORMAT_VERSION}", "It is no rule's file.")
+    if version > FORMAT_VERSION:
+        what = (
+            f"format_version={version} is newer than {FORMAT_VERSION}, which lightning_lopt {library_version()} reads"
+        )
+        raise _refusal(file, what, "Upgrade: pip install -U lightning_lopt.")
+    if not isinstance(kind, str) or kind not in REGISTRY:
+        what = f"kind={show(kind)} is unknown; known are {', '.join(sorted(REGISTRY))}"
+        raise _refusal(file, what, "Upgrade lightning_lopt, or register your own kind first.")
+    if not isinstance(values, dict):
+        raise _refusal(file, f"config={show(values)}; allowed is an object", "It is no rule's file.")
+    rule, defaults = REGISTRY[kind]
+    try:
+        return _make(kind, rule.Config.from_dict({**defaults, **values}), "meta")
+    except Exception as error:  # the values are untrusted: whatever a rule's own checks trip over is the file's fault
+        raise _refusal(file, f"config of kind {kind!r}: {error}", "Correct or remove the key.") from error
+
+
+def _make(kind: str, config: Any, device: str) -> UpdateRule:
+    # The initial values are thrown away, so they must not move the user's random state either.
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        return REGISTRY[kind].rule(config, kind=kind)
+
+
+def _parse_json(data: bytes, file: str) -> dict[str, Any]:
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(result := dict(items)) < len(items):
+            raise ValueError("a key comes twice")
+        return result
+
+    def number(text: str) -> float:
+        if not math.isfinite(value := float(text)):
+            raise ValueError(f"{text[:20]} is no finite number")
+        return value
+
+    def integer(text: str) -> int:
+        if len(text) > 19:  # beyond 64 bits float() overflows, and beyond 4300 digits int() refuses
+            raise ValueError(f"{text[:20]}... is too large")
+        return int(text)
+
+    try:
+        value = json.loads(
+            data.decode(), object_pairs_hook=pairs, parse_float=number, parse_constant=number, parse_int=integer
+        )
+    except (ValueError, RecursionError) as error:
+        raise _refusal(file, f"is no valid JSON ({error})", "The file is damaged; take another copy.") from None
+    if not isinstance(value, dict):
+        raise _refusal(file, f"holds {show(value)}; allowed is a JSON object", "It is no rule's file.")
+    return value
+
+
+def build(template: UpdateRule, weights: Path, file: str, source: Source) -> UpdateRule:
+    """The rule of a template, with the weights of a file that holds exactly its tensors."""
+    with _open(weights, file) as stream:
+        tensors = _read_weights(stream, os.fstat(stream.fileno()).st_size, template, file)
+    rule = _make(template.kind, template.config, "cpu")
+    rule.load_state_dict(tensors, strict=True, assign=True)  # assign: keep the file's dtype
+    rule.source = source
+    return rule
+
+
+def _read_weights(stream: BinaryIO, size: int, template: UpdateRule, file: str) -> dict[str, Tensor]:
+    prefix = stream.read(8)
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+        raise _refusal(
+            file, "is truncated or no safetensors file", "Only safetensors are read, no pickle, .bin or .pt."
+        )
+    header = stream.read(length)
+    _check_header(_parse_json(header, file), template, file)
+    try:
+        tensors = safetensors.torch.load(prefix + header + stream.read(size - 8 - length))
+    except Exception as error:  # SafetensorError, or what torch makes of the file; the library names no common class
+        raise _refusal(file, f"is no valid safetensors file ({error})", "It is damaged; take another copy.") from error
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise _refusal(
+                file, f"tensor {name!r} holds NaN or infinity", "Its meta-training diverged; take another one."
+            )
+    return tensors
+
+
+def _check_header(header: dict[str, Any], template: UpdateRule, file: str) -> None:
+    """Compare kind, names, shapes and dtypes with the rule's."""
+    metadata = header.pop("__metadata__", {})
+    found_kind = metadata.get("lopt_kind", template.kind) if isinstance(metadata, dict) else metadata
+    if found_kind != template.kind:
+        what = f"is of kind {show(found_kind)}, {CONFIG} of kind {template.kind!r}"
+        raise _refusal(file, what, "Take both files from the same rule.")
+    expected = {name: list(tensor.shape) for name, tensor in template.state_dict().items()}
+    for problem, names in (
+        ("missing", expected.keys() - header.keys()),
+        ("unexpected", header.keys() - expected.keys()),
+    ):
+        if names:
+            what = f"tensor {show(min(names))} is {problem}; the rule has {clip(', '.join(expected), 70)}"
+            raise _refusal(file, what, "Take both files from the same rule.")
+    for name, shape in expected.items():
+        entry = header[name] if isinstance(header[name], dict) else {}
+        if entry.get("shape") != shape:
+            what = f"tensor {name!r} has shape {show(entry.get('shape'))}, {CONFIG} asks for {shape}"
+            raise _refusal(file, what, "Take both files from the same rule.")
+        if not isinstance(dtype := entry.get("dtype"), str) or dtype not in DTYPES:
+            what = f"tensor {name!r} has dtype {show(dtype)}; allowed are {', '.join(DTYPES)}"
+            raise _refusal(file, what, "Convert it to F32.")
+
+
+def show(value: object) -> str:
+    """A value for an error message: short, on one line."""
+    return clip(reprlib.repr(value), 60)
+
+
+def clip(text: str, limit: int) -> str:
+    """One printable line of at most `limit` characters: part of it may come from a file or a server."""
+    line = "".join(char if char.isprintable() else " " for char in text)
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def _refusal(file: str, what: str, todo: str) -> ValueError:
+    place = file if len(file) <= 80 else "..." + file[-77:]
+    return ValueError(f"{clip(place, 80)}: {clip(what, 140)}. {todo}")
+
+
+def serialize(rule: UpdateRule) -> dict[str, bytes]:
+    """The contents of the weights and the configuration, proven to load."""
+    if rule.kind not in REGISTRY or REGISTRY[rule.kind].rule.__qualname__ != type(rule).__qualname__:
+        known = ", ".join(sorted(REGISTRY))
+        raise ValueError(
+            f"{type(rule).__name__} of kind {rule.kind!r} is not registered; known are {known}. Register it first."
+        )
+    spec = {"format_version": FORMAT_VERSION, "kind": rule.kind, "library_version": library_version()}
+    # Cloned, since safetensors refuses tensors that share memory.
+    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in rule.state_dict().items()}
+    metadata = {"format": "pt", "lopt_kind": rule.kind, "format_version": str(FORMAT_VERSION)}
+    try:
+        config = json.dumps({**spec, "config": rule.config.to_dict()}, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{CONFIG}: the configuration is no JSON ({error}). Use numbers, strings and tuples."
+        ) from error
+    weights = _sorted_header(safetensors.torch.save(tensors, metadata))
+    template = _parse_config(config.encode(), CONFIG)
+    if template.config != rule.config:
+        raise ValueError(f"{CONFIG}: JSON does not give the configuration back. Use numbers, strings and flat tuples.")
+    for name, data in ((CONFIG, config), (WEIGHTS, weights)):
+        check_size(len(data), name, name)
+    _read_weights(io.BytesIO(weights), len(weights), template, WEIGHTS)
+    return {WEIGHTS: weights, CONFIG: config.encode()}
+
+
+def _sorted_header(weights: bytes) -> bytes:
+    """The library writes its metadata in random order; one rule is to be the same bytes each time, and one commit."""
+    end = 8 + int.from_bytes(weights[:8], "little")
+    header = json.dumps(json.loads(weights[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # data are aligned to 8 bytes
+    return len(header).to_bytes(8, "little") + header + weights[end:]
+
+
+def replace_files(directory: Path, files: Mapping[str, bytes]) -> None:
+    """Write all files beside their places first, then move them there; put the old ones back if that fails."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as staging:
+        new, old = Path(staging, "new"), Path(staging, "old")
+        new.mkdir()
+        old.mkdir()
+        for name, data in files.items():
+            with (new / name).open("wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            if (directory / name).is_file():
+                shutil.copy2(directory / name, old / name)
+        try:
+            for name in files:
+                os.replace(new / name, directory / name)
+        except BaseException:
+            for name in files:
+                if (old / name).exists():
+                    os.replace(old / name, directory / name)
+                elif (directory / name).is_file():
+                    (directory / name).unlink()
+            raise
+
+
+_FRONT_MATTER = """---
+library_name: lightning_lopt
+license: apache-2.0
+tags:
+- learned-optimizer
+- meta-learning
+- pytorch-lightning
+- {kind}
+---
+
+"""
+
+_BODY = """# A learned optimizer of kind `{kind}`
+
+An update rule of [lightning_lopt](https://pypi.org/project/lightning_lopt/) with {count} meta-parameters, for PyTorch \
+Lightning and for plain PyTorch loops. How it was meta-trained and evaluated was not said when it was saved.
+
+```python
+import lightning as L
+import lightning_lopt as lopt
+
+trainer = L.Trainer(callbacks=[lopt.LearnedOptimizer.from_pretrained({name})])
+```
+
+## Configuration
+
+```json
+{config}
+```
+"""
+
+
+def model_card(rule: UpdateRule, name: str, card: str | None) -> str:
+    """The card with its front matter; `card` as for `save_rule`, `name` how the rule is loaded."""
+    if card is not None and card.startswith("---\n"):
+        return card
+    config = json.dumps(rule.config.to_dict(), indent=2, sort_keys=True)
+    body = (
+        _BODY.format(kind=rule.kind, count=rule.num_meta_params(), name=json.dumps(name), config=config)
+        if card is None
+        else card
+    )
+    return _FRONT_MATTER.format(kind=rule.kind) + body
