@@ -27,7 +27,7 @@ ARROWS = {  # the longest prefix of a module's name counts
     "rules": Arrows({"rules"}, {"torch"}),
     "kernels": Arrows({"rules", "kernels"}, {"torch", "triton"}),
     "optimizer": Arrows({"rules", "kernels"}, {"torch"}),
-    "hub": Arrows({"rules"}, {"torch", "huggingface_hub", "safetensors"}),
+    "hub": Arrows({"rules", "hub"}, {"torch", "huggingface_hub", "safetensors"}),
     "callback": Arrows({"rules", "optimizer", "hub"}, {"torch", "lightning"}),
     "strategies": Arrows({"rules", "optimizer", "hub", "callback"}, {"torch", "lightning"}),
     "tasks": Arrows({"tasks"}, {"torch", "numpy", "sklearn", "torchvision"}),
@@ -37,8 +37,8 @@ ARROWS = {  # the longest prefix of a module's name counts
     "analysis": Arrows({"rules", "tasks", "meta.unroll", "analysis"}, {"torch", "numpy"}),
     "analysis.plots": Arrows({"rules", "tasks", "meta.unroll", "analysis"}, {"torch", "numpy", "matplotlib"}),
     "evaluation": Arrows(
-        {"rules", "optimizer", "hub", "tasks", "analysis.plots", "evaluation"},
-        {"torch", "torchmetrics", "lightning", "numpy"},
+        {"rules", "optimizer", "hub", "tasks", "meta.unroll", "analysis.plots", "evaluation"},
+        {"torch", "torchmetrics", "lightning", "numpy", "rich", "matplotlib"},
     ),
 }
 ANYTHING = {PACKAGE, "cli"}  # the package's __init__ and the command

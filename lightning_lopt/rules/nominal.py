@@ -55,9 +55,9 @@ def precondition(step: Tensor, inv_root: Tensor) -> Tensor:
 
 
 def tensor_scale(param: Tensor) -> Tensor:
-    """The tensor's root mean square relative to 0.1, a usual weight's; at least 0.5, so that tensors that start at zero move.
+    """The tensor's root mean square relative to 0.1, a usual weight's; at least 0.5, so that zeros move. Returns ().
 
     Not in the STAR paper. Steps in proportion to a tensor's scale are Adafactor's (Shazeer and Stern 2018, arXiv
-    1804.04235, section 8) and Celo's. Returns ().
+    1804.04235, section 8) and Celo's.
     """
     return param.square().mean().sqrt().clamp(min=0.05) / 0.1

@@ -63,7 +63,7 @@ class STARConfig(RuleConfig):
     selfnormalize_blackbox: bool = False
     """Multiply the blackbox term by the tensor's signed mean gradient."""
     scale_power: float = 0.0
-    """Not in the paper: both terms are multiplied by (rms of the tensor / 0.1) ** scale_power, the rms at least 0.05."""
+    """Not in the paper: both terms are multiplied by `nominal.tensor_scale` to this power."""
     scheduler: bool = False
     """Not in the paper: both terms are multiplied by a learned schedule, see `scheduler`."""
     hidden_size: int = 4
