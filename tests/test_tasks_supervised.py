@@ -52,6 +52,8 @@ def test_held_out_examples_are_evenly_spaced_or_drawn_without_replacement():
     assert sorted(drawn) == list(range(80))
     assert drawn != list(range(80))
     assert len(task.eval_batch("train", {}, size=1000).x) == 80
+    with pytest.raises(ValueError, match="size=0 is not allowed"):
+        task.eval_batch("train", {}, size=0)
     shared = task.eval_batch("test", {}, population=5)
     assert shared.x.shape == (5, 20, 1)
     assert shared.x.stride(0) == 0
@@ -119,6 +121,8 @@ def test_texts_and_tables_are_not_confused():
         tasks.build("t", "lstm", numbered())
     with pytest.raises(ValueError, match="length=60 is not allowed"):
         tasks.build("t", "lstm", text(), length=60)
+    with pytest.raises(ValueError, match="objective='mse' is not allowed"):
+        tasks.build("t", "lstm", text(), objective="mse")
     with pytest.raises(ValueError, match="length=0 is not allowed"):
         sources.windows(text(), 0)
 

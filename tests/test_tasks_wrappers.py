@@ -165,6 +165,7 @@ def test_a_family_varies_architectures_and_its_tasks_their_members():
     sampled = [family.sample(generator(seed)) for seed in range(20)]
     shapes = {tuple(task.param_shapes.values()) for task in sampled}
     assert len(shapes) > 10
+    assert {sum("layers" in name for name in task.param_shapes) // 2 - 1 for task in sampled} == {1, 2, 3, 4}
     start = sampled[0].init(generator(), population=4)
     per_member = [start.constants.scale["layers.0.weight"], *start.constants.inner.values()]
     assert len(start.constants.inner) == 3

@@ -78,9 +78,8 @@ class LogUniformQuadratic(Task):
     def init(self, generator: torch.Generator, population: int | None = None) -> Start:
         """Draw H, v and x0."""
         eigenvalues = 10.0 ** draws.uniform(generator, (self.dim,), population, *self.log10_range)
-        basis, upper = torch.linalg.qr(draws.normal(generator, (self.dim, self.dim), population))
-        # With the signs of the diagonal the basis is uniform over rotations and reflections.
-        basis = basis * upper.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+        # Uniform up to the signs of its columns, which cancel in H.
+        basis, _ = torch.linalg.qr(draws.normal(generator, (self.dim, self.dim), population))
         linear = draws.normal(generator, (self.dim, 1), population)
         x = draws.normal(generator, (self.dim,), population)
         hessian = (basis * eigenvalues.unsqueeze(-2)) @ basis.mT

@@ -134,9 +134,10 @@ class Task(ABC):
     def normalize(self, loss: Tensor) -> Tensor:
         """A loss made fit for a meta-loss: clipped to [0, loss_cap], NaN to loss_cap; unchanged where there is no cap.
 
-        Classification clips at 1.5 ln C, as the STAR reference does (Metz et al. 2022, arXiv 2203.11860, released
-        code). Two deviations: the reference replaces NaN for its MLPs only, here it is replaced for all; and it
-        multiplies the clipped MSE of classifiers by 10.
+        Classification clips at 1.5 ln C and autoencoders at 1, as the STAR reference does (Metz et al. 2022, arXiv
+        2203.11860, released code). Where this deviates from it: NaN is replaced for all tasks, there for MLPs only;
+        language models are clipped at 1.5 ln C too, there not at all; and the factors by which the reference weights
+        some clipped losses (10 for the MSE of classifiers, 10 / ln 2C for vision transformers) are left to the caller.
         """
         if self.loss_cap is None:
             return loss

@@ -191,6 +191,28 @@ def _register_images() -> None:
     register("shakespeare-transformer", build, network="transformer", width=64, depth=2, heads=4, batch_size=32, **text)
 
 
+def _register_heldout() -> None:
+    """Tasks of `evaluation.suites.HELDOUT`, small enough for a core: not for meta-training."""
+    register("iris-logreg", build, network="mlp", dataset="iris", batch_size=32)
+    fashion: dict[str, Any] = {"dataset": "fashion_mnist", "image_size": 14, "hidden": (64, 64)}
+    _mlp("fashion14-sigmoid-mlp", batch_size=64, activation="sigmoid", scheme="torch", **fashion)
+    _mlp("fashion14-batch8-mlp", batch_size=8, **fashion)
+    _mlp("mnist14-deep-tanh-mlp", "mnist", (48,) * 6, image_size=14, activation="tanh", batch_size=64)
+    cifar: dict[str, Any] = {"dataset": "cifar10", "image_size": 16}
+    _mlp("cifar16-mlp", hidden=(64, 64, 64), grayscale=True, batch_size=64, **cifar)
+    _mlp("cifar16-deep-mlp", hidden=(64,) * 8, grayscale=True, batch_size=64, **cifar)
+    _mlp("cifar16-layernorm-mlp", hidden=(128, 128), norm="layer", batch_size=64, **cifar)
+    conv: dict[str, Any] = {"network": "conv", "channels": (16, 32, 32), "strides": (2, 2, 1), **cifar}
+    register("cifar16-conv", build, batch_size=64, **conv)
+    register("cifar16-conv-batchnorm", build, batch_size=32, norm="batch", **conv)
+    resnet = {"channels": (8, 16, 32), "stem_channels": 8, "batch_size": 32}
+    register("cifar16-resnet", build, network="resnet", **resnet, **cifar)
+    register("cifar16-vit", build, network="vit", width=32, depth=3, heads=4, batch_size=32, **cifar)
+    text = {"dataset": "tinyshakespeare", "length": 32, "batch_size": 16}
+    register("shakespeare-small-lstm", build, network="lstm", embed=16, hidden=48, **text)
+    register("shakespeare-small-transformer", build, network="transformer", width=32, depth=4, heads=2, **text)
+
+
 def _register_reference_mlps() -> None:
     """ImageMLP_*, ImageMLPAE_* and ESWrapped_* of the reference; batch 128 unless the name says otherwise."""
     deep = (128, 128, 128)
@@ -310,5 +332,6 @@ The paper names them only in figures that are not at hand: which sixteen is a gu
 _register_small()
 _register_papers()
 _register_images()
+_register_heldout()
 _register_reference_mlps()
 _register_reference_rest()

@@ -1,6 +1,6 @@
 """Data sets as tensors: `load(name)`.
 
-`digits`, `breast_cancer`, `wine`, `diabetes` and `two_moons` come with scikit-learn. `mnist`, `fashion_mnist`,
+`digits`, `breast_cancer`, `wine`, `iris`, `diabetes` and `two_moons` come with scikit-learn. `mnist`, `fashion_mnist`,
 `cifar10` and `tinyshakespeare` are read from the folder `$LIGHTNING_LOPT_DATA`, else through torchvision where it is
 installed. `synthetic` is made up, and is used only where it is asked for by name. Nothing happens at import, and
 everything that is loaded stays cached.
@@ -285,6 +285,7 @@ _LOADERS: dict[str, Callable[[str, str | None], Dataset]] = {
     "digits": _load_digits,
     "breast_cancer": _load_table,
     "wine": _load_table,
+    "iris": _load_table,
     "diabetes": _load_table,
     "two_moons": _load_two_moons,
     "mnist": _load_images,

@@ -127,8 +127,8 @@ def examples(
         dataset: a name for `datasets.load`, or a data set.
         image_size: side in pixels to bring images to; None leaves them.
         grayscale: average the channels.
-        train_fraction: of the training part, for training; the rest is "valid". 0.8 is the STAR reference's; 1.0: no
-        "valid".
+        train_fraction: of the training part, for training; the rest is "valid", which 1.0 does without. The default,
+            0.8, is the STAR reference's.
 
     Example:
         >>> source = examples("digits")

@@ -184,8 +184,10 @@ class Supervised(Task):
     ) -> Batch:
         """Examples of a split, the same for each member; "train" is all of it, whatever share a member sees."""
         sources.check_split(self.source, split)
+        if size is not None:
+            check_positive("size", size)
         available = self.source.size(split)
-        num = min(MAX_EVAL_SIZE if size is None else size, available)
+        num = min(size or MAX_EVAL_SIZE, available)
         if generator is None:
             index = torch.arange(num) * available // num
         else:
@@ -287,6 +289,7 @@ def _sizes(network: str, source: sources.Examples | sources.Windows, objective: 
     """The options of a network that follow from its data."""
     check_choice("objective", objective, OBJECTIVES)
     if isinstance(source, sources.Windows):
+        check_choice("objective", objective, ("cross_entropy",))
         return {"vocab": source.num_classes, **({"context": source.length} if network == "transformer" else {})}
     if objective in _OF_CLASSES and source.num_classes < 2:
         raise ValueError(f"objective={objective!r} is not allowed on data without classes: take 'regression'.")
