@@ -1,8 +1,9 @@
 """Write the rules `star` and `hyperparam` that are bundled today: STAR's nominal term alone, nothing meta-trained.
 
-Both networks are drawn from seed 0 and have a zero output layer: direction 0, all magnitudes 1. What is left is the nominal
-term, an Adam with the mean of three momenta and no bias correction, at step size 1e-2. This is also where meta-training starts.
-Run: python examples/nominal_rules.py [--out pretrained]. The suite tests that it reproduces the bundled weights bit by bit.
+Both networks are drawn from seed 0 and have a zero output layer: direction 0, all factors 1. What is left is the
+nominal term, an Adam with the mean of three momenta and no bias correction, at step size 1e-2. This is also where
+meta-training starts. Run: python examples/nominal_rules.py [--out pretrained]. The suite tests that it reproduces the
+bundled weights bit by bit.
 """
 
 import argparse
@@ -15,13 +16,13 @@ import lightning_lopt as lopt
 
 CARD = """# {name}
 
-**Not meta-trained.** The network of this {kind} rule was drawn from seed 0 and has a zero output layer, so that the rule is exactly STAR's
-nominal term (Harrison et al. 2022, arXiv 2209.11208, eq. 21) at step size 1e-2:
+**Not meta-trained.** The network of this {kind} rule was drawn from seed 0 and has a zero output layer, so that the
+rule is exactly STAR's nominal term (Harrison et al. 2022, arXiv 2209.11208, eq. 21) at step size 1e-2:
 
     param <- param - 1e-2 * mean(m_1, m_2, m_3) / sqrt(v + 1e-6)
 
-with momenta m of decay .9, .99, .999 and second moment v of decay .999, none bias-corrected (the first steps are about ten times larger than
-later ones). The paper's own step size is 1e-3.
+with momenta m of decay .9, .99, .999 and second moment v of decay .999, none bias-corrected (the first steps are about
+ten times larger than later ones). The paper's own step size is 1e-3.
 
 | | |
 |---|---|

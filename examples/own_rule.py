@@ -1,7 +1,7 @@
 """An update rule of your own: written, registered, used by the callback, saved and loaded like any other.
 
-The rule is the sign of a momentum, with step size and decay as meta-parameters: two numbers that meta-training could learn.
-Run: python examples/own_rule.py. A few seconds.
+The rule is the sign of a momentum, with step size and decay as meta-parameters: two numbers that meta-training could
+learn. Run: python examples/own_rule.py. A few seconds.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""The examples run as a user would run them, from an empty folder, and the bundled rules are what their script writes."""
+"""The examples run as a user would, from an empty folder, and the bundled rules are what their script writes."""
 
 import os
 import subprocess
@@ -17,7 +17,9 @@ ARGUMENTS = {"quickstart.py": ["--epochs", "2", "--seeds", "2"], "nominal_rules.
 def run(script: Path, folder: Path) -> str:
     environment = {**os.environ, "MPLBACKEND": "Agg", "PYTHONPATH": str(EXAMPLES.parent)}
     command = [sys.executable, str(script), *ARGUMENTS.get(script.name, [])]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 

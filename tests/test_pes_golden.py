@@ -1,4 +1,4 @@
-"""PES against the authors' own run: every loss, gradient, accumulator and parameter of recorded truncations, in float64."""
+"""PES against the authors' own run: losses, gradients, accumulators and parameters of recorded truncations."""
 
 import dataclasses
 from pathlib import Path
@@ -51,7 +51,12 @@ def part(golden, prefix):
 
 
 def test_replays_the_reference(golden, monkeypatch):
-    config = {"exp_mult": (0.5, 0.4, 0.3), "nominal_stepsize": 0.1, "nominal_controller": True, "normalize_blackbox": True}
+    config = {
+        "exp_mult": (0.5, 0.4, 0.3),
+        "nominal_stepsize": 0.1,
+        "nominal_controller": True,
+        "normalize_blackbox": True,
+    }
     rule = STAR.from_jax(part(golden, "theta"), **config)
     task = RecordedQuadratic(name="recorded", golden=golden)
     unroll = Unroll(rule, task, objective="raw", tell_horizon=False)
@@ -74,8 +79,12 @@ def test_replays_the_reference(golden, monkeypatch):
         torch.testing.assert_close(estimate.meta_loss, torch.tensor(golden[f"trunc{i}/mean_loss"]), **close)
         for name in META_NAMES:
             scale = 1e-9 * max(1.0, float(np.abs(golden[f"trunc{i}/grad/{name}"]).max()))
-            torch.testing.assert_close(estimate.meta_grad[name], torch.tensor(golden[f"trunc{i}/grad/{name}"]), rtol=0, atol=scale)
-            torch.testing.assert_close(state.perturbation[name], torch.tensor(golden[f"trunc{i}/acc_out/{name}"]), **close)
+            torch.testing.assert_close(
+                estimate.meta_grad[name], torch.tensor(golden[f"trunc{i}/grad/{name}"]), rtol=0, atol=scale
+            )
+            torch.testing.assert_close(
+                state.perturbation[name], torch.tensor(golden[f"trunc{i}/acc_out/{name}"]), **close
+            )
         for name in ("b", "w"):
             sides = torch.cat([torch.tensor(golden[f"trunc{i}/{side}_params/{name}"]) for side in "pn"])
             torch.testing.assert_close(state.inner.params[name], sides, **close)
