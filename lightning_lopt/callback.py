@@ -1,9 +1,10 @@
 """LearnedOptimizer: the one line that has a learned optimizer train an ordinary LightningModule.
 
-Lightning has no hook for it. While a fit lasts, the callback therefore wraps two methods of the Trainer's strategy object:
-`setup_optimizers`, after which the user's optimizers, schedulers and parameter groups are parsed and validated and each
-optimizer is replaced by a `RuleOptimizer` over the same groups, and `backward`, the one place that sees every loss unscaled.
-The user's module is never touched, and both methods are put back when the fit ends, also by an exception.
+Lightning has no hook for it. While a fit lasts, the callback therefore wraps two methods of the Trainer's strategy
+object: `setup_optimizers`, after which the user's optimizers, schedulers and parameter groups are parsed and validated
+and each optimizer is replaced by a `RuleOptimizer` over the same groups, and `backward`, the one place that sees every
+loss unscaled. The user's module is never touched, and both methods are put back when the fit ends, also by an
+exception.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable
-from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from torch import Tensor
 
 from lightning_lopt.hub import load_rule
@@ -26,33 +27,38 @@ from lightning_lopt.optimizer import RuleOptimizer
 from lightning_lopt.rules import UpdateRule, compute_dtype
 
 _REFUSED_STRATEGIES = {
-    "DeepSpeedStrategy": "DeepSpeed owns the optimizer and flattens the parameters; use strategy='ddp' or ModelParallelStrategy.",
-    "FSDPStrategy": "FSDP1 flattens the parameters, and the rule needs each tensor's shape; use ModelParallelStrategy (FSDP2).",
+    "DeepSpeedStrategy": "DeepSpeed owns the optimizer and flattens the parameters; "
+    "use strategy='ddp' or ModelParallelStrategy.",
+    "FSDPStrategy": "FSDP1 flattens the parameters, and the rule needs each tensor's shape; "
+    "use ModelParallelStrategy (FSDP2).",
 }
 
 
 class LearnedOptimizer(Callback):
     """Trains the module by a learned update rule in place of the optimizers that its `configure_optimizers` returns.
 
-    Everything else stays the user's: parameter groups, schedulers (they go on ticking and being logged), checkpoints and resume,
-    accumulation, clipping, precision, manual optimization. A module must define `configure_optimizers`, as Lightning demands.
-    Logs `lopt/update_rms` (root mean square change of the parameters), `lopt/nominal_share` (the nominal term's part of the
-    update, 0 to 1) and `lopt/skipped` (updates skipped by the safeguard) every `log_every_n_steps`.
+    Everything else stays the user's: parameter groups, schedulers (they go on ticking and being logged), checkpoints
+    and resume, accumulation, clipping, precision, manual optimization. A module must define `configure_optimizers`, as
+    Lightning demands. Logs `lopt/update_rms` (root mean square change of the parameters), `lopt/nominal_share` (the
+    nominal term's part of the update, 0 to 1) and `lopt/skipped` (updates skipped by the safeguard) every
+    `log_every_n_steps`.
 
     Args:
-        rule: the update rule; the callback keeps a copy of its own. `lightning_lopt.load_rule` and `rules.make` give one.
-        lr: "ignore", the module's learning rate is logged and changes nothing; "scale", the update is multiplied by lr / its
-            reference (the largest initial lr of the groups; max_lr under OneCycleLR and CyclicLR), so that schedules act.
+        rule: the update rule; the callback keeps a copy of its own. `lightning_lopt.load_rule` and `rules.make` give
+            one.
+        lr: "ignore", the module's learning rate is logged and changes nothing; "scale", the update is multiplied by
+            lr / its reference (the largest initial lr of the groups; max_lr under OneCycleLR and CyclicLR), so that
+            schedules act.
         weight_decay: "ignore", or "decoupled": the groups' own weight decay, as AdamW applies it.
-        safeguard: never let a non-finite gradient or update reach a parameter or its state; skip, count, log, and stop with a
-            RuntimeError after 20 steps in a row.
+        safeguard: never let a non-finite gradient or update reach a parameter or its state; skip, count, log, and stop
+            with a RuntimeError after 20 steps in a row.
         backend: "auto", "reference" or "fused", see `RuleOptimizer`.
 
     Raises:
         TypeError: if `rule` is no `UpdateRule`.
         ValueError: for values of the other arguments that are not allowed.
-        MisconfigurationException: in `Trainer.fit`, with strategies that own or flatten the parameters, or a checkpoint of
-            another rule.
+        MisconfigurationException: in `Trainer.fit`, with strategies that own or flatten the parameters, or a checkpoint
+            of another rule.
 
     Example:
         >>> import lightning_lopt as lopt
@@ -72,13 +78,15 @@ class LearnedOptimizer(Callback):
     ) -> None:
         if not isinstance(rule, UpdateRule):
             raise TypeError(
-                f"rule must be an UpdateRule, got {type(rule).__name__}. For a name use LearnedOptimizer.from_pretrained(name), "
-                "for a fresh rule lightning_lopt.rules.make(kind)."
+                f"rule must be an UpdateRule, got {type(rule).__name__}. For a name use "
+                "LearnedOptimizer.from_pretrained(name), for a fresh rule lightning_lopt.rules.make(kind)."
             )
         _check_choice("lr", lr, ("ignore", "scale"))
         _check_choice("weight_decay", weight_decay, ("ignore", "decoupled"))
         _check_choice("safeguard", safeguard, (True, False))
-        RuleOptimizer([torch.zeros(1)], rule, backend=backend)  # an unknown backend fails here, not in the middle of a fit
+        RuleOptimizer(
+            [torch.zeros(1)], rule, backend=backend
+        )  # an unknown backend fails here, not in the middle of a fit
         self.rule = copy.deepcopy(rule).requires_grad_(False)
         self.lr = lr
         self.weight_decay = weight_decay
@@ -89,7 +97,7 @@ class LearnedOptimizer(Callback):
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: str | PathLike[str],
+        name_or_path: str | Path,
         *,
         revision: str | None = None,
         token: str | None = None,
@@ -138,11 +146,15 @@ class LearnedOptimizer(Callback):
         if stage != "fit":
             return
         if why := _REFUSED_STRATEGIES.get(type(trainer.strategy).__name__):
-            raise MisconfigurationException(f"LearnedOptimizer does not work with {type(trainer.strategy).__name__}: {why}")
+            raise MisconfigurationException(
+                f"LearnedOptimizer does not work with {type(trainer.strategy).__name__}: {why}"
+            )
         if self.lr == "ignore" and any(type(c).__name__ == "LearningRateFinder" for c in trainer.callbacks):
             rank_zero_warn(
-                "The learning-rate finder has nothing to find: LearnedOptimizer ignores lr. Drop it, or use LearnedOptimizer(lr='scale')."
+                "The learning-rate finder has nothing to find: LearnedOptimizer ignores lr. Drop it, or use "
+                "LearnedOptimizer(lr='scale')."
             )
+        self._detach()
         self._seam = _Seam(trainer, self._replace)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -153,8 +165,9 @@ class LearnedOptimizer(Callback):
         for optimizer in real:
             if not isinstance(optimizer, RuleOptimizer):
                 raise MisconfigurationException(
-                    f"LearnedOptimizer could not replace {type(optimizer).__name__} under {type(trainer.strategy).__name__}: the "
-                    "strategy sets up optimizers in its own way. Use single-device, 'ddp' or ModelParallelStrategy."
+                    f"LearnedOptimizer could not replace {type(optimizer).__name__} under "
+                    f"{type(trainer.strategy).__name__}: the strategy sets up optimizers in its own way. Use "
+                    "single-device, 'ddp' or ModelParallelStrategy."
                 )
         if real:
             rank_zero_info(self._describe(real))
@@ -181,7 +194,9 @@ class LearnedOptimizer(Callback):
         """Say how often the safeguard stepped in."""
         optimizers = [o for o in trainer.strategy.optimizers if isinstance(o, RuleOptimizer)]
         if self.safeguard and (skipped := sum(o.num_skipped() for o in optimizers)):
-            rank_zero_warn(f"The safeguard skipped {skipped} tensor updates that were not finite. Look for NaN in data or loss.")
+            rank_zero_warn(
+                f"The safeguard skipped {skipped} tensor updates that were not finite. Look for NaN in data or loss."
+            )
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Put the strategy's own methods back."""
@@ -197,6 +212,8 @@ class LearnedOptimizer(Callback):
         return {
             "kind": self.rule.kind,
             "config": self.rule.config.to_dict(),
+            "lr": self.lr,
+            "weight_decay": self.weight_decay,
             "source": source and source.name,
             "revision": source and source.revision,
             "sha256": _fingerprint(self.rule),
@@ -210,18 +227,27 @@ class LearnedOptimizer(Callback):
             MisconfigurationException: if the checkpoint's rule is of another kind or configuration.
         """
         mine = {"kind": self.rule.kind, "config": self.rule.config.to_dict()}
+        origin = state_dict["source"] or "made in code"
         for key, value in mine.items():
             if state_dict[key] != value:
                 raise MisconfigurationException(
-                    f"The checkpoint was made with a rule of {key} {state_dict[key]}, and LearnedOptimizer has {key} {value}. Pass the "
-                    f"rule that was saved ({state_dict['source'] or 'made in code'}), or load the model's weights alone."
+                    f"The checkpoint was made with a rule of {key} {state_dict[key]}, and LearnedOptimizer has {key} "
+                    f"{value}. Pass the rule that was saved ({origin}), or load the model's weights alone."
+                )
+        for key, value in {"lr": self.lr, "weight_decay": self.weight_decay}.items():
+            if state_dict[key] != value:  # it is in the optimizer's groups, which are restored
+                rank_zero_warn(
+                    f"The checkpoint was made with {key}={state_dict[key]!r}, and the run goes on so, not with "
+                    f"{key}={value!r}."
                 )
         if state_dict["sha256"] != _fingerprint(self.rule):
             rank_zero_warn(
-                f"The weights of the rule differ from those of the checkpoint ({state_dict['source'] or 'made in code'}, sha256 "
+                f"The weights of the rule differ from those of the checkpoint ({origin}, sha256 "
                 f"{state_dict['sha256'][:12]}); the run goes on with the checkpoint's."
             )
-        self.rule.load_state_dict(state_dict["weights"])  # in place: the optimizers, if they exist already, share the rule
+        self.rule.load_state_dict(
+            state_dict["weights"]
+        )  # in place: the optimizers, if they exist already, share the rule
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_seam": None}  # copies and pickles do not carry the Trainer along
@@ -234,14 +260,20 @@ class LearnedOptimizer(Callback):
         strategy.optimizers = [new.get(optimizer, optimizer) for optimizer in strategy.optimizers]
         for config in strategy.lr_scheduler_configs:
             _rebind(config.scheduler, new)
-        if trainer.training and trainer.fit_loop.epoch_loop.batch_progress.total.ready:  # called by the user, in mid-training
+        if trainer.training and trainer.fit_loop.epoch_loop.batch_progress.total.ready:  # in mid-training, by the user
             self._share_num_steps(trainer)
 
     def _make(self, optimizer: torch.optim.Optimizer, tap: _LossTap) -> RuleOptimizer:
         if self.lr == "scale" and any("max_lr" in group for group in optimizer.param_groups):
             rank_zero_warn("lr='scale' under OneCycleLR or CyclicLR: the update is multiplied by lr / max_lr.")
-        arguments = {"lr": self.lr, "weight_decay": self.weight_decay, "safeguard": self.safeguard, "backend": self.backend}
-        new = RuleOptimizer.replacing(optimizer, self.rule, **arguments)
+        new = RuleOptimizer.replacing(
+            optimizer,
+            self.rule,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            safeguard=self.safeguard,
+            backend=self.backend,
+        )
         new.set_loss_source(tap if self.rule.needs_loss else None)
         return new
 
@@ -265,8 +297,9 @@ class LearnedOptimizer(Callback):
         revision = f" at {source.revision[:12]}" if source and source.revision else ""
         use = "multiplies its update" if self.lr == "scale" else "is logged, not used"
         return (
-            f"LearnedOptimizer: {name}({self.rule.kind}, {self.rule.num_meta_params()} meta-parameters{revision}) trains {count:,} "
-            f"parameters; {state_bytes / max(count, 1):.1f} bytes of state per parameter. The module's own lr {use}."
+            f"LearnedOptimizer: {name}({self.rule.kind}, {self.rule.num_meta_params()} meta-parameters{revision}) "
+            f"trains {count:,} parameters; {state_bytes / max(count, 1):.1f} bytes of state per parameter. "
+            f"The module's own lr {use}."
         )
 
 
@@ -278,6 +311,7 @@ class _Seam:
 
     def __init__(self, trainer: Any, replace: Callable[[Any, _LossTap], None]) -> None:
         self.strategy = trainer.strategy
+        self.before = {name: vars(self.strategy).get(name) for name in ("setup_optimizers", "backward")}
         tap = _LossTap(self.strategy)
         setup_optimizers, backward = self.strategy.setup_optimizers, self.strategy.backward
 
@@ -293,31 +327,38 @@ class _Seam:
         self.strategy.backward = tap_then_backward
 
     def undo(self) -> None:
-        for name in ("setup_optimizers", "backward"):
-            self.strategy.__dict__.pop(name, None)
+        for name, method in self.before.items():
+            vars(self.strategy).pop(name, None)
+            if method is not None:  # someone else's wrap
+                setattr(self.strategy, name, method)
 
 
 class _LossTap:
     """The training loss of the current optimizer step, for rules that read it.
 
-    Not the closure's value: under accumulation that is the last micro-batch's alone, under a GradScaler there is no closure. What
-    reaches `backward` is the unscaled loss divided by the number of micro-batches, so the sum since `zero_grad` is the mean.
+    Not the closure's value: under accumulation that is the last micro-batch's alone, under a GradScaler there is no
+    closure. What reaches `backward` is the unscaled loss divided by the number of micro-batches, so the sum since the
+    last step (or `zero_grad`, where a GradScaler skipped the step) is the mean. It stays until the next `backward`, for
+    several optimizers may read it.
     """
 
     def __init__(self, strategy: Any) -> None:
         self.strategy = strategy
         self.total: Tensor | None = None
+        self.complete = False
 
     def add(self, loss: Tensor) -> None:
         loss = loss.detach()
-        self.total = loss if self.total is None else self.total + loss
+        self.total = loss if self.total is None or self.complete else self.total + loss
+        self.complete = False
 
     def reset(self) -> None:
-        self.total = None
+        self.complete = True
 
     def __call__(self) -> Tensor | None:
-        # Without the mean over processes the ranks' parameters would silently drift apart.
-        return None if self.total is None else self.strategy.reduce(self.total, reduce_op="mean")
+        self.complete = True
+        # Without the mean over processes the ranks' parameters would silently drift apart. `reduce` works in place.
+        return None if self.total is None else self.strategy.reduce(self.total.clone(), reduce_op="mean")
 
 
 def _rebind(scheduler: Any, new: dict[Any, RuleOptimizer]) -> None:

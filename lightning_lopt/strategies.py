@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, StrategyRegistry
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_lopt.callback import LearnedOptimizer
 
@@ -26,10 +26,21 @@ class _Learned:
     """
 
     def __init__(
-        self, name_or_path: str = "star", *, lr: str = "ignore", weight_decay: str = "ignore", safeguard: bool = True, **kwargs: Any
+        self,
+        name_or_path: str = "star",
+        *,
+        lr: str = "ignore",
+        weight_decay: str = "ignore",
+        safeguard: bool = True,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self._arguments = {"name_or_path": name_or_path, "lr": lr, "weight_decay": weight_decay, "safeguard": safeguard}
+        self._arguments: dict[str, Any] = {
+            "name_or_path": name_or_path,
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "safeguard": safeguard,
+        }
         self._callback: LearnedOptimizer | None = None
 
     def connect(self, model: Any) -> None:
@@ -58,7 +69,9 @@ class LearnedSingleDevice(_Learned, SingleDeviceStrategy):
     @parallel_devices.setter
     def parallel_devices(self, devices: list[torch.device]) -> None:
         if len(devices) > 1:
-            raise MisconfigurationException(f"strategy='lopt' runs on one device, got {len(devices)}; use strategy='lopt_ddp'.")
+            raise MisconfigurationException(
+                f"strategy='lopt' runs on one device, got {len(devices)}; use strategy='lopt_ddp'."
+            )
         self._root_device = devices[0]
 
 
@@ -68,7 +81,7 @@ class LearnedDDP(_Learned, DDPStrategy):
     strategy_name = "lopt_ddp"
 
     def _configure_launcher(self) -> None:
-        # By name it forks, which works in scripts, tests and notebooks; under torchrun or SLURM the processes exist already.
+        # By name it forks, which works in scripts, tests and notebooks; under torchrun or SLURM the processes exist.
         if self.cluster_environment is not None and self.cluster_environment.creates_processes_externally:
             self._start_method = "popen"
         super()._configure_launcher()
@@ -77,4 +90,6 @@ class LearnedDDP(_Learned, DDPStrategy):
 def register() -> None:
     """Make "lopt" and "lopt_ddp" known to `Trainer(strategy=...)`."""
     StrategyRegistry.register("lopt", LearnedSingleDevice, description="learned optimizer, one device", override=True)
-    StrategyRegistry.register("lopt_ddp", LearnedDDP, description="learned optimizer, DDP", override=True, start_method="fork")
+    StrategyRegistry.register(
+        "lopt_ddp", LearnedDDP, description="learned optimizer, DDP", override=True, start_method="fork"
+    )

@@ -1,0 +1,129 @@
+"""ModelParallelStrategy (FSDP2) on two processes: sharded parameters and state, as one process with double batches."""
+
+import os
+import socket
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning_cases import KNOWN_WARNINGS, Report, Sharded, learned, reports, trainer
+from optimizer_cases import assert_close, assert_equal, star
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+import lightning_lopt as lopt
+
+pytestmark = KNOWN_WARNINGS
+
+
+class FullySharded(Sharded):
+    """Every layer is split between the processes; a bias of one number leaves one of them nothing."""
+
+    def configure_model(self):
+        if not isinstance(self.net[0].weight, DTensor) and self.trainer.world_size > 1:
+            mesh = self.device_mesh["data_parallel"]
+            for layer in self.net:
+                if isinstance(layer, nn.Linear):
+                    fully_shard(layer, mesh=mesh)
+            fully_shard(self.net, mesh=mesh)
+
+
+class Looks(Report):
+    def on_train_end(self, trainer, pl_module):
+        super().on_train_end(trainer, pl_module)
+        for param, state in trainer.optimizers[0].state.items():
+            assert isinstance(param, DTensor)
+            assert {name for name, tensor in state.items() if isinstance(tensor, DTensor)} >= {"exp_avg", "exp_avg_sq"}
+
+
+def in_process(rank, port, work, arguments):
+    os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    work(*arguments)
+
+
+def on_two_processes(work, *arguments):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(in_process, (port, work, arguments), nprocs=2, start_method="fork")
+
+
+def sharded_fit(path, checkpoints, distributed, options, more=(), rule=None, ckpt_path=None, **arguments):
+    strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=distributed, process_group_backend="gloo")
+    saves = ModelCheckpoint(checkpoints, filename="{epoch}", save_top_k=-1)
+    runner = trainer(
+        path,
+        lopt.LearnedOptimizer(rule or star(), **options),
+        Looks(path),
+        saves,
+        *more,
+        strategy=strategy,
+        devices=2,
+        use_distributed_sampler=False,
+        enable_checkpointing=True,
+        **arguments,
+    )
+    runner.fit(FullySharded(), ckpt_path=ckpt_path)
+
+
+def run(path, checkpoints, distributed=False, options=None, **arguments):
+    path.mkdir()
+
+    def work():
+        sharded_fit(path, checkpoints, distributed, options or {}, **arguments)
+
+    on_two_processes(work)
+    return reports(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments"),
+    [
+        ({}, {}),
+        ({"safeguard": False}, {}),
+        ({"lr": "scale", "weight_decay": "decoupled"}, {"accumulate_grad_batches": 2}),
+    ],
+    ids=str,
+)
+def test_two_processes_are_one_with_the_double_batch(tmp_path, options, arguments):
+    ranks = run(tmp_path / "two", tmp_path, options=options, **arguments)
+    (tmp_path / "one").mkdir()
+    trainer(tmp_path, learned(**options), Report(tmp_path / "one"), **arguments).fit(Sharded())
+    (one,) = reports(tmp_path / "one", 1)
+    for key in ("weights", "state"):
+        assert_equal(ranks[0][key], ranks[1][key])
+        assert_close(ranks[0][key], one[key], 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The weights of the rule differ from those of the checkpoint")
+@pytest.mark.parametrize("distributed", [False, True], ids=["one file", "a folder of shards"])
+def test_resume_is_equal_to_the_bit_and_takes_the_weights_of_the_checkpoints_rule(tmp_path, distributed):
+    whole = run(tmp_path / "whole", tmp_path, distributed)
+    # Here callbacks are restored after the optimizers exist; in one of the cases the rule's weights are others.
+    rule = star(seed=5) if distributed else None
+    resumed = run(tmp_path / "resumed", tmp_path, distributed, rule=rule, ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert len(resumed[0]["losses"]) == len(whole[0]["losses"]) // 2
+    for rank in range(2):
+        for key in ("weights", "state"):
+            assert_equal(whole[rank][key], resumed[rank][key])
+
+
+class SpoilsAShard(L.Callback):
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if trainer.global_step == 1 and trainer.global_rank == 0:
+            pl_module.net[0].bias.grad.to_local()[0] = torch.nan
+
+    def on_train_end(self, trainer, pl_module):
+        skipped = {name: trainer.optimizers[0].state[p]["skipped"].item() for name, p in pl_module.named_parameters()}
+        assert skipped == {"net.0.weight": 0, "net.0.bias": 1, "net.2.weight": 0, "net.2.bias": 0}
+
+
+@pytest.mark.filterwarnings("ignore:The safeguard skipped 1 tensor updates")
+def test_a_bad_shard_on_one_process_is_skipped_on_all(tmp_path):
+    rule = star(step_mult=0.0, nominal_controller=False)  # elementwise: nothing else would tell the other process
+    ranks = run(tmp_path / "two", tmp_path, rule=rule, more=[SpoilsAShard()], max_epochs=1)
+    assert_equal(ranks[0]["weights"], ranks[1]["weights"])
+    assert all(torch.isfinite(tensor).all() for key in ("weights", "state") for tensor in ranks[0][key])
