@@ -130,6 +130,8 @@ class RuleOptimizer(Optimizer):
         new.defaults.update({**_kept(optimizer.defaults), **own})
         for group in new.param_groups:
             group.update(own, lopt_kind=rule.kind)
+        for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+            getattr(new, hooks).update(getattr(optimizer, hooks))
         return new
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

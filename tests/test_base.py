@@ -78,7 +78,7 @@ def test_make_gives_the_kind_asked_for(kind):
     rule = make(kind)
     assert isinstance(rule, REGISTRY[kind].rule)
     assert rule.kind == kind
-    assert rule.config.to_dict().items() >= REGISTRY[kind].defaults.items()
+    assert rule.config == REGISTRY[kind].rule.Config.from_dict(REGISTRY[kind].defaults)
     assert f"kind={kind!r}" in repr(rule)
 
 

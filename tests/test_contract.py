@@ -35,6 +35,17 @@ def pass_gradient_through(rule: UpdateRule) -> None:
             rule.w2[unit, 0] = sign
 
 
+def step_against_the_mean(rule: UpdateRule) -> None:
+    """Meta-parameters that make a step of the sign and about the size of the normalized gradients' mean."""
+    with torch.no_grad():
+        for value in rule.parameters():
+            value.zero_()
+        for unit, sign in ((0, 1.0), (1, -1.0)):
+            rule.w0[:, unit] = sign * 2 / rule.config.k
+            rule.w1[unit, :10] = 5 * torch.linspace(0, 1, 10)  # the magnitudes
+            rule.w1[unit, 10:] = torch.tensor([-sign, sign])  # the signs
+
+
 class RuleCase(NamedTuple):
     """A rule, and with what it descends."""
 
@@ -52,6 +63,16 @@ RULES_UNDER_TEST = [
     RuleCase("star", {"nominal_stepsize": 1e-2, "step_mult": 1e-6}),
     RuleCase("hyperparam", {"nominal_stepsize": 1e-2}),
     RuleCase("blackbox", {"step_mult": 1e-2}, pass_gradient_through),
+    RuleCase("lstm", {"nominal_stepsize": 1e-2, "nominal_controller": True, "out_scale": 1e-6}),
+    RuleCase(
+        "lstm_dmd", {"nominal_stepsize": 1e-2, "out_scale": 1e-6, "rank": 2, "num_snapshots": 2, "scope": "tensor"}
+    ),
+    RuleCase("mng", {}),
+    RuleCase("k_timesteps", {}, step_against_the_mean),
+    RuleCase("k_momentums", {}, step_against_the_mean),
+    RuleCase("multiscale_adam", {"mixer": "la_b"}),
+    RuleCase("multiscale_adam", {"mixer": "rnn2"}),
+    RuleCase("multiscale_adam", {"mixer": "gru"}),
 ]
 
 

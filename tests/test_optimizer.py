@@ -362,3 +362,12 @@ def test_the_rule_is_shared_and_not_trained():
     assert optimizer.rule is rule
     assert all(p.grad is None for p in rule.parameters())
     assert not any(t.requires_grad for t in optimizer.state[param].values())
+
+
+def test_replacing_keeps_the_step_hooks_of_the_user() -> None:
+    adam = torch.optim.Adam([torch.nn.Parameter(torch.ones(2))])
+    calls: list[str] = []
+    adam.register_step_pre_hook(lambda *_: calls.append("pre"))
+    adam.register_step_post_hook(lambda *_: calls.append("post"))
+    lopt.RuleOptimizer.replacing(adam, lopt.rules.make("hyperparam")).step()
+    assert calls == ["pre", "post"]

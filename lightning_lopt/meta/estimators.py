@@ -3,12 +3,13 @@
 Backpropagation through the unroll: `FullUnroll`, `TruncatedBackprop`, `OneStep`. Evolution strategies (ES), which need
 losses alone and stand chaotic ones: `FullES`, `PES`, `ESSingle`. Each is a frozen configuration with two verbs: `init`
 draws the inner runs, `estimate` advances them and returns meta-loss, meta-gradient and where the runs then stand. All
-randomness is the generator's.
+randomness is the generator's. What is not finite counts as zero: one bad run must not end a long meta-training.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 import torch
@@ -25,8 +26,9 @@ class Estimate(NamedTuple):
     """What an estimator returns."""
 
     meta_loss: Tensor  # () mean objective over the runs and slots
-    meta_grad: Gradients  # like the meta-parameters
+    meta_grad: Gradients  # like the meta-parameters, always finite
     state: Any  # where the runs stand, for the next call
+    finite: Tensor  # () bool: neither a loss nor a gradient had to be taken for zero
 
 
 class Particles(NamedTuple):
@@ -36,8 +38,27 @@ class Particles(NamedTuple):
     perturbation: Gradients  # name -> (N, *shape): PES the sum since the reset, ES-Single the one of the episode
 
 
+class Estimator(ABC):
+    """What turns inner runs into a meta-gradient."""
+
+    @abstractmethod
+    def init(self, unroll: Unroll, meta_params: MetaParams, generator: torch.Generator) -> Any:
+        """The inner runs before the first estimate: a pytree of tensors, or None."""
+
+    @abstractmethod
+    def estimate(self, unroll: Unroll, meta_params: MetaParams, state: Any, generator: torch.Generator) -> Estimate:
+        """Advance the runs, and estimate the gradient of their meta-loss.
+
+        Args:
+            unroll: the rule on its task.
+            meta_params: those that learn; `unroll.frozen` has the others.
+            state: of `init`, or of the last estimate.
+            generator: the only source of randomness.
+        """
+
+
 @dataclasses.dataclass(frozen=True)
-class FullUnroll:
+class FullUnroll(Estimator):
     """The exact gradient of the mean loss over whole runs, by backpropagation through all their steps.
 
     The losses are those after each update, so that every update counts and the start does not. Memory grows with the
@@ -54,7 +75,7 @@ class FullUnroll:
     def init(self, unroll: Unroll, meta_params: MetaParams, generator: torch.Generator) -> None:
         """Nothing: every estimate starts afresh."""
 
-    def estimate(self, unroll: Unroll, meta_params: MetaParams, state: None, generator: torch.Generator) -> Estimate:
+    def estimate(self, unroll: Unroll, meta_params: MetaParams, state: Any, generator: torch.Generator) -> Estimate:
         """Meta-loss and its gradient on fresh runs."""
         inner = unroll.start(generator, torch.full((self.num_runs,), self.horizon + 1))
         estimate = _backpropagate(unroll, meta_params, inner, self.horizon, Horizon(self.horizon + 1), generator)
@@ -62,7 +83,7 @@ class FullUnroll:
 
 
 @dataclasses.dataclass(frozen=True)
-class TruncatedBackprop:
+class TruncatedBackprop(Estimator):
     """Backpropagation through `truncation` steps at a time; runs go on from estimate to estimate, their past cut off.
 
     Biased towards what pays within a truncation. First- or second-order as `Unroll.second_order` says.
@@ -83,13 +104,13 @@ class TruncatedBackprop:
         """Fresh runs."""
         return _start(unroll, self.num_runs, self.horizon, self.stagger, generator)
 
-    def estimate(self, unroll: Unroll, meta_params: MetaParams, state: Inner, generator: torch.Generator) -> Estimate:
+    def estimate(self, unroll: Unroll, meta_params: MetaParams, state: Any, generator: torch.Generator) -> Estimate:
         """Advance the runs by a truncation, and backpropagate through it."""
         return _backpropagate(unroll, meta_params, state, self.truncation, self.horizon, generator)
 
 
 @dataclasses.dataclass(frozen=True)
-class OneStep:
+class OneStep(Estimator):
     """The gradient of log f(x') - log f(x), x' one update after x, both on the same batch: no past, no future.
 
     Source: Shahid's thesis on normalised gradient histories, its one-step objective. Needs positive losses.
@@ -108,7 +129,7 @@ class OneStep:
         """Fresh runs."""
         return _start(unroll, self.num_runs, self.horizon, self.stagger, generator)
 
-    def estimate(self, unroll: Unroll, meta_params: MetaParams, state: Inner, generator: torch.Generator) -> Estimate:
+    def estimate(self, unroll: Unroll, meta_params: MetaParams, state: Any, generator: torch.Generator) -> Estimate:
         """Advance the runs by one step, and differentiate it."""
         with torch.enable_grad():
             leaves = _leaves(meta_params)
@@ -117,12 +138,12 @@ class OneStep:
             mask = record.mask.to(after.device)
             change = torch.log(after.clamp(min=1e-30)) - torch.log(before.detach().clamp(min=1e-30))
             loss = torch.where(mask, change, 0.0).sum() / mask.sum().clamp(min=1)
-            gradient = _gradient(loss, leaves)
-        return Estimate(loss.detach(), gradient, detach(inner))
+            gradient, finite = _gradient(loss, leaves)
+        return Estimate(loss.detach(), gradient, detach(inner), finite & change[mask].isfinite().all())
 
 
 @dataclasses.dataclass(frozen=True)
-class FullES:
+class FullES(Estimator):
     """Antithetic ES over whole runs: (L+ - L-) / (2 std^2) * perturbation. Unbiased for the smoothed meta-loss.
 
     Args:
@@ -139,23 +160,23 @@ class FullES:
         """Nothing: every estimate starts afresh."""
 
     @torch.no_grad()
-    def estimate(self, unroll: Unroll, meta_params: MetaParams, state: None, generator: torch.Generator) -> Estimate:
+    def estimate(self, unroll: Unroll, meta_params: MetaParams, state: Any, generator: torch.Generator) -> Estimate:
         """Run both sides of every pair to the end."""
         perturbation = draw_perturbations(meta_params, self.std, self.num_pairs, generator)
         inner = unroll.start(generator, torch.full((self.num_pairs,), self.horizon), sides=2)
         _, record = _run_pairs(unroll, meta_params, perturbation, inner, self.horizon, Horizon(self.horizon), generator)
         weight = _side_difference(record).sum(0) / self.horizon
-        return Estimate(_mean_loss(record), _es_gradient([(weight, perturbation)], self.std), None)
+        return Estimate(_mean_loss(record), _es_gradient([(weight, perturbation)], self.std), None, _finite(record))
 
 
 @dataclasses.dataclass(frozen=True)
-class PES:
-    """Persistent evolution strategies (Vicol, Metz, Sohl-Dickstein 2021, arXiv 2112.13835), as the authors of STAR have it.
+class PES(Estimator):
+    """Persistent evolution strategies (Vicol et al. 2021, arXiv 2112.13835), as the authors of STAR have them.
 
-    Each truncation draws a fresh perturbation; a pair's difference of losses is credited to the sum of all perturbations
-    since its reset, which makes short truncations unbiased. Where an episode ends within a truncation, losses after its
-    last step are credited to this truncation's perturbation alone. The reference counts that last loss to the new part
-    already, and restarts the sum even where the reset itself falls into the next truncation; so do we.
+    Each truncation draws a fresh perturbation; a pair's difference of losses is credited to the sum of all
+    perturbations since its reset, which makes short truncations unbiased. Where an episode ends within a truncation,
+    losses after its last step are credited to this truncation's perturbation alone. The reference counts that last loss
+    to the new part already, and restarts the sum even where the reset itself falls into the next truncation; so do we.
 
     Args:
         num_pairs: antithetic pairs of runs; both sides see the same tasks, starts and batches.
@@ -177,14 +198,10 @@ class PES:
         return Particles(inner, {k: p.new_zeros((self.num_pairs, *p.shape)) for k, p in meta_params.items()})
 
     @torch.no_grad()
-    def estimate(
-        self, unroll: Unroll, meta_params: MetaParams, state: Particles, generator: torch.Generator
-    ) -> Estimate:
+    def estimate(self, unroll: Unroll, meta_params: MetaParams, state: Any, generator: torch.Generator) -> Estimate:
         """Advance every pair by a truncation."""
         fresh = draw_perturbations(meta_params, self.std, self.num_pairs, generator)
-        inner, record = _run_pairs(
-            unroll, meta_params, fresh, state.inner, self.truncation, self.horizon, generator
-        )
+        inner, record = _run_pairs(unroll, meta_params, fresh, state.inner, self.truncation, self.horizon, generator)
         total = {name: state.perturbation[name] + fresh[name] for name in fresh}
         done, mask = record.done[:, : self.num_pairs], record.mask[:, : self.num_pairs]
         ended = done.cumsum(0).bool()  # from the last step of an episode on
@@ -193,11 +210,11 @@ class PES:
         old, new = (torch.where(part.to(difference.device), difference, 0.0).sum(0) / slots for part in (~ended, ended))
         gradient = _es_gradient([(old, total), (new, fresh)], self.std)
         kept = {name: _rows(ended[-1], fresh[name], total[name]) for name in fresh}
-        return Estimate(_mean_loss(record), gradient, Particles(inner, kept))
+        return Estimate(_mean_loss(record), gradient, Particles(inner, kept), _finite(record))
 
 
 @dataclasses.dataclass(frozen=True)
-class ESSingle:
+class ESSingle(Estimator):
     """ES-Single (Vicol 2023, arXiv 2304.11153): one perturbation per pair and episode.
 
     The variance does not grow with the number of truncations, as that of PES does. A pair whose episode has ended waits
@@ -223,9 +240,7 @@ class ESSingle:
         return Particles(inner, draw_perturbations(meta_params, self.std, self.num_pairs, generator))
 
     @torch.no_grad()
-    def estimate(
-        self, unroll: Unroll, meta_params: MetaParams, state: Particles, generator: torch.Generator
-    ) -> Estimate:
+    def estimate(self, unroll: Unroll, meta_params: MetaParams, state: Any, generator: torch.Generator) -> Estimate:
         """Advance every pair by a truncation."""
         inner, perturbation = state
         ended = inner.done[: self.num_pairs]
@@ -235,23 +250,23 @@ class ESSingle:
             drawn = draw_perturbations(meta_params, self.std, self.num_pairs, generator)
             perturbation = {name: _rows(ended, drawn[name], perturbation[name]) for name in drawn}
         waiting = dataclasses.replace(unroll, idle=True)
-        inner, record = _run_pairs(
-            waiting, meta_params, perturbation, inner, self.truncation, self.horizon, generator
-        )
+        inner, record = _run_pairs(waiting, meta_params, perturbation, inner, self.truncation, self.horizon, generator)
         # Divided by the truncation, not by the slots that a run took part in: an episode's steps weigh alike.
         weight = _side_difference(record).sum(0) / self.truncation
         gradient = _es_gradient([(weight, perturbation)], self.std)
-        return Estimate(_mean_loss(record), gradient, Particles(inner, perturbation))
+        return Estimate(_mean_loss(record), gradient, Particles(inner, perturbation), _finite(record))
 
 
-def draw_perturbations(
-    meta_params: MetaParams, std: float, number: int, generator: torch.Generator
-) -> Gradients:
+def draw_perturbations(meta_params: MetaParams, std: float, number: int, generator: torch.Generator) -> Gradients:
     """Normal perturbations, name -> (number, *shape)."""
-    return {
-        name: std * torch.randn((number, *p.shape), generator=generator, device=p.device, dtype=p.dtype)
-        for name, p in meta_params.items()
-    }
+
+    def draw(param: Tensor) -> Tensor:
+        shape = (number, *param.shape)
+        return std * torch.randn(shape, generator=generator, device=generator.device, dtype=param.dtype).to(
+            param.device
+        )
+
+    return {name: draw(param) for name, param in meta_params.items()}
 
 
 def _start(
@@ -274,22 +289,23 @@ def _backpropagate(
         inner, record = unroll.run(leaves, inner, length, generator, lambda n: horizon.draw(n, generator))
         last = unroll.loss(inner, unroll.task.batch(generator, inner.constants, len(inner.done)))
         losses = torch.cat([record.losses[1:], last.unsqueeze(0)])
-        mask = torch.cat([record.mask[1:], ~inner.done.unsqueeze(0) | record.mask[-1:]]).to(losses.device)
-        losses = torch.where(mask & losses.isfinite(), losses, 0.0)
+        mask = torch.cat([record.mask[1:], record.mask[-1:]]).to(losses.device)
+        finite = losses.isfinite()
+        losses = torch.where(mask & finite, losses, 0.0)
         loss = (losses.sum(0) / mask.sum(0).clamp(min=1)).mean()
-        gradient = _gradient(loss, leaves)
-    return Estimate(loss.detach(), gradient, detach(inner))
+        gradient, finite_gradient = _gradient(loss, leaves)
+    return Estimate(loss.detach(), gradient, detach(inner), finite_gradient & (finite | ~mask).all())
 
 
 def _leaves(meta_params: MetaParams) -> Gradients:
     return {name: p.detach().requires_grad_() for name, p in meta_params.items()}
 
 
-def _gradient(loss: Tensor, leaves: Gradients) -> Gradients:
-    """The gradient, zero where it is missing or not finite: one bad truncation must not end a long meta-training."""
-    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    pairs = zip(leaves.items(), grads, strict=True)
-    return {n: torch.zeros_like(p) if g is None else torch.nan_to_num(g, 0.0, 0.0, 0.0) for (n, p), g in pairs}
+def _gradient(loss: Tensor, leaves: Gradients) -> tuple[Gradients, Tensor]:
+    """The gradient, zero where it is missing or not finite, and () bool: whether it was finite."""
+    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    finite = torch.stack([grad.isfinite().all() for grad in grads]).all()
+    return {name: torch.nan_to_num(g, 0.0, 0.0, 0.0) for name, g in zip(leaves, grads, strict=True)}, finite
 
 
 def _run_pairs(
@@ -318,10 +334,14 @@ def _mean_loss(record: Record) -> Tensor:
     return (record.losses.sum(0) / slots).mean()
 
 
+def _finite(record: Record) -> Tensor:
+    return record.losses.isfinite().all()
+
+
 def _es_gradient(parts: list[tuple[Tensor, Gradients]], std: float) -> Gradients:
     """Mean over pairs of the sum of weight (N,) times perturbation (N, *shape), divided by 2 std^2."""
     return {
-        name: sum((torch.tensordot(weight, p[name], dims=1) for weight, p in parts), start=torch.zeros(()))
+        name: sum((torch.tensordot(w.to(p[name].dtype), p[name], dims=1) for w, p in parts), start=torch.zeros(()))
         / (2 * std**2 * len(parts[0][0]))
         for name in parts[0][1]
     }

@@ -8,7 +8,8 @@ rule state, which takes the slot and counts no loss. So the authors' truncated s
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ OBJECTIVES: dict[str, Callable[[Task, Tensor, Tensor], Tensor]] = {
 
 
 class Inner(NamedTuple):
-    """P inner runs; every tensor has a leading axis P. The last four are the episode's clockwork, on the CPU."""
+    """P inner runs; every tensor has a leading axis P. The last three are the episode's clockwork, on the CPU."""
 
     params: dict[str, Tensor]  # name -> (P, *shape)
     constants: Any  # what the task drew at the start, see tasks.base
@@ -57,12 +58,13 @@ class Unroll:
     Args:
         rule: the update rule.
         task: what it is run on.
-        objective: "raw" loss; "clipped" as the task normalizes it; "ratio" to the run's first loss, at most 2; "log" of that
-            ratio + 1e-2, which weighs a halving alike early and late.
+        objective: "raw" loss; "clipped" as the task normalizes it; "ratio" to the run's first loss, at most 2; "log" of
+            that ratio + 1e-2, which weighs a halving alike early and late.
         second_order: let gradients of the meta-loss flow through the task's gradient.
         tell_horizon: give the rule the episode's length, as a Lightning run of known length would.
-        compiled: run steps that need no gradient through `torch.compile`, once per task; pays after some thousand steps.
+        compiled: run steps that need no gradient through `torch.compile`, once per task; pays after some thousand.
         idle: after the end of an episode wait for the next truncation instead of resetting at once.
+        frozen: the meta-parameters that do not learn; those that `run` is given and these are all of the rule's.
     """
 
     rule: UpdateRule
@@ -72,6 +74,7 @@ class Unroll:
     tell_horizon: bool = True
     compiled: bool = False
     idle: bool = False
+    frozen: MetaParams = dataclasses.field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
@@ -87,10 +90,13 @@ class Unroll:
         """
         fresh = self.task.init(generator, population=len(horizon))
         states = {name: vmap(self.rule.init_state)(param) for name, param in fresh.params.items()}
+        device = next(iter(fresh.params.values())).device
+        first = torch.ones(len(horizon), device=device, dtype=torch.float32)
+        step = torch.zeros_like(first)
         clock = torch.zeros_like(horizon)
-        first = torch.ones(len(horizon))
-        inner = Inner(fresh.params, fresh.constants, states, first, clock.float(), clock, horizon, clock.bool())
-        return _repeat(inner, sides)
+        inner = Inner(fresh.params, fresh.constants, states, first, step, clock, horizon, clock.bool())
+        repeated: Inner = _repeat(inner, sides)
+        return repeated
 
     def run(
         self,
@@ -136,11 +142,13 @@ class Unroll:
         if bool(inner.done.any()) and not self.idle:
             fresh = self.start(generator, draw_horizon(population), sides=sides)
         batch = _repeat(self.task.batch(generator, _half(inner.constants, sides), population), sides)
-        arguments = (dict(meta_params), inner.params, inner.states, inner.step, batch, self._num_steps(inner))
+        meta = dict(meta_params), dict(self.frozen)
+        arguments = (*meta, inner.params, inner.states, inner.step, batch, self._num_steps(inner))
         params, states, losses = self._stepper(batched)(*arguments)
         first = torch.where(inner.step == 0, losses.detach(), inner.first_loss)
         clock = inner.clock + 1
-        stepped = Inner(params, inner.constants, states, first, inner.step + 1, clock, inner.horizon, clock >= inner.horizon)
+        done = clock >= inner.horizon
+        stepped = Inner(params, inner.constants, states, first, inner.step + 1, clock, inner.horizon, done)
         objective, mask = OBJECTIVES[self.objective](self.task, losses, first), ~inner.done
         if not bool(mask.all()):
             stepped = choose(inner.done, inner if fresh is None else fresh, stepped)
@@ -155,10 +163,11 @@ class Unroll:
     def _num_steps(self, inner: Inner) -> Tensor | None:
         return inner.horizon.to(inner.first_loss.device) if self.tell_horizon else None
 
-    def _stepper(self, batched: bool) -> Callable[..., tuple[dict[str, Tensor], dict[str, Any], Tensor]]:
-        in_dims = (0 if batched else None, 0, 0, 0, 0, 0 if self.tell_horizon else None)
+    def _stepper(self, batched: bool) -> Callable[..., Any]:
+        in_dims = (0 if batched else None, None, 0, 0, 0, 0, 0 if self.tell_horizon else None)
         if not self.compiled or torch.is_grad_enabled():
-            return vmap(self._member_step, in_dims=in_dims)
+            stepper: Callable[..., Any] = vmap(self._member_step, in_dims=in_dims)
+            return stepper
         key = (self, batched)
         if key not in _COMPILED:
             _COMPILED[key] = torch.compile(vmap(self._member_step, in_dims=in_dims), dynamic=False)
@@ -166,7 +175,8 @@ class Unroll:
 
     def _member_step(
         self,
-        meta_params: MetaParams,
+        meta_params: dict[str, Tensor],
+        frozen: dict[str, Tensor],
         params: dict[str, Tensor],
         states: dict[str, Any],
         step: Tensor,
@@ -177,7 +187,10 @@ class Unroll:
         grads, loss = self.task.grad_and_value(params, batch)
         if not self.second_order:
             grads = {name: grad.detach() for name, grad in grads.items()}
-        context = StepContext(step, loss.detach(), num_steps)
+        context, meta_params = StepContext(step, loss.detach(), num_steps), {**frozen, **meta_params}
+        if self.rule.needs_share:
+            shared, states = self.rule.share(meta_params, grads, states, params, context)
+            context = context._replace(shared=shared)
         new_params, new_states = {}, {}
         for name, param in params.items():
             delta, new_states[name] = self.rule.update(meta_params, grads[name], states[name], param, context)
@@ -185,7 +198,19 @@ class Unroll:
         return new_params, new_states, loss
 
 
-_COMPILED: dict[Any, Any] = {}
+_COMPILED: dict[tuple[Unroll, bool], Callable[..., Any]] = {}
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Without autocast and with float32 as the default dtype, which tasks are in; whatever a Trainer's precision is."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def detach(inner: Inner) -> Inner:

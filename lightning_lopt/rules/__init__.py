@@ -1,5 +1,6 @@
 """Update rules: the maths of every optimizer of this package, in torch alone."""
 
+from lightning_lopt.rules import dmd
 from lightning_lopt.rules.base import (
     REGISTRY,
     RuleConfig,
@@ -10,17 +11,27 @@ from lightning_lopt.rules.base import (
     make,
     register,
 )
+from lightning_lopt.rules.history import HistoryConfig, NormalizedHistory
+from lightning_lopt.rules.lstm import LSTMConfig, LSTMRule
+from lightning_lopt.rules.multiscale_adam import MultiscaleAdam, MultiscaleAdamConfig
 from lightning_lopt.rules.star import STAR, STARConfig
 
 __all__ = [
     "REGISTRY",
     "STAR",
+    "HistoryConfig",
+    "LSTMConfig",
+    "LSTMRule",
+    "MultiscaleAdam",
+    "MultiscaleAdamConfig",
+    "NormalizedHistory",
     "RuleConfig",
     "STARConfig",
     "Source",
     "StepContext",
     "UpdateRule",
     "compute_dtype",
+    "dmd",
     "make",
     "register",
 ]

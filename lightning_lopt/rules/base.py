@@ -10,8 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -23,7 +22,8 @@ class StepContext(NamedTuple):
 
     step: Tensor  # () updates of this tensor made before this one, 0 at the first
     loss: Tensor | None = None  # () the step's training loss; given to rules with needs_loss
-    num_steps: int | None = None  # the run's length in optimizer steps, where known
+    num_steps: Tensor | int | None = None  # the run's length in optimizer steps, where known; () if a tensor
+    shared: Any = None  # what the rule's `share` made of all tensors; None for rules without needs_share
 
 
 ConfigType = TypeVar("ConfigType", bound="RuleConfig")
@@ -97,7 +97,8 @@ class UpdateRule(nn.Module):
     """
 
     Config: ClassVar[type[RuleConfig]] = RuleConfig
-    needs_loss: ClassVar[bool] = False
+    needs_loss: bool = False
+    needs_share: bool = False
     kind: str
     config: RuleConfig
     source: Source | None = None
@@ -107,11 +108,10 @@ class UpdateRule(nn.Module):
         self.config = config if config is not None else self.Config()
         self.kind = kind
 
-    @abstractmethod
     def init_state(self, param: Tensor) -> Any:
         """The state of a parameter before its first step: a NamedTuple of tensors of its dtype and on its device."""
+        raise NotImplementedError(f"{type(self).__name__} must define init_state(param).")
 
-    @abstractmethod
     def update(
         self, meta_params: Mapping[str, Tensor], grad: Tensor, state: Any, param: Tensor, context: StepContext
     ) -> tuple[Tensor, Any]:
@@ -127,6 +127,41 @@ class UpdateRule(nn.Module):
         Returns:
             (delta, state): `param + delta` is the new parameter; delta has the shape of `grad`.
         """
+        raise NotImplementedError(
+            f"{type(self).__name__} must define update(meta_params, grad, state, param, context)."
+        )
+
+    def share(
+        self,
+        meta_params: Mapping[str, Tensor],
+        grads: Mapping[str, Tensor],
+        states: Mapping[str, Any],
+        params: Mapping[str, Tensor],
+        context: StepContext,
+        *,
+        in_place: bool = False,
+    ) -> tuple[Any, dict[str, Any]]:
+        """What the updates of one step have in common, computed once from all tensors that move; a pure function too.
+
+        It is called before the updates, for rules with `needs_share` alone. There is no state beside that of the
+        tensors: so it is saved, moved and dropped with them.
+
+        Args:
+            meta_params: name -> meta-parameter.
+            grads: any key -> gradient of a tensor.
+            states: key -> its state, as for `update`.
+            params: key -> its value.
+            context: of the step; its `step` is that of the tensor with the most updates.
+            in_place: buffers of `states` may be overwritten, as long as the same step can be taken again from what is
+                left of `states`: the safeguard then goes back to them.
+
+        Returns:
+            (shared, states): `update` gets the first as `context.shared`, and each tensor's new state.
+        """
+        return None, dict(states)
+
+    def check_params(self, params: Iterable[Tensor]) -> None:
+        """Refuse, by a ValueError, parameters that the rule cannot train together. Asked when an optimizer is made."""
 
     def terms(
         self, meta_params: Mapping[str, Tensor], grad: Tensor, state: Any, param: Tensor, context: StepContext

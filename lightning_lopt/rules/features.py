@@ -7,6 +7,7 @@ contiguous plane; nothing is bias-corrected.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import torch
@@ -100,10 +101,15 @@ def update_accumulators(state: Accumulators, grad: Tensor, decays: Decays) -> Ac
         d1, d0 = dims
         row = _average(row, square.mean(d0), decays.adafactor)
         col = _average(col, square.mean(d1), decays.adafactor)
-    rms = decays.rms.squeeze(0)
-    exp_avg_sq = rms * state.exp_avg_sq + (1 - rms) * grad * grad
-    exp_avg = _average(state.exp_avg, grad, decays.momentum)
+    exp_avg, exp_avg_sq = update_moments(state.exp_avg, state.exp_avg_sq, grad, decays)
     return Accumulators(exp_avg, exp_avg_sq, row, col, diag, state.factored_dims)
+
+
+def update_moments(exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, decays: Decays) -> tuple[Tensor, Tensor]:
+    """Fold one gradient into the momenta (3, *shape) and the second moment (*shape): what the nominal term reads."""
+    rms = decays.rms.squeeze(0)
+    exp_avg_sq = rms * exp_avg_sq + (1 - rms) * grad * grad
+    return _average(exp_avg, grad, decays.momentum), exp_avg_sq
 
 
 def inverse_root(exp_avg_sq: Tensor) -> Tensor:
@@ -156,23 +162,26 @@ def inverse_rms(channels: Tensor) -> Tensor:
 
 
 def contract(weight: Tensor, channels: Tensor) -> Tensor:
-    """A layer over the channels of every coordinate: weight (c, h), channels (c, *shape) -> (h, *shape).
+    """A layer over the channels of every coordinate: weight (c, h), channels (c, *shape) -> (h, *shape)."""
+    weight = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    return on_shards(lambda local: torch.tensordot(weight, local, dims=([0], [0])), channels)
 
-    Sharded tensors (DTensor) stay sharded: each coordinate is computed where it lies.
+
+def on_shards(function: Callable[..., Tensor], *channels: Tensor) -> Tensor:
+    """Apply a function that takes each coordinate alone: tensors (c, *shape) -> (d, *shape).
+
+    Sharded tensors (DTensor) stay sharded: each coordinate is computed where it lies. All must be laid out alike.
     """
-    if not hasattr(channels, "placements"):
-        product: Tensor = torch.tensordot(weight, channels, dims=([0], [0]))
-        return product
+    if not hasattr(channels[0], "placements"):
+        return function(*channels)
     from torch.distributed.tensor import DTensor
 
-    sharded = cast(DTensor, channels)
-    weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
-    local = torch.tensordot(weight, sharded.to_local(), dims=([0], [0]))
-    shape = torch.Size((weight.shape[1], *channels.shape[1:]))
+    sharded = cast(tuple[DTensor, ...], channels)
+    mesh, placements = sharded[0].device_mesh, sharded[0].placements
+    local = function(*(each.redistribute(mesh, placements).to_local() for each in sharded))
+    shape = torch.Size((local.shape[0], *channels[0].shape[1:]))
     strides = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(
-        local, sharded.device_mesh, sharded.placements, run_check=False, shape=shape, stride=strides
-    )
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=strides)
 
 
 def time_features(step: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,373 @@
+"""Dynamic Mode Decomposition (DMD): eigenvalues of the linear map that best continues a trajectory.
+
+Source: Simanek, Vasata, Kordik 2022 (L2O-DMD, arXiv 2211.16268), sections 3.2 and 4. Snapshots x_0 ... x_m are
+columns; X = [x_0 ... x_{m-1}], Y = [x_1 ... x_m]. With the R largest singular triplets of X = U S V^T, the eigenvalues
+are those of
+
+    U^T Y V S^-1                                                                        (their eq. 6, at rank R)
+
+Nothing here needs the n x m decomposition. By the method of snapshots all follows from the inner products of snapshots,
+their Gram matrix G of m + 1 rows: it holds X^T X = V S^2 V^T and X^T Y, and U^T Y V S^-1 = S^-1 V^T (X^T Y) V S^-1. A
+new snapshot changes one row and one column of G, each a fresh inner product, so that nothing drifts; and inner products
+are sums over coordinates, so that G is a sum over tensors and over shards.
+
+Decisions where the paper is silent: eigenvalues are sorted by (modulus, imaginary part, real part), falling; where X
+has fewer than R directions, or anything is not finite, the rest is 0; no gradient flows through any of it, since the
+derivatives of eigenvalues do not exist where two meet. Sums run in float64 (for R = 1, which rounding hardly touches,
+in blocks of the parameters' own dtype), and so does the small problem.
+
+The sketch is for large nets, and only for R = 1: of 6,370 coordinates 1,024 numbers leave an error of 1e-4 to 2e-3 in
+one raw eigenvalue, a tenth to a quarter of its own movement, and directions beyond the first are lost in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lightning_lopt.rules import features as feats
+
+METHODS = ("gram", "svd", "sketch")
+SNAPSHOTS = ("raw", "increments", "shifted")
+SKETCH_SIZE = 1024
+
+# Directions whose squared singular value, relative to the largest, is below this are rounding errors: of a Gram matrix
+# in float64, and of a singular value decomposition in float64.
+_GRAM_NOISE, _SVD_NOISE = 1e-13, 1e-26
+
+
+def eigenvalues(snapshots: Tensor, rank: int, *, method: str = "gram") -> Tensor:
+    """The DMD eigenvalues of a trajectory: complex128 (rank,), sorted by falling modulus, 0 where there are fewer.
+
+    Args:
+        snapshots: (n, m + 1) real, columns oldest first.
+        rank: R, at most m.
+        method: "gram" exact, from inner products, and one more projection that makes its error that of "svd"; "svd" the
+            definition, for reference; "sketch" approximate, from 1,024 random combinations of the coordinates if there
+            are more.
+
+    Raises:
+        ValueError: for snapshots of another shape, a rank out of range or an unknown method.
+
+    Example:
+        >>> import torch
+        >>> trajectory = torch.stack([torch.tensor([0.5, 0.9]) ** k for k in range(6)], dim=1)
+        >>> eigenvalues(trajectory, 2).real
+        tensor([0.9000, 0.5000], dtype=torch.float64)
+    """
+    if snapshots.dim() != 2 or snapshots.shape[1] < 2 or not snapshots.is_floating_point():
+        raise ValueError(
+            f"snapshots of shape {tuple(snapshots.shape)} and {snapshots.dtype} are not allowed: they must be a real "
+            "matrix (n, m + 1), columns oldest first, m >= 1."
+        )
+    if not 1 <= rank < snapshots.shape[1]:
+        raise ValueError(f"rank={rank!r} is not allowed: it must be an integer from 1 to m = {snapshots.shape[1] - 1}.")
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is not allowed: use one of {list(METHODS)}.")
+    points = _finite_or_zero(snapshots.detach().double())
+    if method == "sketch" and len(points) > SKETCH_SIZE:
+        points = sketch(points, _signs(len(points), points.device), SKETCH_SIZE)
+    reduced = _reduced_by_svd(points, rank) if method == "svd" else _reduced_by_projection(points, rank)
+    return _sorted_eigenvalues(reduced)
+
+
+def eigenvalues_from_gram(gram: Tensor, rank: int) -> Tensor:
+    """The DMD eigenvalues from the inner products (m + 1, m + 1) of the snapshots, oldest first: complex128 (rank,).
+
+    The error is about (s_1 / s_R)^2 times the precision of `gram`, s being the singular values of X.
+    """
+    gram = _finite_or_zero(gram.detach().double())
+    basis = _whitening(gram[:-1, :-1], rank)
+    return _sorted_eigenvalues(basis.mT @ gram[:-1, 1:] @ basis)
+
+
+def features(values: Tensor, scale: float = 0.0) -> Tensor:
+    """Eigenvalues as real inputs of a network: the real part for one, (real, |imaginary|) of each for more.
+
+    Args:
+        values: (R,) complex.
+        scale: s > 0 gives s (value - 1) instead, which keeps values near 1 apart; what is 0 (padding) stays 0.
+    """
+    parts = torch.stack([values.real, values.imag.abs()], dim=-1)
+    if scale:
+        parts = torch.where((values != 0).unsqueeze(-1), scale * (parts - torch.tensor([1.0, 0.0]).to(parts)), 0.0)
+    return parts[:, 0] if len(values) == 1 else parts.flatten()
+
+
+class Window(NamedTuple):
+    """The last m + 1 values of one tensor: k = m + 1 rows of raw snapshots, or k = m rows of increments."""
+
+    snapshots: Tensor  # (k, *shape) ring buffer; (k, sketch_size) if sketched
+    last: Tensor  # (*shape) the last value, or its sketch, to subtract from the next; (0,) for raw snapshots
+    gram: Tensor  # (2, k, k) inner products, oldest first: as float64 in two parts, whose sum they are
+    losses: Tensor  # (m + 1,) oldest first; (0,) without the loss
+    signs: Tensor  # (n,) int8 of the sketch; (0,) without one
+    seen: Tensor  # () int64 values so far
+
+
+@dataclasses.dataclass(frozen=True)
+class OnlineDMD:
+    """The eigenvalues of the last m + 1 values of a set of tensors, from one matrix-vector product per tensor and step.
+
+    Pure: a `Window` per tensor goes in, another comes out, also under `torch.func.vmap`. Memory is m + 1 copies of the
+    tensors, 44 to 404 bytes per float32 parameter for m = 10 to 100; the method "sketch" keeps (m + 1) `sketch_size`
+    numbers of each tensor and a byte per parameter. Sharded tensors (DTensor) keep their snapshots sharded; for a
+    sketch they are gathered one after the other.
+    """
+
+    rank: int = 1
+    """R: eigenvalues."""
+    num_snapshots: int = 100
+    """m: a window has m + 1 values; there are no eigenvalues before it is full."""
+    snapshots: str = "raw"
+    """"raw" values; their m "increments"; or "shifted": their differences from the oldest of the window."""
+    method: str = "gram"
+    """"gram", "sketch", or "svd", for reference: a decomposition of all snapshots at each step."""
+    sketch_size: int = SKETCH_SIZE
+    """Numbers that are kept of a larger tensor with the method "sketch"."""
+    loss_scale: float = 0.0
+    """The loss times this is one more coordinate of a snapshot; 0 leaves it out."""
+
+    def init(self, param: Tensor) -> Window:
+        """An empty window in the dtype and on the device of `param`."""
+        rows = self.num_snapshots + (self.snapshots == "raw")
+        none = torch.zeros(0, dtype=param.dtype, device=param.device)  # not of `param`, which may be sharded
+        buffer, signs = param.new_zeros((rows, *param.shape)), none.to(torch.int8)
+        if self._sketches(param):
+            buffer, signs = none.new_zeros((rows, self.sketch_size)), _signs(param.numel(), param.device)
+        last = none if self.snapshots == "raw" else torch.zeros_like(buffer[0])
+        losses = none.new_zeros(self.num_snapshots + 1 if self.loss_scale else 0)
+        seen = torch.zeros((), dtype=torch.int64, device=param.device)
+        return Window(buffer, last, none.new_zeros((2, rows, rows)), losses, signs, seen)
+
+    def num_bytes(self, param: Tensor) -> int:
+        """What the snapshots of a tensor take on this device."""
+        rows, size = self.num_snapshots + 1, torch.finfo(torch.promote_types(param.dtype, torch.float32)).bits // 8
+        if self._sketches(param):
+            return rows * self.sketch_size * size + param.numel()
+        return rows * _local(param).numel() * size
+
+    def push(
+        self,
+        windows: Sequence[Window],
+        values: Sequence[Tensor],
+        loss: Tensor | None = None,
+        *,
+        in_place: bool = False,
+    ) -> list[Window]:
+        """Add a value of each tensor, and drop the oldest.
+
+        Args:
+            windows: one per tensor.
+            values: of the shape and dtype that the windows were made for.
+            loss: () at these values; needed if `loss_scale`.
+            in_place: write into the ring buffers of `windows` instead of copying them. All else is new, so that the
+                same values can be pushed to `windows` again.
+        """
+        if self.loss_scale and loss is None:
+            raise ValueError(f"loss_scale={self.loss_scale} puts the loss into the snapshots, and there is none.")
+        # What is small is stacked: a step is then a few operations per tensor, and not some thirty.
+        device = windows[0].gram.device
+        seen = torch.stack([window.seen.to(device) for window in windows])
+        age = torch.arange(windows[0].gram.shape[-1], device=device)
+        slots = seen % len(age)
+        buffers, lasts, products = [], [], []
+        for window, value, slot in zip(windows, values, slots, strict=True):
+            row, last = self._row(window, value.detach())
+            buffers.append(_write(window.snapshots, slot.to(row.device), row, in_place))
+            products.append(inner_products(buffers[-1], row, precise=self.rank > 1).to(device))
+            lasts.append(last)
+        newest = torch.stack(products).gather(1, (slots.unsqueeze(1) + 1 + age) % len(age))
+        grams = _shifted(torch.stack([window.gram.to(device) for window in windows]), newest)
+        losses = torch.stack([window.losses.to(device) for window in windows])
+        if loss is not None and self.loss_scale:
+            losses = torch.cat([losses[:, 1:], loss.detach().to(losses).expand(len(windows), 1)], dim=1)
+        return [
+            Window(buffer, last, gram.to(w.gram), past.to(w.losses), w.signs, w.seen + 1)
+            for buffer, last, gram, past, w in zip(buffers, lasts, grams, losses, windows, strict=True)
+        ]
+
+    def eigenvalues(self, windows: Sequence[Window]) -> Tensor:
+        """Of all windows together: complex128 (rank,). Windows that are not full are left out; zeros if none is."""
+        device = windows[0].gram.device
+        full = torch.stack([window.seen.to(device) for window in windows]) > self.num_snapshots
+        if self.method == "svd":
+            points = [torch.where(f, self._points(w).to(device), 0.0) for f, w in zip(full, windows, strict=True)]
+            points += [self._loss_rows(full, windows)] if self.loss_scale else []
+            return eigenvalues(torch.cat(points), self.rank, method="svd")
+        grams = torch.stack([window.gram.to(device) for window in windows]).double().sum(1)
+        gram = torch.where(full[:, None, None], grams, 0.0).sum(0)
+        if self.snapshots == "shifted":  # a difference from the oldest is a sum of increments
+            gram = pad(gram.cumsum(0).cumsum(1), (1, 0, 1, 0))
+        if self.loss_scale:
+            loss_rows = self._loss_rows(full, windows)
+            gram = gram + loss_rows.mT @ loss_rows
+        return eigenvalues_from_gram(gram, self.rank)
+
+    def _row(self, window: Window, value: Tensor) -> tuple[Tensor, Tensor]:
+        """What is kept of a value, and what the next one is compared with."""
+        if self._sketches(value):
+            value = sketch(_whole(value).reshape(-1), window.signs, self.sketch_size)
+        # A copy: `value` may be a parameter itself, which is about to move.
+        return (value, window.last) if self.snapshots == "raw" else (value - window.last, value.clone())
+
+    def _sketches(self, param: Tensor) -> bool:
+        return self.method == "sketch" and param.numel() > self.sketch_size
+
+    def _points(self, window: Window) -> Tensor:
+        """(n, columns) float64: the snapshots, oldest first."""
+        rows = _whole(window.snapshots)
+        order = (window.seen + torch.arange(len(rows), device=rows.device)) % len(rows)
+        points = rows.reshape(len(rows), -1)[order].double().mT
+        return pad(points.cumsum(1), (1, 0)) if self.snapshots == "shifted" else points
+
+    def _loss_rows(self, full: Tensor, windows: Sequence[Window]) -> Tensor:
+        """(len(windows), columns) float64: rows whose Gram matrix is that of the loss, averaged over the full windows.
+
+        Tensors have seen the same losses, unless one did not move in some step: they count once, not once per tensor.
+        """
+        rows = torch.stack([window.losses.to(full.device).double() for window in windows])
+        weights = full.double()
+        rows = self.loss_scale * (weights / weights.sum().clamp(min=1)).sqrt().unsqueeze(1) * rows
+        if self.snapshots == "increments":
+            return rows.diff(dim=1)
+        return rows - rows[:, :1] if self.snapshots == "shifted" else rows
+
+
+def inner_products(rows: Tensor, value: Tensor, *, precise: bool = True) -> Tensor:
+    """Of each row (k, *shape) with a tensor (*shape): (k,) float64.
+
+    Args:
+        rows: may be sharded (DTensor), as `value` is.
+        value: of the rows' dtype.
+        precise: multiply in float64. Else in the dtype of the rows, and sum blocks in float64; at a million float32
+            numbers that leaves an error of 1e-7 in the eigenvalue of R = 1, where one long sum leaves 5e-6.
+    """
+    vector = _local(value).reshape(-1)
+    matrix = _local(rows).reshape(len(rows), vector.numel())
+    # On a CPU, blocks that stay in the cache while they are converted; elsewhere as few as memory allows.
+    block = 2**15 if precise else 2**16
+    block = block if matrix.device.type == "cpu" else max(block, 2**24 // len(matrix))
+    total: Tensor | None = None
+    for part, other in zip(torch.split(matrix, block, dim=1), torch.split(vector, block), strict=True):
+        product = part.double() @ other.double() if precise else (part @ other).double()
+        total = product if total is None else total + product
+    assert total is not None  # torch.split gives one part at least
+    return _summed_over_shards(total, rows)
+
+
+def sketch(points: Tensor, signs: Tensor, size: int) -> Tensor:
+    """A random linear map (n, *rest) -> (size, *rest) that keeps inner products up to noise of size sqrt(2 / size).
+
+    Coordinate i is added to number i mod size with a random sign: a count sketch (Charikar et al. 2002), two operations
+    per coordinate.
+    """
+    signed = points * signs.to(points.dtype).reshape(-1, *[1] * (points.dim() - 1))
+    missing = -len(signed) % size
+    signed = torch.cat([signed, signed.new_zeros((missing, *signed.shape[1:]))])
+    return signed.reshape(-1, size, *signed.shape[1:]).sum(0)
+
+
+def _signs(number: int, device: torch.device) -> Tensor:
+    """(number,) int8 of +-1, always the same: the last bit of a hash of the index, without a random generator."""
+    mixed = torch.arange(number, device=device)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):  # "lowbias32", C. Wellons' hash of 32 bits
+        mixed = ((mixed ^ (mixed >> shift)) * factor) & 0xFFFFFFFF
+    return (1 - 2 * (mixed & 1)).to(torch.int8)
+
+
+def _write(buffer: Tensor, slot: Tensor, row: Tensor, in_place: bool) -> Tensor:
+    if in_place:
+        _local(buffer).index_copy_(0, slot.reshape(1), _local(row).unsqueeze(0))
+        return buffer
+    chosen = (torch.arange(len(buffer), device=slot.device) == slot).reshape(-1, *[1] * row.dim())
+    return feats.on_shards(lambda old, new: torch.where(chosen, new, old), buffer, row.unsqueeze(0))
+
+
+def _shifted(grams: Tensor, newest: Tensor) -> Tensor:
+    """Gram matrices (tensors, 2, k, k) without their oldest snapshot, with the products (tensors, k) of the newest."""
+    high = newest.to(grams.dtype)
+    parts = torch.stack([high, (newest - high.double()).to(high.dtype)], dim=1).unsqueeze(3)
+    kept = torch.cat([grams[:, :, 1:, 1:], parts[:, :, :-1]], dim=3)
+    return torch.cat([kept, parts.mT], dim=2)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The shard that lies here of a sharded tensor (DTensor); any other as it is."""
+    return cast(Tensor, tensor.to_local()) if hasattr(tensor, "to_local") else tensor
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return cast(Tensor, tensor.full_tensor()) if hasattr(tensor, "full_tensor") else tensor
+
+
+def _summed_over_shards(partial: Tensor, like: Tensor) -> Tensor:
+    """Sums over one rank's shard of `like` -> over the whole: the only place where ranks exchange anything."""
+    if not hasattr(like, "placements"):
+        return partial
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    sharded = cast(DTensor, like)
+    placements = [Partial() if placement.is_shard() else Replicate() for placement in sharded.placements]
+    return _whole(DTensor.from_local(partial, sharded.device_mesh, placements, run_check=False))
+
+
+def _finite_or_zero(tensor: Tensor) -> Tensor:
+    """All of it, or zeros if any of it is not finite: eigen-solvers refuse such input."""
+    return torch.where(tensor.isfinite().all(), tensor, 0.0)
+
+
+def _whitening(square: Tensor, rank: int) -> Tensor:
+    """V S^-1 (m, rank) of X^T X = V S^2 V^T, largest first; a column of zeros for each direction that is noise."""
+    squares, vectors = torch.linalg.eigh(square)
+    squares, vectors = squares.flip(0)[:rank], vectors.flip(1)[:, :rank]
+    kept = squares > _GRAM_NOISE * squares[:1]
+    inverse = torch.where(kept, torch.where(kept, squares, 1.0).rsqrt(), 0.0)
+    whitening: Tensor = vectors * inverse
+    return whitening
+
+
+def _reduced_by_projection(points: Tensor, rank: int) -> Tensor:
+    """U^T Y V S^-1 in the basis X V S^-1, of float64 points.
+
+    The Gram matrix gives V; projecting on what X makes of it, instead of trusting S, leaves the error of a singular
+    value decomposition, s_1 / s_R times the precision, where the Gram matrix alone has the square of s_1 / s_R.
+    """
+    past, future = points[:, :-1], points[:, 1:]
+    basis = _whitening(_finite_or_zero(past.mT @ past), rank)
+    directions = past @ basis
+    square = directions.mT @ directions
+    empty = torch.diag((square.diagonal() == 0).to(square.dtype))
+    reduced: Tensor = torch.linalg.solve(square + empty, directions.mT @ (future @ basis))
+    return reduced
+
+
+def _reduced_by_svd(points: Tensor, rank: int) -> Tensor:
+    past, future = points[:, :-1], points[:, 1:]
+    left, values, right = torch.linalg.svd(past, full_matrices=False)
+    left, values, right = left[:, :rank], values[:rank], right[:rank]
+    kept = values**2 > _SVD_NOISE * values[:1] ** 2
+    inverse = torch.where(kept, 1 / torch.where(kept, values, 1.0), 0.0)
+    reduced = kept.unsqueeze(1) * (left.mT @ future @ right.mT) * inverse
+    missing = rank - len(values)  # fewer coordinates than eigenvalues
+    return pad(reduced, (0, missing, 0, missing))
+
+
+def _sorted_eigenvalues(reduced: Tensor) -> Tensor:
+    reduced = _finite_or_zero(reduced)
+    if len(reduced) == 1:  # a real number already
+        return torch.complex(reduced[0], torch.zeros_like(reduced[0]))
+    values: Tensor = torch.linalg.eigvals(reduced)
+    for key in (torch.real, torch.imag, _squared_modulus):  # stable sorts: the last counts first
+        values = values.gather(0, torch.argsort(key(values), descending=True, stable=True))
+    return values
+
+
+def _squared_modulus(values: Tensor) -> Tensor:
+    # torch.abs rounds differently in a vector's last elements, and so tears conjugates apart.
+    return values.real.square() + values.imag.square()

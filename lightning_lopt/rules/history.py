@@ -1,0 +1,279 @@
+"""Steps from normalized histories of gradients: MNG, k Timesteps and k Momentums.
+
+    x' = x_ref - step(H_g / ||H_g||_inf) (max H_x - min H_x + eta_min)                (algorithms 1 and 2, eqs. 3.1-3.5)
+
+of each coordinate alone. H_x and H_g hold the parameter and its gradient at the last k timesteps, or their averages at
+k timescales; before the first step they are filled with the first values. `step` is the mean of the normalized
+gradients (MNG) or a small network's output, in [-1, 1] both. The range of H_x is the step size: it grows while
+gradients agree, shrinks where they alternate, and eta_min keeps it from staying at 0.
+
+Source: Shahid 2017, "Learning to Optimize Deep Neural Networks" (master thesis, University of Freiburg), chapter 3. Its
+released code is followed where the text is silent: parameter inputs divided by their largest magnitude, and put before
+the gradients. Where this deviates:
+
+* the sign: the text subtracts in its algorithms and adds in eqs. 3.3 to 3.5; so does the code. Table 3.1 has positive
+  steps for positive gradients, so we subtract;
+* k Momentums starts from x and g of the first step, as algorithm 2 populates H; one version of the code starts from 0,
+  which makes the first ranges as large as the parameters;
+* Adam-like normalization divides averages of gradients by the root of averages of squared gradients, as the text has
+  it; the code squares the averages. For timesteps, which the text leaves open, the root of the window's mean square;
+* quotients by 0 are 0 everywhere; the code does so for the largest magnitude only;
+* a decay of eta_min is proposed and not given; see `HistoryConfig.eta_min_schedule`.
+
+symbol      | here               | symbol    | here
+H_x         | History.params     | eta_min   | eta_min
+H_grad L    | History.grads      | x_ref     | reference
+m           | timescales         | delta x   | the output of `step_map`
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_lopt.rules import networks
+from lightning_lopt.rules.base import RuleConfig, StepContext, UpdateRule, register
+
+STEPS = ("mean", "softmax", "tanh")
+NORMALIZATIONS = ("max", "adam")
+REFERENCES = ("mid-range", "current")
+SCHEDULES = ("constant", "exponential", "cosine")
+NUM_MAGNITUDES = 10  # the softmax's step sizes, evenly from 0 to 1; after them come the signs -1 and 1
+INIT_STD = 0.01
+
+
+class History(NamedTuple):
+    """What is remembered of one tensor. Timesteps lie in a ring: step t in slot t % k."""
+
+    params: Tensor  # (k, *shape) the parameter at the last k steps, or its averages at k timescales
+    grads: Tensor  # (k, *shape) the same of the gradient
+    squares: Tensor  # (k, *shape) averages of the squared gradient, for momentums normalized by them; else (0, *shape)
+    seen: Tensor  # () int64 steps remembered so far
+
+
+@dataclasses.dataclass(frozen=True)
+class HistoryConfig(RuleConfig):
+    """Configuration of `NormalizedHistory`. The defaults are those of k Timesteps."""
+
+    k: int = 5
+    """Timesteps remembered; with timescales their number, or 0 to have it counted."""
+    timescales: tuple[float, ...] = ()
+    """Decays of the averages that are remembered in place of timesteps; empty for timesteps."""
+    step: str = "softmax"
+    """The step: "mean" of the normalized gradients, or of a network: "softmax" over magnitudes and signs, or "tanh"."""
+    sign_only: bool = False
+    """Look at the signs of the remembered gradients alone."""
+    normalization: str = "max"
+    """Divide gradients by the largest magnitude in the history ("max") or by the root of their mean square ("adam")."""
+    parameter_inputs: bool = False
+    """Show the network the history of the parameter too, divided by its largest magnitude."""
+    reference: str = "mid-range"
+    """Where the step starts: the "mid-range" of the remembered parameters, or the "current" parameter, with which the
+    mean of timesteps diverges even on a sum of squares."""
+    eta_min: float = 1e-3
+    """Added to the range of the remembered parameters. To be tuned; the larger k, the larger."""
+    eta_min_schedule: str = "constant"
+    """"constant"; "exponential", which halves it every `eta_min_half_life` steps; or "cosine", to 0 at the end of the
+    run, constant in a run of unknown length."""
+    eta_min_half_life: float = 1000.0
+    """Steps in which an exponential eta_min halves."""
+    hidden_size: int = 50
+    """Units of the network's hidden layer."""
+
+    def __post_init__(self) -> None:
+        self.check(isinstance(self.timescales, tuple), "timescales", "a sequence of numbers")
+        if self.timescales:
+            self.check_numbers("timescales", len(self.timescales), 0.0, math.nextafter(1.0, 0.0))
+            if self.k == 0:
+                object.__setattr__(self, "k", len(self.timescales))
+            self.check(self.k == len(self.timescales), "k", f"0 or {len(self.timescales)}, the number of timescales")
+        self.check_integer("k", 1, 1000)
+        choices = {"step": STEPS, "normalization": NORMALIZATIONS, "reference": REFERENCES}
+        for name, allowed in {**choices, "eta_min_schedule": SCHEDULES}.items():
+            self.check(getattr(self, name) in allowed, name, f"one of {list(allowed)}")
+        self.check_flags("sign_only", "parameter_inputs")
+        self.check(not (self.sign_only and self.normalization != "max"), "sign_only", 'false with normalization="adam"')
+        unread = self.parameter_inputs and self.step == "mean"
+        self.check(not unread, "parameter_inputs", "false without a network to read them")
+        self.check_number("eta_min", 0.0)
+        self.check_number("eta_min_half_life", 1e-3)
+        self.check_integer("hidden_size", 1, 1024)
+
+
+class NormalizedHistory(UpdateRule):
+    """Kinds `mng`, `k_timesteps` and `k_momentums`: configurations of one rule.
+
+    Meta-parameters: none for `mng`; else `w0 (inputs, 50), b0, w1 (50, outputs), b1`, with k inputs, 2 k with parameter
+    inputs, and 12 outputs, 1 with "tanh". Rows of `w0` are for the oldest timestep first, as the columns of table 3.1,
+    or for the timescales in their order. State: 8 k bytes per float32 parameter (40 for `mng` and `k_timesteps` with k
+    = 5, 48 for `k_momentums` with k = 6), 12 k for momentums with Adam-like normalization, and 8 bytes per tensor.
+
+    A learning rate of `RuleOptimizer` multiplies the whole way to x', the one to the mid-range included.
+
+    Example:
+        >>> import torch
+        >>> from lightning_lopt.rules import StepContext, make
+        >>> rule, param = make("mng", k=3, eta_min=0.5), torch.ones(2)
+        >>> delta, state = rule.update(
+        ...     {}, torch.tensor([4.0, -0.1]), rule.init_state(param), param, StepContext(torch.tensor(0.0))
+        ... )
+        >>> delta
+        tensor([-0.5000,  0.5000])
+        >>> make("mng", k=4).step_map(torch.tensor([[1.0, 1.0, -1.0, 0.5], [0.0, 0.0, 0.0, 0.0]]))
+        tensor([0.3750, 0.0000])
+    """
+
+    Config = HistoryConfig
+    config: HistoryConfig
+
+    def __init__(self, config: HistoryConfig | None = None, *, kind: str = "k_timesteps") -> None:
+        super().__init__(config, kind=kind)
+        c = self.config
+        if c.step != "mean":
+            sizes = [c.k * (1 + c.parameter_inputs), c.hidden_size, NUM_MAGNITUDES + 2 if c.step == "softmax" else 1]
+            for name, value in networks.init_mlp(sizes, INIT_STD).items():
+                self.register_parameter(name, value)
+
+    def init_state(self, param: Tensor) -> History:
+        """An empty history; the first step fills it."""
+        with_squares = bool(self.config.timescales) and self.config.normalization == "adam"
+        empty = param.new_zeros((self.config.k, *param.shape))
+        squares = param.new_zeros((self.config.k if with_squares else 0, *param.shape))
+        return History(empty, empty.clone(), squares, torch.zeros((), dtype=torch.int64, device=param.device))
+
+    def update(
+        self, meta_params: Mapping[str, Tensor], grad: Tensor, state: History, param: Tensor, context: StepContext
+    ) -> tuple[Tensor, History]:
+        """One step: remember, normalize, read, move."""
+        state = self._remember(state, grad, param)
+        move = partial(self._move, self._in_order(meta_params, state), self._eta_min(context, param.dtype))
+        delta = networks.coordinatewise(move, state.params, state.grads, state.squares, param.unsqueeze(0))
+        return delta[0], state
+
+    @torch.no_grad()
+    def step_map(self, grads: Tensor, params: Tensor | None = None, squares: Tensor | None = None) -> Tensor:
+        """The steps delta x that histories give: table 3.1.
+
+        Args:
+            grads: (..., k) gradients, oldest first, or their averages in the order of the timescales; of any scale.
+            params: (..., k) parameters, for a rule with parameter inputs; 0 if not given.
+            squares: (..., k) averages of squared gradients, which Adam-like normalization of momentums needs.
+
+        Returns:
+            (...) what multiplies the range and is subtracted, in [-1, 1].
+
+        Raises:
+            ValueError: for histories of another length, and for missing squares.
+        """
+        c = self.config
+        if squares is None and c.timescales and c.normalization == "adam":
+            raise ValueError('normalization="adam" of momentums needs the averages of squared gradients: pass squares.')
+        given = {"grads": grads, "params": params, "squares": squares}
+        columns = {name: torch.zeros_like(grads) if value is None else value for name, value in given.items()}
+        for name, value in columns.items():
+            if value.shape[-1:] != (c.k,):
+                raise ValueError(f"{name} has shape {tuple(value.shape)}; it must have {c.k} columns, as this rule.")
+        rows = (columns[name].movedim(-1, 0) for name in ("params", "grads", "squares"))
+        meta_params = {name: value.to(grads.dtype) for name, value in self.meta_params().items()}
+        return networks.coordinatewise(partial(self._step, meta_params), *rows)[0]
+
+    def _remember(self, state: History, grad: Tensor, param: Tensor) -> History:
+        k, timescales, first = self.config.k, self.config.timescales, state.seen == 0
+        if timescales:
+            # 1 - m in double precision: taken in float32, that of m = .9999 would be off by 2e-4.
+            rates = torch.tensor([1 - m for m in timescales], dtype=param.dtype, device=param.device)
+            rates = networks.column(torch.where(first, 1.0, rates), param.dim())
+            params, grads = torch.lerp(state.params, param, rates), torch.lerp(state.grads, grad, rates)
+            squares = torch.lerp(state.squares, grad * grad, rates) if len(state.squares) else state.squares
+            return History(params, grads, squares, state.seen + 1)
+        slots = torch.arange(k, device=state.seen.device)
+        written = networks.column(first | (slots == state.seen % k), param.dim())
+        params, grads = torch.where(written, param, state.params), torch.where(written, grad, state.grads)
+        return History(params, grads, state.squares, state.seen + 1)
+
+    def _in_order(self, meta_params: Mapping[str, Tensor], state: History) -> Mapping[str, Tensor]:
+        """The meta-parameters with the first layer's rows in the order of the ring, which itself stays as it is."""
+        c = self.config
+        if c.timescales or "w0" not in meta_params:
+            return meta_params
+        rows = (torch.arange(c.k, device=state.seen.device) - state.seen) % c.k
+        rows = torch.cat([rows, rows + c.k]) if c.parameter_inputs else rows
+        return {**meta_params, "w0": meta_params["w0"][rows]}
+
+    def _move(
+        self,
+        meta_params: Mapping[str, Tensor],
+        eta_min: Tensor | float,
+        params: Tensor,
+        grads: Tensor,
+        squares: Tensor,
+        param: Tensor,
+    ) -> Tensor:
+        """(k, n) histories and (1, n) parameters -> (1, n) the way to x'."""
+        high, low = params.amax(0), params.amin(0)
+        delta = -self._step(meta_params, params, grads, squares) * (high - low + eta_min)
+        if self.config.reference == "mid-range":
+            delta = delta + 0.5 * (high - param) + 0.5 * (low - param)
+        return delta
+
+    def _step(self, meta_params: Mapping[str, Tensor], params: Tensor, grads: Tensor, squares: Tensor) -> Tensor:
+        """(k, n) histories -> (1, n) delta x."""
+        c = self.config
+        if c.sign_only:
+            inputs = grads.sign()
+        elif c.normalization == "adam" and c.timescales:
+            inputs = _divided(grads, _safe_sqrt(squares))
+        else:
+            inputs = _by_largest(grads)
+            if c.normalization == "adam":  # of numbers up to 1, whose squares neither overflow nor vanish
+                inputs = _divided(inputs, _safe_sqrt(inputs.square().mean(0)))
+        if c.step == "mean":
+            return inputs.mean(0, keepdim=True)
+        inputs = torch.cat([_by_largest(params), inputs]) if c.parameter_inputs else inputs
+        return _read(networks.mlp(meta_params, inputs), softmax=c.step == "softmax")
+
+    def _eta_min(self, context: StepContext, dtype: torch.dtype) -> Tensor | float:
+        c, step = self.config, context.step.to(dtype)
+        if c.eta_min_schedule == "exponential":
+            return c.eta_min * torch.exp2(-step / c.eta_min_half_life)
+        if c.eta_min_schedule == "cosine" and context.num_steps is not None:
+            return c.eta_min * 0.5 * (1 + torch.cos(math.pi * (step / context.num_steps).clamp(max=1)))
+        return c.eta_min
+
+
+def _read(outputs: Tensor, *, softmax: bool) -> Tensor:
+    """Section 3.3's readout: (outputs, n) -> (1, n), the product of the expected magnitude and the expected sign."""
+    if not softmax:
+        return torch.tanh(outputs)
+    levels = torch.linspace(0, 1, NUM_MAGNITUDES, dtype=outputs.dtype, device=outputs.device)
+    magnitude = levels @ torch.softmax(outputs[:NUM_MAGNITUDES], 0)
+    sign = torch.tanh((outputs[-1] - outputs[-2]) / 2)  # the expectation of -1 and 1 under a softmax of two
+    return (magnitude * sign).unsqueeze(0)
+
+
+def _by_largest(history: Tensor) -> Tensor:
+    """Divide by the largest magnitude in the history; a history of zeros stays."""
+    return _divided(history, history.abs().amax(0))
+
+
+def _divided(history: Tensor, norm: Tensor) -> Tensor:
+    return history / torch.where(norm == 0, 1.0, norm)
+
+
+def _safe_sqrt(square: Tensor) -> Tensor:
+    """The root, 0 at 0, with derivative 0 there in place of infinity."""
+    positive = square > 0
+    return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), square)
+
+
+K_MOMENTUMS_TIMESCALES = (0.2, 0.358, 0.516, 0.674, 0.832, 0.99)  # section 3.5.2: evenly spaced, k = 6
+
+register("mng", NormalizedHistory, step="mean")
+register("k_timesteps", NormalizedHistory)
+register("k_momentums", NormalizedHistory, k=0, timescales=K_MOMENTUMS_TIMESCALES, reference="current")

@@ -1,0 +1,372 @@
+"""Coordinatewise LSTM, "learning to learn by gradient descent by gradient descent", and with the spectrum of the run.
+
+    theta' = theta + out_scale readout(h'),     (h', c') = LSTM([preprocess(g), eigenvalues], h, c)
+
+One small network, its weights shared by all coordinates, each with a state of its own. Sources: Andrychowicz et al.
+2016 (arXiv 1606.04474), section 2.1 and App. A; Schroeter's thesis (2022, "Machine Learning of Gradient-Based
+Optimization Methods", TU Hamburg), section 5; the eigenvalues of Dynamic Mode Decomposition (DMD): Simanek et al. 2022
+(L2O-DMD, arXiv 2211.16268), section 4, see `dmd`. STAR's stabilisers (Harrison et al. 2022, arXiv 2209.11208, eqs. 21
+and 22) can be put around the network, from `nominal`:
+
+    theta' = theta + out_scale readout(h') / v - beta_1 exp(beta_2 m_g) g_nominal
+
+Where the sources differ or are silent:
+
+* preprocessing (App. A), p = 10 in the papers, 5 in DeepMind's code: "logsign" has two features, (ln|g| / p, sign g)
+  where |g| >= e^-p, else (-1, e^p g). The thesis has one, ln|g| sign(g) / p, else -e^p g ("logsign1"), which is not
+  injective beyond |g| = 1. Neither is bounded above. "none" is theirs for quadratics;
+* the readout has no bias (thesis, footnote 4: its gradient drowns the others'); "sum" adds the units up, as there;
+* one bias per gate; torch's LSTMCell has two, whose sum acts. Initial weights as there; the forget gate's bias is not
+  raised, as Keras and Sonnet do;
+* L2O-DMD does not say how complex eigenvalues enter, see `dmd.features`. Its snapshots hold the loss too: loss_scale =
+  1, which is off by default because the rule then needs the loss at each step. Beside |theta|, which grows with the
+  number of parameters n, a loss soon weighs nothing: sqrt(n / 6370) keeps the share that it has in the paper's net;
+* with m = 100 snapshots and 100 inner steps, as in the paper, eigenvalues are 0 in all of meta-training: take m less;
+* raw snapshots of a net all but stand still: eigenvalues are 1 up to 1e-4 to 1e-1. `eigenvalue_scale` spreads them,
+  and increments or shifted snapshots have more to say;
+* networks of their own for kinds of layers (Andrychowicz et al., section 3.3: convolutions apart; thesis 5.4.2: no
+  gain) go by a tensor's dims, `ndim_splits`. By name: a RuleOptimizer for each group of parameters;
+* without the nominal controller its factor is 1; with it, it starts at 1. Momenta and v are STAR's at its initial
+  decays, which are not learned here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lopt.rules import dmd, networks, nominal
+from lightning_lopt.rules import features as feats
+from lightning_lopt.rules.base import RuleConfig, StepContext, UpdateRule, register
+
+PREPROCESSING = {"none": 1, "logsign": 2, "logsign1": 1}  # name -> number of features
+READOUTS = ("linear", "sum")
+SCOPES = ("global", "tensor")
+MOMENTUM_DECAYS, RMS_DECAY = (0.9, 0.99, 0.999), 0.999
+
+
+class LSTMState(NamedTuple):
+    """State of one tensor."""
+
+    hidden: Tensor  # (layers, units, *shape)
+    cell: Tensor  # (layers, units, *shape)
+    exp_avg: Tensor  # (3, *shape) momenta; (0, *shape) without STAR's stabilisers
+    exp_avg_sq: Tensor  # (*shape) second moment; (0,) without
+
+
+class LSTMDMDState(NamedTuple):
+    """State of one tensor with eigenvalues: that of `LSTMState` and that of `dmd.Window`."""
+
+    hidden: Tensor  # (layers, units, *shape)
+    cell: Tensor  # (layers, units, *shape)
+    exp_avg: Tensor  # (3, *shape), or (0, *shape)
+    exp_avg_sq: Tensor  # (*shape), or (0,)
+    snapshots: Tensor  # (k, *shape) or (k, sketch_size)
+    last: Tensor  # (*shape) or (0,)
+    gram: Tensor  # (2, k, k)
+    losses: Tensor  # (m + 1,) or (0,)
+    signs: Tensor  # (n,) or (0,)
+    seen: Tensor  # ()
+
+
+class _Weights(NamedTuple):
+    """The network of one tensor."""
+
+    layers: list[tuple[Tensor, Tensor]]  # weight (4 h, inputs + h) and bias (4 h, 1), as they multiply columns
+    readouts: Tensor  # (1 or 2, h)
+
+
+@dataclasses.dataclass(frozen=True)
+class LSTMConfig(RuleConfig):
+    """Configuration of `LSTMRule`. `rank` > 0 adds the eigenvalues; what follows it is read only then."""
+
+    hidden_size: int = 20
+    """Units of each layer."""
+    num_layers: int = 2
+    """LSTM layers."""
+    preprocessing: str = "logsign"
+    """Of the gradient: "none", "logsign" (two features) or "logsign1" (one)."""
+    p: float = 10.0
+    """Gradients below e^-p enter linearly."""
+    out_scale: float = 0.1
+    """Multiplier of the readout."""
+    readout: str = "linear"
+    """"linear", learned weights without bias, or "sum" of the last layer's units."""
+    ndim_splits: tuple[int, ...] = ()
+    """Rising numbers of dims from which tensors have a network of their own: (3,) sets convolutions apart."""
+    nominal_stepsize: float = 0.0
+    """beta_1, the step size of STAR's nominal term; 0: without."""
+    nominal_grad_estimator: str = "AdamAggMo"
+    """The nominal direction: SGD, SGDM, AggMo, Adam or AdamAggMo."""
+    nominal_controller: bool = False
+    """Let the network scale the nominal term, by a second readout."""
+    exp_mult: float = 1e-3
+    """beta_2: how far the controller can reach."""
+    normalize_blackbox: bool = False
+    """Precondition the network's step by 1 / v. v starts at 1e-3: choose `out_scale` accordingly."""
+    rank: int = 0
+    """Eigenvalues that the network reads; 0 is the plain LSTM."""
+    num_snapshots: int = 100
+    """m: eigenvalues are of the last m + 1 values of the parameters, and 0 before there are so many."""
+    snapshots: str = "raw"
+    """"raw", "increments", or "shifted" by the oldest."""
+    method: str = "gram"
+    """"gram" exact; "sketch" approximate, with little memory; "svd" for reference."""
+    scope: str = "global"
+    """Eigenvalues of all tensors together, or of each "tensor" alone."""
+    sketch_size: int = dmd.SKETCH_SIZE
+    """Numbers kept of a tensor's snapshot with the method "sketch"."""
+    loss_scale: float = 0.0
+    """The loss times this is one more coordinate of the snapshots (L2O-DMD: 1); 0 leaves it out."""
+    eigenvalue_scale: float = 0.0
+    """s > 0 feeds s (eigenvalue - 1) in place of the eigenvalue."""
+    memory_limit: int = 4 * 2**30
+    """Bytes that snapshots may take, beyond which the rule refuses to start."""
+
+    def __post_init__(self) -> None:
+        self.check_integer("hidden_size", 1, 1024)
+        self.check_integer("num_layers", 1, 16)
+        self.check_number("p", 1e-2, 80.0)  # e^p is a float32
+        for name in ("out_scale", "nominal_stepsize", "loss_scale", "eigenvalue_scale"):
+            self.check_number(name, 0.0)
+        self.check_number("exp_mult")
+        self.check_flags("nominal_controller", "normalize_blackbox")
+        choices = {"preprocessing": PREPROCESSING, "readout": READOUTS, "nominal_grad_estimator": nominal.ESTIMATORS}
+        choices |= {"snapshots": dmd.SNAPSHOTS, "method": dmd.METHODS, "scope": SCOPES}
+        for name, allowed in choices.items():
+            self.check(getattr(self, name) in list(allowed), name, f"one of {list(allowed)}")
+        splits = self.ndim_splits
+        fits = isinstance(splits, tuple) and all(type(n) is int and n > 0 for n in splits)
+        self.check(fits and list(splits) == sorted(set(splits)), "ndim_splits", "rising integers > 0")
+        self.check_integer("num_snapshots", 1, 10_000)
+        columns = self.num_snapshots - (self.snapshots == "increments")
+        self.check_integer("rank", 0, columns)
+        self.check_integer("sketch_size", 1, 2**24)
+        self.check_integer("memory_limit", 0, 2**63 - 1)
+
+
+class LSTMRule(UpdateRule):
+    """Kinds `lstm` and `lstm_dmd`: one rule, without and with eigenvalues of the run.
+
+    Meta-parameters of layer i: `w_input{i} (inputs, 4 h)`, `w_hidden{i} (h, 4 h)`, `b{i} (4 h,)`, gates in torch's
+    order input, forget, cell, output; `readout (h,)` if linear, `controller (h,)` if the nominal term has one; a
+    leading axis of networks if `ndim_splits`. The inputs of layer 0 are the features of the gradient, then those of the
+    eigenvalues. 5,140 numbers by default, 80 more for one eigenvalue.
+
+    State: 2 * layers * h floats per parameter, 320 bytes by default, so that the rule is for small models; 16 bytes
+    more with STAR's stabilisers; with eigenvalues m + 1 copies of the parameters, 404 bytes by default. Beyond
+    `memory_limit` bytes of copies the rule refuses, and says what else there is. Scope "tensor" copies the snapshots at
+    each step; "global" writes them in place behind `RuleOptimizer`.
+
+    Example:
+        >>> import torch
+        >>> from lightning_lopt.rules import StepContext, make
+        >>> rule, param = make("lstm"), torch.ones(3, 2)
+        >>> rule.num_meta_params(), make("lstm_dmd").num_meta_params()
+        (5140, 5220)
+        >>> context = StepContext(torch.tensor(0.0))
+        >>> delta, state = rule.update(rule.meta_params(), torch.ones(3, 2), rule.init_state(param), param, context)
+        >>> delta.shape, state.hidden.shape
+        (torch.Size([3, 2]), torch.Size([2, 20, 3, 2]))
+    """
+
+    Config = LSTMConfig
+    config: LSTMConfig
+
+    def __init__(self, config: LSTMConfig | None = None, *, kind: str = "lstm") -> None:
+        super().__init__(config, kind=kind)
+        c = self.config
+        self.online = dmd.OnlineDMD(c.rank, c.num_snapshots, c.snapshots, c.method, c.sketch_size, c.loss_scale)
+        self.needs_loss = bool(c.rank and c.loss_scale)
+        self.needs_share = bool(c.rank) and c.scope == "global"
+        axis = (len(c.ndim_splits) + 1,) if c.ndim_splits else ()
+        bound = c.hidden_size**-0.5
+        for name, shape in self._shapes().items():
+            value = torch.empty((*axis, *shape)).uniform_(-bound, bound)
+            self.register_parameter(name, nn.Parameter(torch.zeros_like(value) if name == "controller" else value))
+
+    def init_state(self, param: Tensor) -> LSTMState | LSTMDMDState:
+        """Zeros."""
+        c = self.config
+        cells = param.new_zeros((c.num_layers, c.hidden_size, *param.shape))
+        momenta = param.new_zeros((3 if self._stabilised else 0, *param.shape))
+        second = torch.zeros_like(param) if self._stabilised else param.new_zeros(0)
+        state = LSTMState(cells, torch.zeros_like(cells), momenta, second)
+        if not c.rank:
+            return state
+        self.check_params([param])
+        return LSTMDMDState(*state, *self.online.init(param))
+
+    def check_params(self, params: Iterable[Tensor]) -> None:
+        """Refuse tensors whose snapshots would take more than `memory_limit`."""
+        limit, params = self.config.memory_limit, list(params)
+        needed = sum(self.online.num_bytes(param) for param in params) if self.config.rank else 0
+        if needed > limit:
+            sketched = dataclasses.replace(self.online, method="sketch")
+            way_out = f"method='sketch' ({sum(map(sketched.num_bytes, params)):,} bytes)"
+            raise ValueError(
+                f"num_snapshots={self.config.num_snapshots} of {sum(param.numel() for param in params):,} parameters "
+                f"take {needed:,} bytes, above memory_limit={limit:,}. Use fewer snapshots, "
+                f"{'a smaller sketch_size' if self.config.method == 'sketch' else way_out}, or a higher limit."
+            )
+
+    def share(
+        self,
+        meta_params: Mapping[str, Tensor],
+        grads: Mapping[str, Tensor],
+        states: Mapping[str, LSTMDMDState],
+        params: Mapping[str, Tensor],
+        context: StepContext,
+        *,
+        in_place: bool = False,
+    ) -> tuple[Tensor, dict[str, LSTMDMDState]]:
+        """For scope "global": the features of the eigenvalues of all tensors together, and windows with this step."""
+        windows = [dmd.Window(*state[4:]) for state in states.values()]
+        windows = self.online.push(windows, [params[key] for key in states], context.loss, in_place=in_place)
+        pushed = {key: LSTMDMDState(*states[key][:4], *w) for key, w in zip(states, windows, strict=True)}
+        return dmd.features(self.online.eigenvalues(windows), self.config.eigenvalue_scale), pushed
+
+    def update(
+        self,
+        meta_params: Mapping[str, Tensor],
+        grad: Tensor,
+        state: LSTMState | LSTMDMDState,
+        param: Tensor,
+        context: StepContext,
+    ) -> tuple[Tensor, LSTMState | LSTMDMDState]:
+        """One step: window, moments, network, then the two terms.
+
+        With scope "global" the eigenvalues come by `share`; where nobody has called it they count as 0.
+        """
+        terms, state = self._step(meta_params, grad, state, param, context)
+        return sum(terms.values(), torch.zeros_like(param)), state
+
+    def terms(
+        self,
+        meta_params: Mapping[str, Tensor],
+        grad: Tensor,
+        state: LSTMState | LSTMDMDState,
+        param: Tensor,
+        context: StepContext,
+    ) -> dict[str, Tensor]:
+        """The step's `blackbox` and, if there is one, `nominal` part."""
+        return self._step(meta_params, grad, state, param, context)[0]
+
+    @property
+    def _stabilised(self) -> bool:
+        return self.config.nominal_stepsize > 0 or self.config.normalize_blackbox
+
+    @property
+    def _num_eigenvalue_features(self) -> int:
+        return self.config.rank if self.config.rank < 2 else 2 * self.config.rank
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        c = self.config
+        inputs = PREPROCESSING[c.preprocessing] + self._num_eigenvalue_features
+        shapes: dict[str, tuple[int, ...]] = {}
+        for layer in range(c.num_layers):
+            shapes[f"w_input{layer}"] = (c.hidden_size if layer else inputs, 4 * c.hidden_size)
+            shapes[f"w_hidden{layer}"] = (c.hidden_size, 4 * c.hidden_size)
+            shapes[f"b{layer}"] = (4 * c.hidden_size,)
+        if c.readout == "linear":
+            shapes["readout"] = (c.hidden_size,)
+        if c.nominal_controller:
+            shapes["controller"] = (c.hidden_size,)
+        return shapes
+
+    def _step(
+        self,
+        meta_params: Mapping[str, Tensor],
+        grad: Tensor,
+        state: LSTMState | LSTMDMDState,
+        param: Tensor,
+        context: StepContext,
+    ) -> tuple[dict[str, Tensor], LSTMState | LSTMDMDState]:
+        c, window, shared = self.config, state[4:], context.shared
+        if c.rank and c.scope == "tensor":
+            (window,) = self.online.push([dmd.Window(*window)], [param], context.loss)
+            shared = dmd.features(self.online.eigenvalues([window]), c.eigenvalue_scale)
+        exp_avg, exp_avg_sq = state.exp_avg, state.exp_avg_sq
+        if self._stabilised:
+            exp_avg, exp_avg_sq = feats.update_moments(exp_avg, exp_avg_sq, grad, _decays(grad))
+        network = partial(self._network, self._weights(meta_params, grad.dim(), shared))
+        size = c.num_layers * c.hidden_size
+        rows = networks.coordinatewise(network, grad.unsqueeze(0), state.hidden.flatten(0, 1), state.cell.flatten(0, 1))
+        cells = rows[-2 * size :].reshape(2, c.num_layers, c.hidden_size, *grad.shape)
+        new = LSTMState(cells[0], cells[1], exp_avg, exp_avg_sq)
+        return self._terms(rows[: -2 * size], grad, new), LSTMDMDState(*new, *window) if c.rank else new
+
+    def _terms(self, readout: Tensor, grad: Tensor, state: LSTMState) -> dict[str, Tensor]:
+        c, step = self.config, self.config.out_scale * readout[0]
+        if not self._stabilised:
+            return {"blackbox": step}
+        inv_root = feats.inverse_root(state.exp_avg_sq)
+        terms = {"blackbox": nominal.precondition(step, inv_root) if c.normalize_blackbox else step}
+        if c.nominal_stepsize:
+            direction = nominal.nominal_direction(c.nominal_grad_estimator, grad, state.exp_avg, inv_root)
+            factor = nominal.magnitude(c.exp_mult, readout[1]) if c.nominal_controller else 1.0
+            terms["nominal"] = -nominal.nominal_term(c.nominal_stepsize, direction, factor)
+        return terms
+
+    def _weights(self, meta_params: Mapping[str, Tensor], ndim: int, shared: Tensor | None) -> _Weights:
+        """For a tensor of `ndim` dims. What is the same for all coordinates is put into the first bias."""
+        c, num_features = self.config, PREPROCESSING[self.config.preprocessing]
+        if c.ndim_splits:
+            number = sum(ndim >= split for split in c.ndim_splits)
+            meta_params = {name: value[number] for name, value in meta_params.items()}
+        layers = []
+        for layer in range(c.num_layers):
+            of_input, bias = meta_params[f"w_input{layer}"], meta_params[f"b{layer}"]
+            if not layer and shared is not None:
+                bias = bias + shared.to(device=bias.device, dtype=bias.dtype) @ of_input[num_features:]
+            rows = of_input if layer else of_input[:num_features]
+            # The candidate's columns twice: tanh(x) = 2 sigmoid(2 x) - 1, and torch's tanh takes six sigmoids' time.
+            twice = torch.cat([torch.full_like(bias[: c.hidden_size], factor) for factor in (1.0, 1.0, 2.0, 1.0)])
+            weight = torch.cat([rows, meta_params[f"w_hidden{layer}"]])
+            layers.append(((twice * weight).mT, (twice * bias).unsqueeze(1)))
+        readouts = [torch.ones_like(bias[: c.hidden_size]) if c.readout == "sum" else meta_params["readout"]]
+        readouts += [meta_params["controller"]] if c.nominal_controller else []
+        return _Weights(layers, torch.stack(readouts))
+
+    def _network(self, weights: _Weights, grad: Tensor, hidden: Tensor, cell: Tensor) -> Tensor:
+        """Gradient (1, n), hidden and cell (layers * h, n) -> readouts, then hidden, then cell, one below the other."""
+        size, units = self.config.hidden_size, preprocess(grad, self.config.preprocessing, self.config.p)
+        kept, remembered = [], []
+        pairs = zip(torch.split(hidden, size), torch.split(cell, size), strict=True)
+        for (weight, bias), (old, memory) in zip(weights.layers, pairs, strict=True):
+            gates = torch.addmm(bias, weight, torch.cat([units, old])).sigmoid_()
+            take, keep, candidate, show = torch.split(gates, size)
+            memory = keep * memory + take * (2 * candidate - 1)
+            units = show * (2 * torch.sigmoid(2 * memory) - 1)
+            kept.append(units)
+            remembered.append(memory)
+        return torch.cat([weights.readouts @ units, *kept, *remembered])
+
+
+def preprocess(grad: Tensor, form: str, p: float) -> Tensor:
+    """Features of a gradient (1, n): (1, n), or (2, n) for "logsign"; see the module's docstring.
+
+    Written so that neither branch has an infinite derivative at 0.
+    """
+    if form == "none":
+        return grad
+    small, size = math.exp(-p), grad.abs()
+    log = size.clamp(min=small).log() / p
+    if form == "logsign1":
+        return torch.where(size >= small, log * grad.sign(), -grad / small)
+    return torch.cat([log, (grad / small).clamp(-1.0, 1.0)])
+
+
+def _decays(like: Tensor) -> feats.Decays:
+    momentum = torch.tensor(MOMENTUM_DECAYS, dtype=like.dtype, device=like.device)
+    return feats.Decays(momentum, torch.full_like(momentum[:1], RMS_DECAY), momentum[:0])
+
+
+register("lstm", LSTMRule)
+register("lstm_dmd", LSTMRule, rank=1)
