@@ -1,0 +1,165 @@
+"""An evaluation as CSV files, as tables on the terminal, and as plots."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_lopt.evaluation.results import DEFAULT_ADAM, REFERENCES, Entry, Results
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+MEASURES = ("final", "mean")
+NEEDS = ("matplotlib", "rich")
+
+
+def check_installed() -> None:
+    """Raise a ModuleNotFoundError if the libraries that reports need are not there."""
+    for name in NEEDS:
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(
+                f"A report needs {name}, which is not installed: pip install 'lightning_lopt[plot]'."
+            )
+
+
+def write(results: Results, directory: str | Path) -> list[Path]:
+    """Write `table.csv` (a row per optimizer and task), `summary.csv`, `curves.png` and `ratios.png`.
+
+    Args:
+        results: of `evaluate`.
+        directory: made if it does not exist; files of these names are replaced.
+
+    Returns:
+        The files.
+    """
+    from lightning_lopt.evaluation import plots
+
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / name for name in ("table.csv", "summary.csv", "curves.png", "ratios.png")]
+    _write_csv(files[0], [_row(results, entry) for entry in results.entries])
+    _write_csv(files[1], _summary_rows(results))
+    plots.curves(results).savefig(files[2], dpi=150)
+    plots.ratios(results).savefig(files[3], dpi=150)
+    return files
+
+
+def tables(results: Results) -> list[Table]:
+    """Ratios task by task, for the final and for the mean loss, and the summary, for rich to print."""
+    return [*(_ratio_table(results, measure) for measure in MEASURES), _summary_table(results)]
+
+
+def labels(results: Results) -> dict[str, str]:
+    """Optimizer -> what it is called in tables and plots; of a path, the last part where that is unambiguous."""
+    found = {entry.optimizer: entry.label for entry in results.entries}
+    short = {name: label.rsplit("/", 1)[-1] for name, label in found.items()}
+    taken = list(short.values())
+    return {name: short[name] if taken.count(short[name]) == 1 else label for name, label in found.items()}
+
+
+def _row(results: Results, entry: Entry) -> dict[str, Any]:
+    """One line of the table; losses are means over seeds, with the standard deviation over seeds."""
+    trials = entry.best
+    runs = trials["final"].runs
+    row: dict[str, Any] = {
+        "task": entry.case.task,
+        "steps": entry.case.steps,
+        "optimizer": entry.optimizer,
+        "seeds": results.seeds,
+        "initial_loss": runs.scale,
+    }
+    for measure in MEASURES:
+        losses = getattr(trials[measure].runs, measure)
+        row[f"{measure}_loss"] = statistics.fmean(losses)
+        row[f"{measure}_loss_std"] = statistics.stdev(losses) if len(losses) > 1 else math.nan
+    row |= {"test_loss": runs.average("test_loss"), "test_accuracy": runs.average("accuracy")}
+    row |= {"diverged_runs": sum(runs.diverged), "settings_tried": entry.num_settings}
+    row |= {f"setting_for_{m}": json.dumps(trials[m].hyperparameters) for m in MEASURES}
+    row["step_time_vs_adam"] = results.step_time(entry.case, entry.optimizer)
+    for measure in MEASURES:
+        for reference in results.references:
+            ratio = results.ratio(entry.case, entry.optimizer, reference, measure)
+            row[f"{measure}_vs_{reference}"] = ratio.value
+    return row
+
+
+def _summary_rows(results: Results) -> list[dict[str, Any]]:
+    rows = []
+    for summary in results.summary():
+        row: dict[str, Any] = {"optimizer": summary.optimizer, "tasks": summary.num_cases, "runs": summary.num_runs}
+        row |= {f"{m}_vs_{r}": summary.ratios[m, r] for m in MEASURES for r in results.references}
+        row |= {f"{m}_at_most_2_percent_above_{DEFAULT_ADAM}": summary.not_worse[m] for m in MEASURES}
+        rows.append({**row, "diverged_runs": summary.diverged, "step_time_vs_adam": summary.step_time})
+    return rows
+
+
+def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: _number(v) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+
+def _number(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.5g}"
+
+
+def main_reference(results: Results) -> str:
+    """What tables and plots take ratios to: tuned Adam where it was run."""
+    return "adam" if "adam" in results.references else DEFAULT_ADAM
+
+
+def _ratio_table(results: Results, measure: str) -> Table:
+    from rich.table import Table
+
+    reference, names = main_reference(results), labels(results)
+    others = [optimizer for optimizer in results.optimizers if optimizer != reference]
+    table = Table(title=f"{measure.capitalize()} training loss / that of {REFERENCES[reference]} (lower is better)")
+    table.add_column("task", no_wrap=True)
+    for column in ("steps", names[reference], *(names[name] for name in others)):
+        table.add_column(column, justify="right")
+    for case in results.cases:
+        cells = [f"{results.entry(case, reference).loss(measure):.4g}"]
+        cells += [_cell(results, case, optimizer, reference, measure) for optimizer in others]
+        table.add_row(case.task, f"{case.steps:,}", *cells)
+    means = {summary.optimizer: summary.ratios[measure, reference] for summary in results.summary()}
+    table.add_section()
+    table.add_row("geometric mean", "", "", *(f"{means[name]:.3f}" for name in others))
+    return table
+
+
+def _cell(results: Results, case: Any, optimizer: str, reference: str, measure: str) -> str:
+    text = f"{results.ratio(case, optimizer, reference, measure).value:.3f}"
+    diverged = sum(results.entry(case, optimizer).best[measure].runs.diverged)
+    return f"{text} ({diverged} diverged)" if diverged else text
+
+
+def _summary_table(results: Results) -> Table:
+    from rich.table import Table
+
+    tasks, seeds = (
+        f"{n} {word}{'s' if n > 1 else ''}" for n, word in ((len(results.cases), "task"), (results.seeds, "seed"))
+    )
+    table = Table(title=f"Geometric means over {tasks}, {seeds} each")
+    table.add_column("", no_wrap=True)
+    rows, names = results.summary(), labels(results)
+    for row in rows:
+        table.add_column(names[row.optimizer], justify="right")
+    for measure in MEASURES:
+        for reference in results.references:
+            cells = [f"{row.ratios[measure, reference]:.3f}" for row in rows]
+            table.add_row(f"{measure} loss / {REFERENCES[reference]}", *cells)
+    table.add_section()
+    for measure in MEASURES:
+        cells = [f"{row.not_worse[measure]} of {row.num_cases}" for row in rows]
+        table.add_row(f"{measure} loss at most 2 % above Adam 1e-3", *cells)
+    table.add_row("runs that diverged", *(f"{row.diverged} of {row.num_runs}" for row in rows))
+    table.add_row("time of a step / Adam", *(f"{row.step_time:.2f}" for row in rows))
+    return table
