@@ -5,6 +5,7 @@ __version__ = "0.1.0"
 from lightning_lopt import rules, strategies
 from lightning_lopt.callback import LearnedOptimizer
 from lightning_lopt.hub import list_pretrained, load_rule, push_to_hub, save_rule
+from lightning_lopt.meta.trainer import MetaTrainer
 from lightning_lopt.optimizer import RuleOptimizer
 from lightning_lopt.rules import UpdateRule
 
@@ -12,6 +13,7 @@ strategies.register()
 
 __all__ = [
     "LearnedOptimizer",
+    "MetaTrainer",
     "RuleOptimizer",
     "UpdateRule",
     "__version__",

@@ -11,7 +11,11 @@ import torch
 import lightning_lopt as lopt
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-ARGUMENTS = {"quickstart.py": ["--epochs", "2", "--seeds", "2"], "nominal_rules.py": ["--out", "rules"]}
+ARGUMENTS = {
+    "meta_train.py": ["--epochs", "2"],
+    "nominal_rules.py": ["--out", "rules"],
+    "quickstart.py": ["--epochs", "2", "--seeds", "2"],
+}
 
 
 def run(script: Path, folder: Path) -> str:

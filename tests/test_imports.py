@@ -42,7 +42,7 @@ ARROWS = {  # the longest prefix of a module's name counts
     ),
 }
 ANYTHING = {PACKAGE, "cli"}  # the package's __init__ and the command
-ONLY_WHEN_NEEDED = {"matplotlib", "sklearn", "torchvision"}  # extras, which a plain installation lacks
+ONLY_WHEN_NEEDED = {"matplotlib", "rich", "sklearn", "torchvision"}  # extras, which a plain installation lacks
 
 
 class Import(NamedTuple):

@@ -1,0 +1,141 @@
+"""The `lopt` command.
+
+    lopt list                            the bundled rules
+    lopt show NAME                       a rule's card
+    lopt push NAME OWNER/REPO            put a rule on the Hugging Face Hub
+    lopt evaluate ...                    compare rules with tuned optimizers
+    lopt meta-train fit --config FILE    meta-train a rule
+
+Exit status 0 on success, and 2 with one line on stderr where the user can put something right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from lightning_lopt import hub
+from lightning_lopt.hub.bundle import find_dir
+from lightning_lopt.hub.files import CARD
+
+# command -> its module, which is imported when asked for and has add_arguments(parser) and run(arguments); its help
+DELEGATED = {
+    "evaluate": ("lightning_lopt.evaluation.cli", "Compare rules with tuned optimizers on tasks: a table and a plot."),
+}
+UNSAID = "was not said when it was saved"  # in the card that save_rule writes by itself
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {_one_line(message)} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: its arguments (default: those of the process).
+
+    Returns:
+        The exit status.
+    """
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if arguments[:1] == ["meta-train"]:
+        return _meta_train(arguments[1:])
+    command = next(iter(arguments), "")
+    try:
+        parsed = _parser(command).parse_args(arguments)
+        parsed.run(parsed)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as `lopt show star | head -1` makes it; Python would complain once more when it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        return _fail(f"lopt {command}", error)
+    return 0
+
+
+def _parser(command: str) -> _Parser:
+    parser = _Parser(prog="lopt", description="Learned optimizers: use, meta-train and compare them.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable[[argparse.Namespace], Any] | None, text: str) -> argparse.ArgumentParser:
+        added: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+        added.set_defaults(run=run)
+        return added
+
+    add("list", _list, "The names of the bundled rules.")
+    rule_help = "a bundled name, a directory, or a Hub repo owner/name"
+    show = add("show", _show, "A rule's card.")
+    show.add_argument("name", metavar="NAME", help=rule_help)
+    push = add("push", _push, "Put a rule on the Hugging Face Hub, with the token of `hf auth login` or HF_TOKEN.")
+    push.add_argument("name", metavar="NAME", help="a bundled name or a directory")
+    push.add_argument("repo_id", metavar="OWNER/REPO")
+    push.add_argument("--private", action="store_true", help="make the repo a private one")
+    push.add_argument("--revision", help="branch (default: the main branch)")
+    push.add_argument("--tag", help="name to give to the commit")
+    for name, (path, text) in DELEGATED.items():
+        delegated = add(name, None, text)
+        if name == command:
+            module = importlib.import_module(path)
+            module.add_arguments(delegated)
+            delegated.set_defaults(run=module.run)
+    add("meta-train", None, "Meta-train a rule (LightningCLI): fit --config FILE, validate; see meta-train fit --help.")
+    return parser
+
+
+def _list(arguments: argparse.Namespace) -> None:
+    for name in hub.list_pretrained():
+        rule = hub.load_rule(name)
+        print(f"{name:<20} {rule.kind}, {rule.num_meta_params()} meta-parameters")
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    rule = hub.load_rule(arguments.name)
+    print(_card(arguments.name) or rule)
+
+
+def _push(arguments: argparse.Namespace) -> None:
+    rule, card = hub.load_rule(arguments.name), _card(arguments.name)
+    if card and UNSAID in card:  # it says where the rule was saved, which is no one else's business
+        card = None
+    options = {name: getattr(arguments, name) for name in ("private", "revision", "tag")}
+    print(hub.push_to_hub(rule, arguments.repo_id, card=card, **options))
+
+
+def _card(name: str) -> str | None:
+    """The card of a bundled rule or of one in a directory, if it has one."""
+    directory = find_dir(name)
+    path = None if directory is None else directory / CARD
+    return path.read_text(encoding="utf-8") if path and path.is_file() else None
+
+
+def _meta_train(arguments: list[str]) -> int:
+    try:
+        from lightning_lopt.meta import cli
+    except ModuleNotFoundError as error:
+        missing = f"{error.name} is not installed. Install the extra: pip install 'lightning_lopt[cli]'."
+        return _fail("lopt meta-train", missing)
+    try:
+        cli.run(arguments)
+    except cli.UsageError as error:
+        return _fail("lopt meta-train", error)
+    return 0
+
+
+def _fail(command: str, error: object) -> int:
+    print(f"{command}: error: {_one_line(str(error))}", file=sys.stderr)
+    return 2
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

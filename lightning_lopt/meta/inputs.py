@@ -1,0 +1,106 @@
+"""What MetaTrainer is made of: tasks by name, patterns of meta-parameters, the meta-optimizer, checks."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lopt.tasks import Task
+from lightning_lopt.tasks import make as make_task
+
+TaskLike = str | tuple[str, dict[str, Any]] | Task
+
+
+def make_tasks(tasks: Sequence[TaskLike]) -> list[Task]:
+    """Tasks from names, pairs (name, options) and tasks."""
+    return [_make_task(task) for task in tasks]
+
+
+def _make_task(task: TaskLike) -> Task:
+    if isinstance(task, Task):
+        return task
+    name, options = (task, {}) if isinstance(task, str) else task
+    # YAML has lists where tasks want tuples.
+    return make_task(name, **{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+
+
+def make_labels(tasks: Sequence[Task]) -> list[str]:
+    """The tasks' names, numbered where several have the same."""
+    names = [task.name for task in tasks]
+    counts = [names[: i + 1].count(name) for i, name in enumerate(names)]
+    return [name if count == 1 else f"{name}-{count}" for name, count in zip(names, counts, strict=True)]
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a meta-parameter's name matches one of the patterns, which are a shell's."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def check_patterns(argument: str, patterns: Iterable[str], names: Iterable[str]) -> None:
+    """Raise a ValueError for a pattern that matches no name: it would silently do nothing."""
+    names = list(names)
+    for pattern in patterns:
+        if not any(matches(name, [pattern]) for name in names):
+            raise ValueError(f"{argument}: {pattern!r} matches no meta-parameter; there are {names}.")
+
+
+def adamw(
+    params: Mapping[str, nn.Parameter], lr: float, weight_decay: float, lr_factors: Mapping[str, float]
+) -> torch.optim.AdamW:
+    """The meta-optimizer: a parameter group for each learning rate."""
+    groups: dict[float, list[Tensor]] = {}
+    for name, param in params.items():
+        factors = (factor for pattern, factor in lr_factors.items() if matches(name, [pattern]))
+        groups.setdefault(next(factors, 1.0), []).append(param)
+    param_groups = [{"params": group, "lr": lr * factor} for factor, group in groups.items()]
+    return torch.optim.AdamW(param_groups, lr=lr, weight_decay=weight_decay)
+
+
+def cosine(optimizer: torch.optim.Optimizer, num_steps: float) -> torch.optim.lr_scheduler.LRScheduler:
+    """From the learning rates of the groups down to zero after `num_steps`."""
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(step / num_steps, 1.0)))
+    )
+
+
+class Steps:
+    """The steps of an epoch, in place of a DataLoader: Lightning neither shuffles nor shards it.
+
+    What a step does depends on its number in the whole run alone. So there is no position to be saved; that it could be
+    is what Lightning wants to know where a run is resumed in the middle of an epoch.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.number))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to do."""
+
+
+def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    """Raise a ValueError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is not allowed: use one of {list(allowed)}.")
+
+
+def check_number(name: str, value: Any, low: float, high: float = math.inf) -> None:
+    """Raise a ValueError unless low <= value <= high, with an integer where `low` is one."""
+    kinds = int if isinstance(low, int) else (int, float)
+    if not isinstance(value, kinds) or not low <= value <= high:
+        what = "an integer" if isinstance(low, int) else "a number"
+        raise ValueError(f"{name}={value!r} is not allowed: it must be {what} in [{low}, {high}].")
