@@ -1,7 +1,8 @@
 """Meta-train a rule in Python: STAR's nominal term, from a step size far too small, learns how its steps should go.
 
-Prints each epoch's meta-loss, log(loss / first loss), on two small tasks and on a held-out one; saves the rule, loads it,
-and trains a net that it has not seen. Run: python examples/meta_train.py [--epochs 10]. Half a minute; needs the extra [demo].
+Prints each epoch's meta-loss, log(loss / first loss), on two small tasks and on a held-out one; saves the rule, loads
+it, and trains a net that it has not seen.
+Run: python examples/meta_train.py [--epochs 10]. Half a minute; needs the extra [demo].
 The same from a file, and longer: lopt meta-train fit --config examples/configs/tiny.yaml
 """
 

@@ -53,8 +53,9 @@ class MetaTrainer(L.LightningModule):
 
     Logs at the end of each epoch: `meta_loss` and `meta_loss/<task>`, means over its steps; `meta_loss_best`;
     `meta_grad_norm`, before clipping; `nonfinite_tasks`, how many tasks of a step had losses or gradients that were not
-    finite and counted as zero; and from meta-validation `val/meta_loss`, `val/best` and `val/final/<task>`. `meta_loss` is
-    that of inner runs under way: at first it falls because they get on, so that `val/meta_loss` is the one to judge by.
+    finite and counted as zero; and from meta-validation `val/meta_loss`, `val/best` and `val/final/<task>`.
+
+    `meta_loss` is that of inner runs under way: at first it falls because they get on. Judge by `val/meta_loss`.
 
     Args:
         rule: the rule, which is trained in place. Or a name, directory or Hub id, as for `load_rule`, to go on from. Or
