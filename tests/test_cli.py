@@ -178,8 +178,7 @@ def test_it_is_not_imported_for_other_commands(capsys, monkeypatch):
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_the_configurations_run(config, folder):
-    estimator = "num_runs" if config.stem == "hyperparam" else "num_pairs"
-    assert run("meta-train", "fit", "--config", config, *SHORT, f"--model.estimator.{estimator}=1") == 0
+    assert run("meta-train", "fit", "--config", config, *SHORT, "--model.estimator.num_pairs=1") == 0
     out = folder / "runs" / config.stem
     rule = lopt.load_rule(out / "rule" / "best")
     assert rule.kind == {"star": "star", "star_paper": "star", "tiny": "star"}.get(config.stem, config.stem)
@@ -236,6 +235,7 @@ PES = ["--model.estimator=PES"]
         (["fit", "--model.rule=star", *TASK, "--model.estimator=ESP"], "model.estimator.*ESP"),
         (["fit", "--model.rule=nope", *TASK, *PES], "Unknown rule 'nope'"),
         (["fit", "--model.rule={kind: nope}", *TASK, *PES], "Unknown kind 'nope'; known are .*'star'"),
+        (["fit", "--model.rule={class_path: lightning_lopt.rules.STAR}", *TASK, *PES], "or a mapping with a 'kind'"),
         (["fit", "--model.rule={kind: star, speed: 1}", *TASK, *PES], "Unknown config key 'speed'; allowed are"),
         (["fit", "--model.rule=star", "--model.tasks=[nope]", *PES], "Unknown task 'nope'"),
         (["fit", "--model.rule=star", *TASK, *PES, "--model.zero=[w9]"], "'w9' matches no meta-parameter"),

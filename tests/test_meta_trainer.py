@@ -335,7 +335,7 @@ def test_tasks_with_the_same_name_are_told_apart():
         ({"trainable": []}, "trainable=.* leaves nothing to learn"),
         ({"zero": ["w9"]}, "zero: 'w9' matches no meta-parameter"),
         ({"lr_factors": {"w9": 1.0}}, "lr_factors: 'w9' matches no meta-parameter"),
-        ({"schedule": "step"}, r"schedule='step' is not allowed: use one of \['cosine', 'constant'\]"),
+        ({"schedule": "step"}, r"schedule='step' is not allowed: it must be one of \['cosine', 'constant'\]"),
         ({"objective": "mean"}, "objective='mean' is not allowed"),
         ({"tasks": []}, "tasks=.* is not allowed: give at least one"),
         ({"tasks": ["no-such"]}, "Unknown task 'no-such'"),

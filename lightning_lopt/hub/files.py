@@ -266,7 +266,7 @@ tags:
 
 _BODY = """# A learned optimizer of kind `{kind}`
 
-An update rule of [lightning_lopt](https://pypi.org/project/lightning_lopt/) with {count} meta-parameters, for PyTorch \
+An update rule of lightning_lopt with {count} meta-parameters, for PyTorch \
 Lightning and for plain PyTorch loops. How it was meta-trained and evaluated was not said when it was saved.
 
 ```python

@@ -92,12 +92,6 @@ class Steps:
         """Nothing to do."""
 
 
-def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
-    """Raise a ValueError unless `value` is one of `allowed`."""
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r} is not allowed: use one of {list(allowed)}.")
-
-
 def check_number(name: str, value: Any, low: float, high: float = math.inf) -> None:
     """Raise a ValueError unless low <= value <= high, with an integer where `low` is one."""
     kinds = int if isinstance(low, int) else (int, float)

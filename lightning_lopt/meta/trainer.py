@@ -30,7 +30,6 @@ from lightning_lopt.meta.inputs import (
     Steps,
     TaskLike,
     adamw,
-    check_choice,
     check_number,
     check_patterns,
     cosine,
@@ -43,6 +42,7 @@ from lightning_lopt.meta.validation import score
 from lightning_lopt.rules import UpdateRule, compute_dtype
 from lightning_lopt.rules import make as make_rule
 from lightning_lopt.tasks import Task
+from lightning_lopt.tasks.base import check_choice
 
 SCHEDULES = ("cosine", "constant")
 CHECKPOINT_KEY = "meta_training"
@@ -97,7 +97,7 @@ class MetaTrainer(L.LightningModule):
 
     def __init__(
         self,
-        rule: UpdateRule | str | dict[str, Any],
+        rule: dict[str, Any] | str | UpdateRule,  # jsonargparse tries in this order: a mapping is never a class's
         tasks: Sequence[TaskLike],
         estimator: Estimator,
         *,
