@@ -170,7 +170,7 @@ class Unroll:
             return stepper
         key = (self, batched)
         if key not in _COMPILED:
-            _COMPILED[key] = torch.compile(vmap(self._member_step, in_dims=in_dims), dynamic=False)
+            _COMPILED[key] = _compile(vmap(self._member_step, in_dims=in_dims))
         return _COMPILED[key]
 
     def _member_step(
@@ -187,7 +187,8 @@ class Unroll:
         grads, loss = self.task.grad_and_value(params, batch)
         if not self.second_order:
             grads = {name: grad.detach() for name, grad in grads.items()}
-        context, meta_params = StepContext(step, loss.detach(), num_steps), {**frozen, **meta_params}
+        context = StepContext(step, loss.detach(), num_steps, num_tensors=len(params))
+        meta_params = {**frozen, **meta_params}
         if self.rule.needs_share:
             shared, states = self.rule.share(meta_params, grads, states, params, context)
             context = context._replace(shared=shared)
@@ -199,6 +200,20 @@ class Unroll:
 
 
 _COMPILED: dict[tuple[Unroll, bool], Callable[..., Any]] = {}
+_MOST_COMPILED = 256  # torch's default of 8 counts all tasks as one function, and the ninth would silently run eager
+
+
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    import torch._dynamo
+
+    compiled = torch.compile(function, dynamic=False)
+    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+
+    def call(*arguments: Any) -> Any:
+        with torch._dynamo.config.patch({limit: _MOST_COMPILED}):
+            return compiled(*arguments)
+
+    return call
 
 
 @contextmanager

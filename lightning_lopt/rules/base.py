@@ -16,6 +16,8 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lightning_lopt.rules.parts import Part
+
 
 class StepContext(NamedTuple):
     """What a rule knows of a step beside one tensor's gradient, state and value."""
@@ -24,6 +26,8 @@ class StepContext(NamedTuple):
     loss: Tensor | None = None  # () the step's training loss; given to rules with needs_loss
     num_steps: Tensor | int | None = None  # the run's length in optimizer steps, where known; () if a tensor
     shared: Any = None  # what the rule's `share` made of all tensors; None for rules without needs_share
+    num_tensors: int | None = None  # how many tensors move in this step, where known
+    part: Part | None = None  # which part of the tensor gradient, state and value are; None for all of it
 
 
 ConfigType = TypeVar("ConfigType", bound="RuleConfig")
@@ -99,6 +103,8 @@ class UpdateRule(nn.Module):
     Config: ClassVar[type[RuleConfig]] = RuleConfig
     needs_loss: bool = False
     needs_share: bool = False
+    takes_parts: bool = False  # `update` takes each coordinate alone, or asks `parts.means` for the rest
+    whole_state: frozenset[str] = frozenset()  # fields of the state that every process has all of, whatever its part
     kind: str
     config: RuleConfig
     source: Source | None = None

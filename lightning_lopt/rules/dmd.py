@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -180,8 +180,9 @@ class OnlineDMD:
         for window, value, slot in zip(windows, values, slots, strict=True):
             row, last = self._row(window, value.detach())
             buffers.append(_write(window.snapshots, slot.to(row.device), row, in_place))
-            products.append(inner_products(buffers[-1], row, precise=self.rank > 1).to(device))
+            products.append(_own_products(buffers[-1], row, precise=self.rank > 1))
             lasts.append(last)
+        products = [product.to(device) for product in _summed_over_shards(products, buffers)]
         newest = torch.stack(products).gather(1, (slots.unsqueeze(1) + 1 + age) % len(age))
         grams = _shifted(torch.stack([window.gram.to(device) for window in windows]), newest)
         losses = torch.stack([window.losses.to(device) for window in windows])
@@ -248,6 +249,11 @@ def inner_products(rows: Tensor, value: Tensor, *, precise: bool = True) -> Tens
         precise: multiply in float64. Else in the dtype of the rows, and sum blocks in float64; at a million float32
             numbers that leaves an error of 1e-7 in the eigenvalue of R = 1, where one long sum leaves 5e-6.
     """
+    return _summed_over_shards([_own_products(rows, value, precise=precise)], [rows])[0]
+
+
+def _own_products(rows: Tensor, value: Tensor, *, precise: bool) -> Tensor:
+    """The inner products of this process's shards."""
     vector = _local(value).reshape(-1)
     matrix = _local(rows).reshape(len(rows), vector.numel())
     # On a CPU, blocks that stay in the cache while they are converted; elsewhere as few as memory allows.
@@ -258,7 +264,7 @@ def inner_products(rows: Tensor, value: Tensor, *, precise: bool = True) -> Tens
         product = part.double() @ other.double() if precise else (part @ other).double()
         total = product if total is None else total + product
     assert total is not None  # torch.split gives one part at least
-    return _summed_over_shards(total, rows)
+    return total
 
 
 def sketch(points: Tensor, signs: Tensor, size: int) -> Tensor:
@@ -306,15 +312,24 @@ def _whole(tensor: Tensor) -> Tensor:
     return cast(Tensor, tensor.full_tensor()) if hasattr(tensor, "full_tensor") else tensor
 
 
-def _summed_over_shards(partial: Tensor, like: Tensor) -> Tensor:
-    """Sums over one rank's shard of `like` -> over the whole: the only place where ranks exchange anything."""
-    if not hasattr(like, "placements"):
-        return partial
-    from torch.distributed.tensor import DTensor, Partial, Replicate
+def _summed_over_shards(partials: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+    """Sums over one rank's shards -> over the whole of the tensors `like`; one message for all that are laid out alike.
 
-    sharded = cast(DTensor, like)
-    placements = [Partial() if placement.is_shard() else Replicate() for placement in sharded.placements]
-    return _whole(DTensor.from_local(partial, sharded.device_mesh, placements, run_check=False))
+    The only place where ranks exchange anything.
+    """
+    sums, alike = list(partials), cast(dict[Any, list[int]], {})
+    for number, tensor in enumerate(cast(Sequence[Any], like)):
+        if hasattr(tensor, "placements"):
+            shards = tuple(placement.is_shard() for placement in tensor.placements)
+            alike.setdefault((tensor.device_mesh, shards, partials[number].shape), []).append(number)
+    for (mesh, shards, _), numbers in alike.items():
+        from torch.distributed.tensor import DTensor, Partial, Replicate
+
+        stacked = torch.stack([partials[number] for number in numbers])
+        placements = [Partial() if shard else Replicate() for shard in shards]
+        total = _whole(DTensor.from_local(stacked, mesh, placements, run_check=False))
+        sums = [total[numbers.index(number)] if number in numbers else each for number, each in enumerate(sums)]
+    return sums
 
 
 def _finite_or_zero(tensor: Tensor) -> Tensor:

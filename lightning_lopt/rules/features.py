@@ -8,10 +8,12 @@ contiguous plane; nothing is bias-corrected.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
+
+from lightning_lopt.rules.parts import Part, local, means, whole_shape
 
 TIMESCALES = (1, 3, 10, 30, 100, 300, 1000, 3000, 10000, 30000, 100000)
 NUM_CHANNELS = 28
@@ -90,17 +92,16 @@ def init_accumulators(param: Tensor) -> Accumulators:
     return Accumulators(param.new_zeros((3, *param.shape)), torch.zeros_like(param), row, col, diag, record)
 
 
-def update_accumulators(state: Accumulators, grad: Tensor, decays: Decays) -> Accumulators:
+def update_accumulators(state: Accumulators, grad: Tensor, decays: Decays, part: Part | None = None) -> Accumulators:
     """Fold one gradient into the averages: a <- b a + (1 - b) x, without bias correction (the reference has none)."""
-    dims = factored_dims(grad.shape)
+    dims = factored_dims(whole_shape(part, grad))
     square = grad * grad + 1e-30
     row, col, diag = state.row, state.col, state.diag
     if dims is None:
         diag = _average(diag, square, decays.adafactor)
     else:
-        d1, d0 = dims
-        row = _average(row, square.mean(d0), decays.adafactor)
-        col = _average(col, square.mean(d1), decays.adafactor)
+        over_d1, over_d0 = means(part, *((square, (dim - grad.dim(),)) for dim in dims))
+        row, col = _average(row, over_d0, decays.adafactor), _average(col, over_d1, decays.adafactor)
     exp_avg, exp_avg_sq = update_moments(state.exp_avg, state.exp_avg_sq, grad, decays)
     return Accumulators(exp_avg, exp_avg_sq, row, col, diag, state.factored_dims)
 
@@ -117,8 +118,8 @@ def inverse_root(exp_avg_sq: Tensor) -> Tensor:
     return torch.rsqrt(exp_avg_sq + 1e-6)
 
 
-def features(state: Accumulators, grad: Tensor, param: Tensor) -> Features:
-    """The 28 channels from accumulators that already hold `grad`.
+def features(state: Accumulators, grad: Tensor, param: Tensor, part: Part | None = None) -> Features:
+    """The 28 channels from accumulators that already hold `grad`; of a part of a tensor, with whole rows and columns.
 
     In the reference's order: gradient; parameter; 3 momenta; second moment; 3 momenta / sqrt(second moment); its
     inverse root; gradient preconditioned by 3 factored second moments; 3 row and 3 column moments; their inverse roots;
@@ -126,7 +127,7 @@ def features(state: Accumulators, grad: Tensor, param: Tensor) -> Features:
     place of both rows and columns.
     """
     inv_root = inverse_root(state.exp_avg_sq)
-    dims = factored_dims(grad.shape)
+    dims = factored_dims(whole_shape(part, grad))
     if dims is None:
         row = col = torch.cat([state.diag, torch.rsqrt(state.diag + 1e-8)])
         grad_factor = _clamped_rsqrt(state.diag + 1e-9)
@@ -135,7 +136,8 @@ def features(state: Accumulators, grad: Tensor, param: Tensor) -> Features:
     else:
         d1, d0 = dims
         rows, cols = state.row.unsqueeze(d0 + 1), state.col.unsqueeze(d1 + 1)
-        grad_factor = _clamped_rsqrt(rows / (rows.mean(d1 + 1, keepdim=True) + 1e-9)) * _clamped_rsqrt(cols)
+        of_rows = _clamped_rsqrt(rows / (rows.mean(d1 + 1, keepdim=True) + 1e-9))
+        grad_factor = local(part, of_rows) * local(part, _clamped_rsqrt(cols))
         momentum_factor = grad_factor
         row, col = (torch.cat([v, torch.rsqrt(v + 1e-8)]) for v in (rows, cols))
     dense = torch.cat(
@@ -157,18 +159,36 @@ def inverse_rms(channels: Tensor) -> Tensor:
 
     A channel that is constant along a dim of the tensor may come with that dim as 1: its mean square is the same.
     """
-    square = channels.square()
-    return torch.rsqrt(1e-5 + (square.mean(tuple(range(1, square.dim()))) if square.dim() > 1 else square))
+    (mean_square,) = means(None, mean_square_of(channels))
+    return inverse_root_of_mean(mean_square)
+
+
+def mean_square_of(channels: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """What to ask `means` for, to have the mean square of each channel (c, *shape) -> (c,)."""
+    return channels.square(), tuple(range(1 - channels.dim(), 0))
+
+
+def inverse_root_of_mean(mean_square: Tensor) -> Tensor:
+    """1 / sqrt(1e-5 + mean square): what a channel is multiplied by."""
+    return torch.rsqrt(1e-5 + mean_square)
 
 
 def contract(weight: Tensor, channels: Tensor) -> Tensor:
     """A layer over the channels of every coordinate: weight (c, h), channels (c, *shape) -> (h, *shape)."""
     weight = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
-    return on_shards(lambda local: torch.tensordot(weight, local, dims=([0], [0])), channels)
+
+    def layer(local: Tensor) -> Tensor:
+        product: Tensor = torch.tensordot(weight, local, dims=([0], [0]))
+        return product
+
+    return on_shards(layer, channels)
 
 
-def on_shards(function: Callable[..., Tensor], *channels: Tensor) -> Tensor:
-    """Apply a function that takes each coordinate alone: tensors (c, *shape) -> (d, *shape).
+Outputs = TypeVar("Outputs", Tensor, tuple[Tensor, ...])
+
+
+def on_shards(function: Callable[..., Outputs], *channels: Tensor) -> Outputs:
+    """Apply a function that takes each coordinate alone: tensors (c, *shape) -> (d, *shape), or several of these.
 
     Sharded tensors (DTensor) stay sharded: each coordinate is computed where it lies. All must be laid out alike.
     """
@@ -178,10 +198,14 @@ def on_shards(function: Callable[..., Tensor], *channels: Tensor) -> Tensor:
 
     sharded = cast(tuple[DTensor, ...], channels)
     mesh, placements = sharded[0].device_mesh, sharded[0].placements
-    local = function(*(each.redistribute(mesh, placements).to_local() for each in sharded))
-    shape = torch.Size((local.shape[0], *channels[0].shape[1:]))
-    strides = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=strides)
+
+    def placed(local: Tensor) -> Tensor:
+        shape = torch.Size((local.shape[0], *channels[0].shape[1:]))
+        strides = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=strides)
+
+    outputs = function(*(each.redistribute(mesh, placements).to_local() for each in sharded))
+    return placed(outputs) if isinstance(outputs, Tensor) else tuple(placed(output) for output in outputs)
 
 
 def time_features(step: Tensor, dtype: torch.dtype) -> Tensor:

@@ -42,13 +42,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lopt.rules import dmd, networks, nominal
-from lightning_lopt.rules import features as feats
 from lightning_lopt.rules.base import RuleConfig, StepContext, UpdateRule, register
 
 PREPROCESSING = {"none": 1, "logsign": 2, "logsign1": 1}  # name -> number of features
 READOUTS = ("linear", "sum")
 SCOPES = ("global", "tensor")
-MOMENTUM_DECAYS, RMS_DECAY = (0.9, 0.99, 0.999), 0.999
 
 
 class LSTMState(NamedTuple):
@@ -185,6 +183,7 @@ class LSTMRule(UpdateRule):
         self.online = dmd.OnlineDMD(c.rank, c.num_snapshots, c.snapshots, c.method, c.sketch_size, c.loss_scale)
         self.needs_loss = bool(c.rank and c.loss_scale)
         self.needs_share = bool(c.rank) and c.scope == "global"
+        self.takes_parts = not c.rank or self.needs_share  # else `update` itself takes inner products
         axis = (len(c.ndim_splits) + 1,) if c.ndim_splits else ()
         bound = c.hidden_size**-0.5
         for name, shape in self._shapes().items():
@@ -195,9 +194,7 @@ class LSTMRule(UpdateRule):
         """Zeros."""
         c = self.config
         cells = param.new_zeros((c.num_layers, c.hidden_size, *param.shape))
-        momenta = param.new_zeros((3 if self._stabilised else 0, *param.shape))
-        second = torch.zeros_like(param) if self._stabilised else param.new_zeros(0)
-        state = LSTMState(cells, torch.zeros_like(cells), momenta, second)
+        state = LSTMState(cells, torch.zeros_like(cells), *nominal.init_moments(c, param))
         if not c.rank:
             return state
         self.check_params([param])
@@ -259,10 +256,6 @@ class LSTMRule(UpdateRule):
         return self._step(meta_params, grad, state, param, context)[0]
 
     @property
-    def _stabilised(self) -> bool:
-        return self.config.nominal_stepsize > 0 or self.config.normalize_blackbox
-
-    @property
     def _num_eigenvalue_features(self) -> int:
         return self.config.rank if self.config.rank < 2 else 2 * self.config.rank
 
@@ -292,27 +285,14 @@ class LSTMRule(UpdateRule):
         if c.rank and c.scope == "tensor":
             (window,) = self.online.push([dmd.Window(*window)], [param], context.loss)
             shared = dmd.features(self.online.eigenvalues([window]), c.eigenvalue_scale)
-        exp_avg, exp_avg_sq = state.exp_avg, state.exp_avg_sq
-        if self._stabilised:
-            exp_avg, exp_avg_sq = feats.update_moments(exp_avg, exp_avg_sq, grad, _decays(grad))
+        moments = nominal.update_moments(c, state.exp_avg, state.exp_avg_sq, grad)
         network = partial(self._network, self._weights(meta_params, grad.dim(), shared))
         size = c.num_layers * c.hidden_size
         rows = networks.coordinatewise(network, grad.unsqueeze(0), state.hidden.flatten(0, 1), state.cell.flatten(0, 1))
         cells = rows[-2 * size :].reshape(2, c.num_layers, c.hidden_size, *grad.shape)
-        new = LSTMState(cells[0], cells[1], exp_avg, exp_avg_sq)
-        return self._terms(rows[: -2 * size], grad, new), LSTMDMDState(*new, *window) if c.rank else new
-
-    def _terms(self, readout: Tensor, grad: Tensor, state: LSTMState) -> dict[str, Tensor]:
-        c, step = self.config, self.config.out_scale * readout[0]
-        if not self._stabilised:
-            return {"blackbox": step}
-        inv_root = feats.inverse_root(state.exp_avg_sq)
-        terms = {"blackbox": nominal.precondition(step, inv_root) if c.normalize_blackbox else step}
-        if c.nominal_stepsize:
-            direction = nominal.nominal_direction(c.nominal_grad_estimator, grad, state.exp_avg, inv_root)
-            factor = nominal.magnitude(c.exp_mult, readout[1]) if c.nominal_controller else 1.0
-            terms["nominal"] = -nominal.nominal_term(c.nominal_stepsize, direction, factor)
-        return terms
+        new = LSTMState(cells[0], cells[1], *moments)
+        terms = nominal.stabilized_terms(c, rows[: -2 * size], grad, *moments)
+        return terms, LSTMDMDState(*new, *window) if c.rank else new
 
     def _weights(self, meta_params: Mapping[str, Tensor], ndim: int, shared: Tensor | None) -> _Weights:
         """For a tensor of `ndim` dims. What is the same for all coordinates is put into the first bias."""
@@ -361,11 +341,6 @@ def preprocess(grad: Tensor, form: str, p: float) -> Tensor:
     if form == "logsign1":
         return torch.where(size >= small, log * grad.sign(), -grad / small)
     return torch.cat([log, (grad / small).clamp(-1.0, 1.0)])
-
-
-def _decays(like: Tensor) -> feats.Decays:
-    momentum = torch.tensor(MOMENTUM_DECAYS, dtype=like.dtype, device=like.device)
-    return feats.Decays(momentum, torch.full_like(momentum[:1], RMS_DECAY), momentum[:0])
 
 
 register("lstm", LSTMRule)

@@ -6,21 +6,64 @@ Source: Harrison et al. 2022 (STAR, arXiv 2209.11208), section 5, eqs. 21 and 22
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-# name -> direction from (gradient, momenta (3, *shape), inverse root of the second moment)
-ESTIMATORS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "SGD": lambda grad, exp_avg, inv_root: grad,
-    "SGDM": lambda grad, exp_avg, inv_root: exp_avg[-1],
-    "AggMo": lambda grad, exp_avg, inv_root: exp_avg.mean(0),
-    "Adam": lambda grad, exp_avg, inv_root: exp_avg[-1] * inv_root,
-    "AdamAggMo": lambda grad, exp_avg, inv_root: exp_avg.mean(0) * inv_root,
+from lightning_lopt.rules import features as feats
+from lightning_lopt.rules.parts import Part, means
+
+MOMENTUM_DECAYS, RMS_DECAY = (0.9, 0.99, 0.999), 0.999  # STAR's initial ones, for rules that do not learn them
+
+
+class Stabilizers(Protocol):
+    """The options of a rule that puts the stabilisers around its network, see `stabilized_terms`."""
+
+    @property
+    def out_scale(self) -> float:
+        """Multiplier of the network's step."""
+        ...
+
+    @property
+    def nominal_stepsize(self) -> float:
+        """beta_1; 0: no nominal term."""
+        ...
+
+    @property
+    def nominal_grad_estimator(self) -> str:
+        """One of `ESTIMATORS`."""
+        ...
+
+    @property
+    def nominal_controller(self) -> bool:
+        """Whether the network scales the nominal term."""
+        ...
+
+    @property
+    def exp_mult(self) -> float:
+        """beta_2."""
+        ...
+
+    @property
+    def normalize_blackbox(self) -> bool:
+        """Whether the network's step is preconditioned."""
+        ...
+
+
+# name -> direction from (gradient, momenta (3, *shape), inverse root of the second moment, weights (3,) or None)
+ESTIMATORS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]] = {
+    "SGD": lambda grad, exp_avg, inv_root, weights: grad,
+    "SGDM": lambda grad, exp_avg, inv_root, weights: exp_avg[-1],
+    "AggMo": lambda grad, exp_avg, inv_root, weights: _average(exp_avg, weights),
+    "Adam": lambda grad, exp_avg, inv_root, weights: exp_avg[-1] * inv_root,
+    "AdamAggMo": lambda grad, exp_avg, inv_root, weights: _average(exp_avg, weights) * inv_root,
 }
 
 
-def nominal_direction(estimator: str, grad: Tensor, exp_avg: Tensor, inv_root: Tensor) -> Tensor:
+def nominal_direction(
+    estimator: str, grad: Tensor, exp_avg: Tensor, inv_root: Tensor, weights: Tensor | None = None
+) -> Tensor:
     """The descent direction g of eq. 21, of the shape of `grad`.
 
     Args:
@@ -29,19 +72,23 @@ def nominal_direction(estimator: str, grad: Tensor, exp_avg: Tensor, inv_root: T
         grad: (*shape).
         exp_avg: (3, *shape) momenta, slowest last.
         inv_root: (*shape) as `features.inverse_root` gives it.
+        weights: (3,) of the momenta that "AggMo" and "AdamAggMo" average; equal ones, as in the paper, where None.
     """
-    return ESTIMATORS[estimator](grad, exp_avg, inv_root)
+    return ESTIMATORS[estimator](grad, exp_avg, inv_root, weights)
 
 
-def magnitude(exp_mult: float, head: Tensor, *, aggregate: bool = False) -> Tensor:
+def magnitude(exp_mult: float, head: Tensor, *, aggregate: bool = False, part: Part | None = None) -> Tensor:
     """The magnitude controller exp(exp_mult * head): beta_2 or beta_4 of eqs. 21 and 22.
 
     Args:
         exp_mult: how far the head can reach; at the paper's 1e-3 it hardly moves.
         head: (*shape) network output.
         aggregate: one magnitude for the whole tensor, from the head's mean.
+        part: which part of the tensor the head is of; None for all of it.
     """
-    return torch.exp(exp_mult * (head.mean() if aggregate else head))
+    if aggregate:
+        (head,) = means(part, (head, tuple(range(-head.dim(), 0))))
+    return torch.exp(exp_mult * head)
 
 
 def nominal_term(stepsize: float, direction: Tensor, factor: Tensor | float) -> Tensor:
@@ -54,10 +101,50 @@ def precondition(step: Tensor, inv_root: Tensor) -> Tensor:
     return step * inv_root
 
 
-def tensor_scale(param: Tensor) -> Tensor:
-    """The tensor's root mean square relative to 0.1, a usual weight's; at least 0.5, so that zeros move. Returns ().
+def stabilized(config: Stabilizers) -> bool:
+    """Whether any stabiliser is on, so that moments are kept."""
+    return config.nominal_stepsize > 0 or config.normalize_blackbox
 
-    Not in the STAR paper. Steps in proportion to a tensor's scale are Adafactor's (Shazeer and Stern 2018, arXiv
-    1804.04235, section 8) and Celo's.
+
+def init_moments(config: Stabilizers, param: Tensor) -> tuple[Tensor, Tensor]:
+    """Momenta (3, *shape) and second moment (*shape), zeros; (0, *shape) and (0,) where there is no stabiliser."""
+    if not stabilized(config):
+        return param.new_zeros((0, *param.shape)), param.new_zeros(0)
+    return param.new_zeros((3, *param.shape)), torch.zeros_like(param)
+
+
+def update_moments(config: Stabilizers, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Fold one gradient into the moments of `init_moments`, at decays that are not learned."""
+    if not stabilized(config):
+        return exp_avg, exp_avg_sq
+    momentum = torch.tensor(MOMENTUM_DECAYS, dtype=grad.dtype, device=grad.device)
+    decays = feats.Decays(momentum, torch.full_like(momentum[:1], RMS_DECAY), momentum[:0])
+    return feats.update_moments(exp_avg, exp_avg_sq, grad, decays)
+
+
+def stabilized_terms(
+    config: Stabilizers, readouts: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor
+) -> dict[str, Tensor]:
+    """A network's step with what stabilisers there are: `blackbox`, and `nominal` if there is such a term.
+
+    Args:
+        config: the options.
+        readouts: (1 or 2, *shape): the step, and what the controller reads if there is one.
+        grad: (*shape).
+        exp_avg: (3, *shape) momenta that hold `grad` already.
+        exp_avg_sq: (*shape) second moment, likewise.
     """
-    return param.square().mean().sqrt().clamp(min=0.05) / 0.1
+    step = config.out_scale * readouts[0]
+    if not stabilized(config):
+        return {"blackbox": step}
+    inv_root = feats.inverse_root(exp_avg_sq)
+    terms = {"blackbox": precondition(step, inv_root) if config.normalize_blackbox else step}
+    if config.nominal_stepsize:
+        direction = nominal_direction(config.nominal_grad_estimator, grad, exp_avg, inv_root)
+        factor = magnitude(config.exp_mult, readouts[1]) if config.nominal_controller else 1.0
+        terms["nominal"] = -nominal_term(config.nominal_stepsize, direction, factor)
+    return terms
+
+
+def _average(exp_avg: Tensor, weights: Tensor | None) -> Tensor:
+    return exp_avg.mean(0) if weights is None else (weights.reshape(-1, *[1] * (exp_avg.dim() - 1)) * exp_avg).sum(0)

@@ -1,56 +1,151 @@
-"""A learned schedule: one factor for the steps of the whole net, from how far the run has come.
+"""A learned scheduler: a factor of all steps over the run, and one of each tensor's from the tensor's own numbers.
 
 Not in the STAR paper. Why: a rule that does not know how long a run is cannot anneal at the right time, and AdamW with
-a cosine schedule, which does know, is the hardest baseline; Lightning knows the length of nearly every run. Learned
-schedulers beside a per-parameter rule are VeLO's (Metz et al. 2022, arXiv 2211.09760) and Celo's; theirs are LSTMs,
-this is a curve of a few points, which can be drawn and read.
+a cosine schedule, which does know, is the hardest baseline; Lightning knows the length of nearly every run. And one
+step size does not fit a LayerNorm's gain and a matrix alike. Learned schedulers beside a per-parameter rule are VeLO's
+(Metz et al. 2022, arXiv 2211.09760) and Celo's; theirs are LSTMs, this is a curve of a few points and a power law that
+can be drawn and read:
+
+    log factor(tensor, t) = curve(t / run) + sum_i a_i(t / run) x_i,        x = `tensor_features`
+
+with the exponents a_i going linearly from their start to their end over the run, of one kind for matrices and another
+for vectors and scalars. Steps relative to a tensor's scale are Adafactor's (Shazeer and Stern 2018, arXiv 1804.04235,
+section 8). The momenta of the nominal term are mixed by learned weights instead of averaged, again from start to end.
+All meta-parameters at 0 leave the paper's form.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 FRACTIONS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0)
 LOG_STEPS = (0.0, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0)
+NUM_TENSOR_FEATURES = 8
 SHAPES = {
     "schedule_fraction": (len(FRACTIONS),),  # log factor at these fractions of a run of 1,000 steps
-    "schedule_length": (len(FRACTIONS),),  # what ten times the length adds to it
+    "schedule_length": (len(FRACTIONS),),  # what ten times the length adds to it, from 100 to 3,000 steps
     "schedule_step": (len(LOG_STEPS),),  # log factor at 10^x steps, for runs of unknown length
+    "tensor_powers": (2, 2, NUM_TENSOR_FEATURES),  # (vectors, matrices) x (start, end) x feature
+    "momentum_mix": (2, 3),  # (start, end) x momentum: logits of the weights
 }
+LOG_LENGTHS = (-1.0, 0.5)  # log10(length / 1000) is held within these: what the curve was learned on
+LARGEST_POWER = 4.0  # a tensor's log factor stays within +-4
 
 
-def log_factor(meta_params: Mapping[str, Tensor], step: Tensor, num_steps: Tensor | int | None) -> Tensor:
-    """The logarithm of the factor, piecewise linear: () for one step.
+class Multipliers(NamedTuple):
+    """What multiplies the terms of STAR's step, for each of T tensors."""
+
+    factor: Tensor  # (T,) of both terms
+    momenta: Tensor  # (T, 3) weights of the nominal term's momenta, 1 in sum
+
+
+def multipliers(
+    meta_params: Mapping[str, Tensor],
+    mean_squares: Tensor,
+    shapes: Tensor,
+    step: Tensor,
+    num_steps: Tensor | int | None,
+) -> Multipliers:
+    """The learned scheduler, for T tensors at once.
 
     Args:
         meta_params: with the names and shapes of `SHAPES`.
-        step: () updates made so far.
-        num_steps: the run's length; a run that goes on beyond it stays at its end. None where it is not known.
+        mean_squares: (T, 4) over each tensor, of the parameter and of the three momenta / sqrt(second moment).
+        shapes: (T, 4) as `shape_features` gives them.
+        step: () updates made so far, or (T,).
+        num_steps: the run's length; None where it is not known.
+
+    Example:
+        >>> zeros = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+        >>> shapes = torch.tensor([shape_features((8, 4)), shape_features((8,))])
+        >>> multipliers(zeros, torch.ones(2, 4), shapes, torch.tensor(0.0), 100).factor
+        tensor([1., 1.])
     """
-    dtype = meta_params["schedule_step"].dtype
-    step = step.to(dtype)
+    fraction = progress(step.to(mean_squares.dtype), num_steps).reshape(-1, 1)
+    powers = meta_params["tensor_powers"]
+    vector = shapes[:, :1]
+    start, end = (powers[1, i] + vector * (powers[0, i] - powers[1, i]) for i in (0, 1))
+    exponents = torch.lerp(start, end, fraction)
+    own = (exponents * tensor_features(mean_squares, shapes)).sum(1).clamp(-LARGEST_POWER, LARGEST_POWER)
+    factor = torch.exp(log_factor(meta_params, step, num_steps) + own)
+    mix = meta_params["momentum_mix"]
+    return Multipliers(factor, torch.softmax(torch.lerp(mix[:1], mix[1:], fraction), 1))
+
+
+def tensor_features(mean_squares: Tensor, shapes: Tensor) -> Tensor:
+    """(T, 8), each of order one: a constant, logarithms of scale, size, fan-in and depth, and the momenta's strengths.
+
+    The strength of a momentum is its root mean square in units of the gradient's: near 1 where gradients agree from
+    step to step, small where they are noise.
+    """
+    # Halves of the logarithms of root mean squares; clamped before, so that gradients through a zero are finite.
+    scale = torch.log(mean_squares[:, :1].clamp(min=1e-4) / 1e-2) / 4
+    strength = torch.log(mean_squares[:, 1:].clamp(min=1e-6)) / 4 + 1
+    return torch.cat([torch.ones_like(scale), scale, shapes[:, 1:], strength], 1)
+
+
+def shape_features(shape: tuple[int, ...], num_tensors: int | None = None) -> tuple[float, float, float, float]:
+    """What is known of a tensor before it moves, centered: is it a vector, and logarithms of size, fan-in and depth.
+
+    Args:
+        shape: of the tensor; the fan-in is that of torch's layouts, all dims but the first.
+        num_tensors: how many tensors the net has, which stands for its depth; held within 2 and 48.
+
+    Returns:
+        1 for vectors and scalars, else 0; log10(size) - 3; log10(fan-in) - 1.5, 0 for vectors; log(num_tensors / 8), 0
+        where it is not known.
+
+    Example:
+        >>> shape_features((1000,), 8)
+        (1.0, 0.0, 0.0, 0.0)
+    """
+    size = math.log10(max(math.prod(shape), 1)) - 3
+    depth = 0.0 if num_tensors is None else math.log(min(max(num_tensors, 2), 48) / 8)
+    vector = len(shape) < 2
+    return float(vector), size, 0.0 if vector else math.log10(max(math.prod(shape[1:]), 1)) - 1.5, depth
+
+
+def progress(step: Tensor, num_steps: Tensor | int | None) -> Tensor:
+    """The fraction of the run that is done; a run of unknown length is always halfway, one that goes on at its end."""
+    if num_steps is None:
+        return torch.full_like(step, 0.5)
+    length = torch.as_tensor(num_steps, dtype=step.dtype, device=step.device)
+    return (step / (length - 1).clamp(min=1)).clamp(max=1)
+
+
+def log_factor(meta_params: Mapping[str, Tensor], step: Tensor, num_steps: Tensor | int | None) -> Tensor:
+    """The whole net's log factor, piecewise linear in the fraction of the run, or in log10(step) where that is unknown.
+
+    Args:
+        meta_params: with the names and shapes of `SHAPES`.
+        step: () or (T,) updates made so far.
+        num_steps: the run's length, or None.
+    """
+    step = step.to(meta_params["schedule_step"].dtype)
     if num_steps is None:
         return interpolate(torch.log10(step + 1), LOG_STEPS, meta_params["schedule_step"])
-    length = torch.as_tensor(num_steps, dtype=dtype, device=step.device)
-    fraction = (step / (length - 1).clamp(min=1)).clamp(max=1)
-    curve = meta_params["schedule_fraction"] + meta_params["schedule_length"] * (torch.log10(length) - 3)
-    return interpolate(fraction, FRACTIONS, curve)
+    length = torch.as_tensor(num_steps, dtype=step.dtype, device=step.device)
+    log_length = (torch.log10(length) - 3).clamp(*LOG_LENGTHS)
+    curve = meta_params["schedule_fraction"] + meta_params["schedule_length"] * log_length
+    return interpolate(progress(step, num_steps), FRACTIONS, curve)
 
 
 def interpolate(x: Tensor, knots: tuple[float, ...], values: Tensor) -> Tensor:
-    """Piecewise linear through (knots, values), constant beyond the ends; x () -> ().
+    """Piecewise linear through (knots, values), constant beyond the ends; x of any shape -> the same.
 
     Example:
-        >>> interpolate(torch.tensor(0.5), (0.0, 1.0), torch.tensor([1.0, 3.0]))
-        tensor(2.)
+        >>> interpolate(torch.tensor([0.5, 3.0]), (0.0, 1.0), torch.tensor([1.0, 3.0]))
+        tensor([2., 3.])
     """
     at = torch.tensor(knots, dtype=values.dtype, device=values.device)
-    x = x.clamp(knots[0], knots[-1])
+    x = x.clamp(knots[0], knots[-1]).unsqueeze(-1)
     # Each knot's hat falls from 1 at the knot to 0 at its neighbors: no indexing by data, so it runs under vmap.
-    widths = at[1:] - at[:-1]
-    rising = torch.cat([torch.ones_like(at[:1]), (x - at[:-1]) / widths])
-    falling = torch.cat([(at[1:] - x) / widths, torch.ones_like(at[:1])])
-    return (torch.minimum(rising, falling).clamp(0, 1) * values).sum()
+    slopes = (x - at[:-1]) / (at[1:] - at[:-1])
+    edge = torch.ones_like(slopes[..., :1])
+    hats = torch.minimum(torch.cat([edge, slopes], -1), torch.cat([1 - slopes, edge], -1)).clamp(0, 1)
+    return (hats * values).sum(-1)

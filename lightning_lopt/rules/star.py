@@ -23,8 +23,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from lightning_lopt.rules import features as feats
 from lightning_lopt.rules import nominal, scheduler
 from lightning_lopt.rules.base import RuleConfig, StepContext, UpdateRule, register
+from lightning_lopt.rules.parts import Part, local, means, whole_shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +63,8 @@ class STARConfig(RuleConfig):
     """One regulariser magnitude per tensor. The authors' code fails on this option; here it does what it says."""
     selfnormalize_blackbox: bool = False
     """Multiply the blackbox term by the tensor's signed mean gradient."""
-    scale_power: float = 0.0
-    """Not in the paper: both terms are multiplied by `nominal.tensor_scale` to this power."""
     scheduler: bool = False
-    """Not in the paper: both terms are multiplied by a learned schedule, see `scheduler`."""
+    """Not in the paper: a learned schedule, and a factor for each tensor, multiply both terms; see `scheduler`."""
     hidden_size: int = 4
     """Units of each hidden layer."""
     hidden_layers: int = 2
@@ -94,7 +93,6 @@ class STARConfig(RuleConfig):
             "nominal_controller", "normalize_blackbox", "regularization_controller", "selfnormalize_blackbox"
         )
         self.check_flags("aggregate_magnitude", "aggregate_nom_magnitude", "aggregate_reg_magnitude")
-        self.check_number("scale_power", 0.0, 1.0)
         self.check_flags("scheduler")
         self.check_integer("hidden_size", 1, 1024)
         self.check_integer("hidden_layers", 1, 16)
@@ -105,6 +103,14 @@ class STARConfig(RuleConfig):
             )
         for name, length in (("momentum", 3), ("rms", 1), ("adafactor", 3)):
             self.check_numbers(f"initial_{name}_decays", length, 0.0, math.nextafter(1.0, 0.0))
+
+
+class Statistics(NamedTuple):
+    """Means over one tensor, that its step reads."""
+
+    channels: list[Tensor]  # mean squares of the features' channels: (16,), (6,), (6,); empty without a network
+    scales: list[Tensor]  # () x 4 mean squares that the scheduler reads: parameter, and momenta / sqrt(second moment)
+    means: list[Tensor]  # () mean gradient, for selfnormalize_blackbox
 
 
 class STAR(UpdateRule):
@@ -127,6 +133,8 @@ class STAR(UpdateRule):
 
     Config = STARConfig
     config: STARConfig
+    takes_parts = True
+    whole_state = frozenset({"row", "col"})
 
     def __init__(self, config: STARConfig | None = None, *, kind: str = "star") -> None:
         super().__init__(config, kind=kind)
@@ -155,7 +163,7 @@ class STAR(UpdateRule):
         context: StepContext,
     ) -> tuple[Tensor, feats.Accumulators]:
         """One step: accumulators first, then the features from them, then the network's heads, then the two terms."""
-        state = feats.update_accumulators(state, grad, self.decays(meta_params))
+        state = feats.update_accumulators(state, grad, self.decays(meta_params), context.part)
         terms = self._terms(meta_params, grad, state, param, context)
         return sum(terms.values(), torch.zeros_like(param)), state
 
@@ -168,7 +176,7 @@ class STAR(UpdateRule):
         context: StepContext,
     ) -> dict[str, Tensor]:
         """The step's `blackbox`, `nominal` and `decay` parts, those that the configuration has."""
-        state = feats.update_accumulators(state, grad, self.decays(meta_params))
+        state = feats.update_accumulators(state, grad, self.decays(meta_params), context.part)
         return self._terms(meta_params, grad, state, param, context)
 
     def decays(self, meta_params: Mapping[str, Tensor]) -> feats.Decays:
@@ -180,7 +188,14 @@ class STAR(UpdateRule):
             feats.effective_decay(c.initial_adafactor_decays, meta_params["adafactor_decays"]).clamp(0, 1),
         )
 
-    def heads(self, meta_params: Mapping[str, Tensor], features: feats.Features, time: Tensor) -> Tensor:
+    def heads(
+        self,
+        meta_params: Mapping[str, Tensor],
+        features: feats.Features,
+        mean_squares: Sequence[Tensor],
+        time: Tensor,
+        part: Part | None = None,
+    ) -> Tensor:
         """The network's outputs (heads, *shape): direction, blackbox, nominal and regulariser magnitude.
 
         The first layer is applied group by group, with the normaliser folded into its rows: features that are constant
@@ -188,8 +203,9 @@ class STAR(UpdateRule):
         """
         w0, ndim = meta_params["w0"], features.dense.dim() - 1
         hidden = _bias(meta_params["b0"] + time @ w0[feats.NUM_CHANNELS :], ndim)
-        for rows, channels in zip((feats.DENSE, feats.ROW, feats.COL), features, strict=True):
-            hidden = hidden + feats.contract(w0[list(rows)] * feats.inverse_rms(channels).unsqueeze(1), channels)
+        for rows, channels, mean in zip((feats.DENSE, feats.ROW, feats.COL), features, mean_squares, strict=True):
+            weight = w0[list(rows)] * feats.inverse_root_of_mean(mean).unsqueeze(1)
+            hidden = hidden + local(part, feats.contract(weight, channels))
         for layer in range(1, self.config.hidden_layers + 1):
             weight, bias = meta_params[f"w{layer}"], meta_params[f"b{layer}"]
             hidden = feats.contract(weight, torch.relu(hidden)) + _bias(bias, ndim)
@@ -203,41 +219,73 @@ class STAR(UpdateRule):
         param: Tensor,
         context: StepContext,
     ) -> dict[str, Tensor]:
-        c = self.config
-        inv_root = feats.inverse_root(state.exp_avg_sq)
-        heads = torch.zeros(0)
+        c, part = self.config, context.part
+        inv_root, heads, features = feats.inverse_root(state.exp_avg_sq), torch.zeros(0), None
         if c.step_mult or c.nominal_controller or (c.weight_decay and c.regularization_controller):
+            features = feats.features(state, grad, param, part)
+        whole = self._of_the_whole_tensor(grad, state, param, inv_root, features, part)
+        if features is not None:
             time = feats.time_features(context.step, param.dtype)
-            heads = self.heads(meta_params, feats.features(state, grad, param), time)
-        terms, factor = {}, self._factor(meta_params, param, context)
+            heads = self.heads(meta_params, features, whole.channels, time, part)
+        terms, (factor, weights) = {}, self._multipliers(meta_params, whole.scales, param, context)
         if c.step_mult:
-            step = c.step_mult * heads[0] * nominal.magnitude(c.exp_mult[0], heads[1], aggregate=c.aggregate_magnitude)
+            size = nominal.magnitude(c.exp_mult[0], heads[1], aggregate=c.aggregate_magnitude, part=part)
+            step = c.step_mult * heads[0] * size
             if c.normalize_blackbox:
                 step = nominal.precondition(step, inv_root)
             if c.selfnormalize_blackbox:
-                step = step * grad.mean()
+                step = step * whole.means[0]
             terms["blackbox"] = -factor * step
         if c.nominal_stepsize:
             control: Tensor | float = math.exp(c.exp_mult[1])
             if c.nominal_controller:
-                control = nominal.magnitude(c.exp_mult[1], heads[2], aggregate=c.aggregate_nom_magnitude)
-            direction = nominal.nominal_direction(c.nominal_grad_estimator, grad, state.exp_avg, inv_root)
+                control = nominal.magnitude(c.exp_mult[1], heads[2], aggregate=c.aggregate_nom_magnitude, part=part)
+            direction = nominal.nominal_direction(c.nominal_grad_estimator, grad, state.exp_avg, inv_root, weights)
             terms["nominal"] = -factor * nominal.nominal_term(c.nominal_stepsize, direction, control)
         if c.weight_decay:
             decay: Tensor | float = c.weight_decay
             if c.regularization_controller:
-                decay = decay * nominal.magnitude(c.exp_mult[2], heads[3], aggregate=c.aggregate_reg_magnitude)
+                size = nominal.magnitude(c.exp_mult[2], heads[3], aggregate=c.aggregate_reg_magnitude, part=part)
+                decay = decay * size
             terms["decay"] = -decay * param
         return terms
 
-    def _factor(self, meta_params: Mapping[str, Tensor], param: Tensor, context: StepContext) -> Tensor | float:
-        """What multiplies both terms: 1 in the paper's form."""
-        factor: Tensor | float = 1.0
-        if self.config.scale_power:
-            factor = nominal.tensor_scale(param) ** self.config.scale_power
-        if self.config.scheduler:
-            factor = factor * torch.exp(scheduler.log_factor(meta_params, context.step, context.num_steps))
-        return factor
+    def _of_the_whole_tensor(
+        self,
+        grad: Tensor,
+        state: feats.Accumulators,
+        param: Tensor,
+        inv_root: Tensor,
+        features: feats.Features | None,
+        part: Part | None,
+    ) -> Statistics:
+        """All means over the tensor that the step reads, asked for at once: for a part each question is a message."""
+        c, every = self.config, tuple(range(-grad.dim(), 0))
+        # Rows and columns are whole in every part.
+        factored = features is not None and feats.factored_dims(whole_shape(part, grad)) is not None
+        groups: Sequence[Tensor] = () if features is None else features[:1] if factored else features
+        questions = [feats.mean_square_of(channels) for channels in groups]
+        questions += [(x.square(), every) for x in (param, *(state.exp_avg * inv_root))] if c.scheduler else []
+        questions += [(grad, every)] if c.selfnormalize_blackbox else []
+        answers = means(part, *questions) if questions else []
+        channels = answers[: len(groups)]
+        if features is not None and factored:
+            channels += means(None, *(feats.mean_square_of(rows) for rows in features[1:]))
+        scales = answers[len(groups) : len(groups) + 4] if c.scheduler else []
+        return Statistics(channels, scales, answers[-1:])
+
+    def _multipliers(
+        self, meta_params: Mapping[str, Tensor], mean_squares: Sequence[Tensor], param: Tensor, context: StepContext
+    ) -> tuple[Tensor | float, Tensor | None]:
+        """The factor of both terms and the weights of the momenta: 1 and equal ones in the paper's form."""
+        if not self.config.scheduler:
+            return 1.0, None
+        shape = scheduler.shape_features(whole_shape(context.part, param), context.num_tensors)
+        shapes = torch.tensor([shape], dtype=param.dtype, device=param.device)
+        factor, momenta = scheduler.multipliers(
+            meta_params, torch.stack(list(mean_squares))[None], shapes, context.step, context.num_steps
+        )
+        return factor.squeeze(0), momenta.squeeze(0)
 
     @classmethod
     def from_jax(cls, theta: Mapping[str, Any], **arguments: Any) -> STAR:
@@ -273,7 +321,7 @@ class STAR(UpdateRule):
 
 
 _LAYOUT_ARGUMENTS = {"concat_weights", "make_separate_weights", "split_weights"}
-_NOT_IN_THE_REFERENCE = {"num_heads", "scale_power", "scheduler"}
+_NOT_IN_THE_REFERENCE = {"num_heads", "scheduler"}
 _FLAT = "Pass the flat mapping of w0, b0, w1, b1, w2, b2, momentum_decays, rms_decays, adafactor_decays"
 
 

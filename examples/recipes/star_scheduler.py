@@ -1,0 +1,155 @@
+"""How the bundled `star` was made: its scheduler's readable numbers, fitted to many small tasks at two horizons.
+
+    python examples/recipes/star_scheduler.py --out runs/star    # half an hour on one free core; can be interrupted
+
+128 points in a wide box, 96 in one half as wide about the best; then the best of nine candidates on fresh starts; see
+`lightning_lopt.meta.surface`. Needs MNIST, Fashion-MNIST, CIFAR-10 and tiny Shakespeare (README, "Data"). No task here
+is one of `evaluation.suites.HELDOUT`, which judges the result and chooses nothing.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import lightning_lopt as lopt
+from lightning_lopt import tasks
+from lightning_lopt.meta.surface import Knob, fit, sample, score
+from lightning_lopt.rules.scheduler import FRACTIONS, LOG_STEPS
+
+KNOBS = {
+    "peak": Knob(math.log(0.5), math.log(5.0)),  # log of the largest factor of the nominal step size 1e-2
+    "start": Knob(-3.0, 0.0),  # log of the first factor relative to the peak
+    "warmup": Knob(0.01, 0.3),  # fraction of the run until the peak
+    "anneal": Knob(0.4, 1.6),  # power of the cosine after it
+    "length": Knob(-0.5, 0.5),  # what ten times the length adds to the log factor
+    "start_length": Knob(0.0, 1.5),  # and to the first factor beyond that: a long run need not start as slowly
+    "depth": Knob(-1.0, 0.2),  # exponent of the number of tensors
+    "scale": Knob(0.0, 0.6),  # exponent of a matrix's root mean square
+    "fan": Knob(-0.7, 0.2),  # what ten times the fan-in adds to a matrix's log factor
+    "vectors": Knob(-1.0, 0.6),  # log factor of vectors
+    "strength_start": Knob(-0.4, 0.6),  # exponents of the momenta's strength
+    "strength_end": Knob(-0.5, 0.5),
+    "mix_start": Knob(-0.5, 1.5),  # the fastest momentum's logit; the slowest's is its negative
+    "mix_end": Knob(-0.5, 1.5),
+    "memory": Knob(-0.12, 0.12),  # offset of the second moment's decay
+}
+WITHOUT_LENGTH = {  # fitted second: the curve over steps, for runs whose length is not known
+    "level": Knob(-1.5, 1.0),  # log factor at 300 steps
+    "early": Knob(-1.5, 1.0),  # what ten times fewer steps add to it
+    "late": Knob(-1.5, 0.3),  # what ten times more do
+}
+SIZES = {"width": 16, "depth": 2, "heads": 2}
+TASKS = [  # each is also run at a third of its steps
+    *((f"digits-{name}-mlp", 600, {}) for name in ("deep", "sigmoid", "mse")),
+    *((name, 600, {}) for name in ("digits-mlp", "digits-logreg", "digits-autoencoder", "diabetes-mlp", "wine-mlp")),
+    *((f"digits-{norm}-mlp", 300, {}) for norm in ("layernorm", "batchnorm")),
+    *(("digits-mlp", 450, {"hidden": hidden}) for hidden in ((24,) * 6, (64, 64), (128,))),
+    ("digits-mlp", 450, {"hidden": (96, 48), "activation": "tanh"}),
+    ("fashion8-mlp", 900, {}),
+    ("cifar8-mlp", 900, {"hidden": (64, 64, 64)}),
+    ("mnist8-mlp", 1500, {"batch_size": 8}),
+    ("digits-conv", 250, {}),
+    ("digits-resnet", 120, {}),
+    ("digits-vit", 240, {"batch_size": 32, **SIZES}),
+    ("shakespeare-transformer", 240, {"batch_size": 8, "head_size": 8, **SIZES}),
+    ("shakespeare-lstm", 180, {"batch_size": 8, "hidden": 24, "embed": 12}),
+]
+Theta = dict[str, torch.Tensor]
+WORST, MEAN = 2.0, 1.0  # a run counts as e^2 times the best at most; weight of the mean loss beside the final one
+
+
+def theta(rule: lopt.rules.UpdateRule, knob: dict[str, float]) -> Theta:
+    """The rule's meta-parameters with the knobs set."""
+    params = {name: torch.zeros_like(value) for name, value in rule.meta_params().items()}
+    up = [min(1.0, fraction / knob["warmup"]) for fraction in FRACTIONS]
+    down = [max(0.0, fraction - knob["warmup"]) / (1 - knob["warmup"]) for fraction in FRACTIONS]
+    cosine = [max(0.5 + 0.5 * math.cos(math.pi * x), 1e-4) for x in down]
+    curve = [knob["start"] * (1 - u) + knob["anneal"] * math.log(c) for u, c in zip(up, cosine, strict=True)]
+    params["schedule_fraction"] += knob["peak"] + torch.tensor(curve)
+    params["schedule_length"] += knob["length"] + knob["start_length"] * (1 - torch.tensor(up))
+    powers = params["tensor_powers"]  # (vectors, matrices) x (start, end) x feature
+    powers[0, :, 0], powers[1, :, 1], powers[1, :, 3], powers[:, :, 4] = (
+        knob["vectors"], 2 * knob["scale"], knob["fan"], knob["depth"],
+    )  # fmt: skip
+    powers[:, 0, 5:], powers[:, 1, 5:] = 2 / 3 * knob["strength_start"], 2 / 3 * knob["strength_end"]
+    for row, name in enumerate(("mix_start", "mix_end")):
+        params["momentum_mix"][row] = torch.tensor([knob[name], 0.0, -knob[name]])
+    params["rms_decays"] += knob["memory"]
+    return params
+
+
+def theta_without_length(found: Theta, knob: dict[str, float]) -> Theta:
+    """The rule's meta-parameters with the curve over steps set."""
+    decades = torch.tensor(LOG_STEPS) - math.log10(300)
+    curve = knob["level"] + knob["early"] * (-decades).clamp(min=0) + knob["late"] * decades.clamp(min=0)
+    return {**found, "schedule_step": curve}
+
+
+class Study:
+    """What points are worth over all tasks, kept task by task, so that it can be taken up again."""
+
+    def __init__(self, rule: lopt.rules.UpdateRule, out: Path, names: list[str] | None) -> None:
+        chosen = [task for task in TASKS if names is None or task[0] in names]
+        self.rule, self.out = rule, out
+        self.runs = chosen + [(name, steps // 3, options) for name, steps, options in chosen]
+
+    def values(self, thetas: list[Theta], seed: int, tell: bool) -> torch.Tensor:
+        """(points,) losses relative to the best point's, averaged over tasks."""
+        total = []
+        for number, (name, steps, options) in enumerate(self.runs):
+            file = self.out / f"{seed}-{number}.json"
+            if not file.exists():
+                found = score(self.rule, thetas, tasks.make(name, **options), steps, seed=seed, tell=tell)
+                file.write_text(json.dumps([row.tolist() for row in found]))
+                print(f"{seed} {number + 1}/{len(self.runs)} {name} {steps} steps", flush=True)
+            final, mean = ((row - row.min()).clamp(max=WORST) for row in torch.tensor(json.loads(file.read_text())))
+            total.append(final + MEAN * mean)
+        return torch.stack(total).mean(0)
+
+    def search(
+        self,
+        knobs: dict[str, Knob],
+        make: Callable[[dict[str, float]], Theta],
+        counts: list[int],
+        seed: int,
+        tell: bool,
+    ) -> Theta:
+        """Rounds of so many points, each in a box half as wide as the last; then the best of nine, on fresh starts."""
+        points, worth, center = torch.zeros(0, len(knobs)), torch.zeros(0), None
+        for number, count in enumerate(counts):
+            new = sample(knobs, count, seed=seed + number, center=center, width=0.5**number)
+            thetas = [make(dict(zip(knobs, point, strict=True))) for point in new.tolist()]
+            points, worth = torch.cat([points, new]), torch.cat([worth, self.values(thetas, seed + number, tell)])
+            surface = fit(knobs, points, worth)
+            center = surface.center()
+        best = [dict(zip(knobs, point, strict=True)) for point in points[worth.argsort()[:4]].tolist()]
+        last = [center, *(surface.minimum(pull=pull) for pull in (0.02, 0.05, 0.1, 0.3)), *best]
+        chosen = last[int(self.values([make(knob) for knob in last], seed + 4, tell).argmin())]
+        print("chosen", {name: round(value, 3) for name, value in chosen.items()}, flush=True)
+        return make(chosen)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/star"))
+    parser.add_argument("--points", type=int, nargs="+", default=[128, 96], help="of each round")
+    parser.add_argument("--tasks", nargs="+", help="only these, for a quick look")
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    rule = lopt.rules.make("star", nominal_stepsize=1e-2, step_mult=0.0, nominal_controller=False, scheduler=True)
+    study, seed = Study(rule, arguments.out, arguments.tasks), 10 * arguments.seed
+    found = study.search(KNOBS, lambda knob: theta(rule, knob), arguments.points, seed, True)
+    count = [max(arguments.points[0] // 4, 4)]
+    rule.load_state_dict(
+        study.search(WITHOUT_LENGTH, lambda knob: theta_without_length(found, knob), count, seed + 5, False)
+    )
+    print(lopt.save_rule(rule, arguments.out / "rule"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Response surfaces: fit the few readable numbers of a rule to many tasks at once, by a designed experiment.
+
+An evolution strategy moves along a noisy gradient and forgets what it has seen. Where a rule's behaviour hangs on a
+dozen numbers it is cheaper to try points all over a box, each on every task at full horizon; then again in a smaller
+box about the mean of the best (the cross-entropy method, Rubinstein 1999); and to fit one quadratic to all of them (Box
+and Wilson 1951, "On the experimental attainment of optimum conditions"). All points share starts and batches, so that
+differences between them are theirs alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.quasirandom import SobolEngine
+
+from lightning_lopt.meta.unroll import MetaParams, Unroll
+from lightning_lopt.rules import UpdateRule
+from lightning_lopt.tasks import Task
+
+FLOOR = 1e-3  # of a task's initial loss: below it no run is better than another
+LAST = 20  # the final loss is the mean of the last 1 / LAST of a run, of ten steps at least
+
+
+class Knob(NamedTuple):
+    """A number to be fitted, and where."""
+
+    low: float
+    high: float
+
+
+class Scores(NamedTuple):
+    """Of n points on one task."""
+
+    final: Tensor  # (n,) logarithm of the loss at the end
+    mean: Tensor  # (n,) logarithm of the loss averaged over the run
+
+
+def sample(
+    knobs: Mapping[str, Knob], num: int, *, seed: int, center: Mapping[str, float] | None = None, width: float = 1.0
+) -> Tensor:
+    """(num, knobs) points that fill the box evenly (Sobol), or that part of it which is `width` as wide about `center`.
+
+    Example:
+        >>> sample({"rate": Knob(0.0, 1.0)}, 4, seed=0).shape
+        torch.Size([4, 1])
+    """
+    low, high = (torch.tensor([knob[side] for knob in knobs.values()]) for side in (0, 1))
+    if center is not None:
+        middle, half = torch.tensor([center[name] for name in knobs]), width * (high - low) / 2
+        low, high = torch.maximum(low, middle - half), torch.minimum(high, middle + half)
+    drawn: Tensor = SobolEngine(len(knobs), scramble=True, seed=seed).draw(num)  # type: ignore[no-untyped-call]
+    return low + (high - low) * drawn
+
+
+def score(
+    rule: UpdateRule, meta_params: Sequence[MetaParams], task: Task, steps: int, *, seed: int, tell: bool = True
+) -> Scores:
+    """Run one point after the other's start and batches on a task, all at once.
+
+    Args:
+        rule: the update rule.
+        meta_params: n of them, whole.
+        task: what it is run on.
+        steps: length of the runs.
+        seed: of starts and batches.
+        tell: whether the rule is told the length.
+
+    Example:
+        >>> from lightning_lopt import rules, tasks
+        >>> rule = rules.make("hyperparam")
+        >>> score(rule, [rule.meta_params()] * 2, tasks.make("synthetic-mlp"), 20, seed=0).final.shape
+        torch.Size([2])
+    """
+    n, generator = len(meta_params), torch.Generator().manual_seed(seed)
+    stacked = {name: torch.stack([each[name].detach() for each in meta_params]) for name in meta_params[0]}
+    unroll, horizon = Unroll(rule, task, "raw", tell_horizon=tell), torch.tensor([steps])
+    with torch.no_grad():
+        inner = unroll.start(generator, horizon, sides=n)
+        _, record = unroll.run(stacked, inner, steps, generator, lambda k: horizon.expand(k), sides=n, batched=True)
+    losses = torch.nan_to_num(record.losses, nan=torch.inf).clamp(max=1e9)
+    floor = FLOOR * losses[0].mean()
+    final, mean = losses[-max(steps // LAST, 10) :].mean(0), losses.mean(0)
+    return Scores(final.clamp(min=floor).log(), mean.clamp(min=floor).log())
+
+
+class Surface(NamedTuple):
+    """A quadratic in the knobs."""
+
+    knobs: dict[str, Knob]
+    coefficients: Tensor  # (1 + d + d (d + 1) / 2,) of the monomials of the knobs, each on [-1, 1]
+    start: Tensor  # (d,) mean of the best points tried, on [-1, 1]: `center`
+
+    def __call__(self, points: Tensor) -> Tensor:
+        """(n, d) points -> (n,) predictions."""
+        return _monomials(_to_unit(self.knobs, points)) @ self.coefficients
+
+    def center(self) -> dict[str, float]:
+        """The mean of the best points that were tried."""
+        return self._named(self.start)
+
+    def minimum(self, *, pull: float = 0.1, steps: int = 2000) -> dict[str, float]:
+        """The best point of the box, held near the best that were tried by `pull` times the squared distance."""
+        point = self.start.clone().requires_grad_()
+        optimizer = torch.optim.Adam([point], lr=0.01)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            value = _monomials(point[None]) @ self.coefficients + pull * (point - self.start).square().sum()
+            torch.autograd.backward(value)
+            optimizer.step()
+            point.data.clamp_(-1, 1)
+        return self._named(point.detach())
+
+    def _named(self, unit: Tensor) -> dict[str, float]:
+        low, high = _sides(self.knobs)
+        return dict(zip(self.knobs, ((low + high) / 2 + (high - low) / 2 * unit).tolist(), strict=True))
+
+
+def fit(knobs: Mapping[str, Knob], points: Tensor, values: Tensor, *, best: int = 12, ridge: float = 3.0) -> Surface:
+    """Least squares with a ridge, in which a point counts the more the better it is.
+
+    Args:
+        knobs: names and box.
+        points: (n, d) that were tried.
+        values: (n,) what came of them; less is better.
+        best: how many of the best points the minimum is looked for around.
+        ridge: of the quadratic terms; a tenth of it for the linear ones.
+
+    Example:
+        >>> knobs = {"x": Knob(-1.0, 1.0), "y": Knob(-1.0, 1.0)}
+        >>> points = sample(knobs, 64, seed=0)
+        >>> surface = fit(knobs, points, (points - torch.tensor([0.5, -0.25])).square().sum(1), ridge=1e-6)
+        >>> {name: round(value, 2) for name, value in surface.minimum(pull=0.0).items()}
+        {'x': 0.5, 'y': -0.25}
+    """
+    unit, values = _to_unit(knobs, points), values.double()
+    terms, size = _monomials(unit), unit.shape[1]
+    weights = torch.exp(-(values - values.min()) / (0.5 * values.std() + 1e-9)) + 0.05
+    penalty = torch.full((terms.shape[1],), ridge, dtype=torch.float64)
+    penalty[0], penalty[1 : 1 + size] = 0.0, 0.1 * ridge
+    weighted = terms * weights.unsqueeze(1)
+    coefficients = torch.linalg.solve(weighted.T @ terms + torch.diag(penalty), weighted.T @ values)
+    return Surface(dict(knobs), coefficients, unit[values.argsort()[:best]].mean(0))
+
+
+def _sides(knobs: Mapping[str, Knob]) -> tuple[Tensor, Tensor]:
+    sides = torch.tensor(list(knobs.values()), dtype=torch.float64)
+    return sides[:, 0], sides[:, 1]
+
+
+def _to_unit(knobs: Mapping[str, Knob], points: Tensor) -> Tensor:
+    low, high = _sides(knobs)
+    return (points.double() - (low + high) / 2) / ((high - low) / 2)
+
+
+def _monomials(unit: Tensor) -> Tensor:
+    first, second = torch.triu_indices(unit.shape[1], unit.shape[1])
+    return torch.cat([torch.ones_like(unit[:, :1]), unit, unit[:, first] * unit[:, second]], 1)

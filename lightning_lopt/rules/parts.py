@@ -1,0 +1,97 @@
+"""Means over tensors of which each process holds a part (FSDP2), so that all tensors' are added up in one message.
+
+A rule's maths is written once. Where it needs a mean over more than a coordinate it calls `means`, which for a whole
+tensor is `Tensor.mean`. For a part the sums of the other processes are needed. The rule is then interrupted by
+`Unknown`, what all tensors have asked for is added up at once, and the rule is run again from the start, this time with
+the sums: being a pure function it asks the same again. So none of a rule's many planes waits for other tensors, and the
+number of messages is the number of questions that depend on each other, two in STAR, for any number of tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Question = tuple[Tensor, tuple[int, ...]]  # (c..., *shape), and the dims to average over, counted from the end
+
+
+class Unknown(Exception):
+    """The way out of a rule that asks for what is not known yet; carries this process's share of the sums."""
+
+    def __init__(self, sums: list[Tensor]) -> None:
+        super().__init__("sums over all parts of a tensor were asked for outside of `sharded.together`")
+        self.sums = sums
+
+
+class Part:
+    """The part of a tensor that this process holds, a box, and what is known of the whole.
+
+    Args:
+        shape: of the whole tensor.
+        start: where the part begins, per dim.
+        local: the shape of the part; a dim may be 0.
+    """
+
+    def __init__(self, shape: Sequence[int], start: Sequence[int], local: Sequence[int]) -> None:
+        self.shape, self.start, self.local_shape = torch.Size(shape), tuple(start), torch.Size(local)
+        self.known: list[list[Tensor]] = []  # the answers, by the number of the question
+        self.asked = 0
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """Cut what is known of the whole tensor (c..., *shape), or is 1 along some dims, to the part."""
+        extra = tensor.dim() - len(self.shape)
+        for dim, (size, start, length) in enumerate(zip(self.shape, self.start, self.local_shape, strict=True)):
+            if tensor.shape[dim + extra] == size != length:
+                tensor = tensor.narrow(dim + extra, start, length)
+        return tensor
+
+    def answers(self, questions: Sequence[Question]) -> list[Tensor]:
+        """The means over the whole tensor, or `Unknown`."""
+        number, self.asked = self.asked, self.asked + 1
+        if number == len(self.known):
+            raise Unknown([self._share(*question) for question in questions])
+        return self.known[number]
+
+    def _share(self, tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
+        """What this part adds to a mean; 0 for those that belong to other parts."""
+        if dims:
+            tensor = tensor.sum(dims, keepdim=True) / math.prod(self.shape[dim] for dim in dims)
+        for dim in range(-len(self.shape), 0):
+            if dim not in dims and self.local_shape[dim] != self.shape[dim]:
+                sizes = list(tensor.shape)
+                sizes[dim] = self.shape[dim]
+                wide = tensor.new_zeros(sizes)
+                wide.narrow(dim, self.start[dim], self.local_shape[dim]).copy_(tensor)
+                tensor = wide
+        return tensor.squeeze(dims) if dims else tensor
+
+
+def means(part: Part | None, *questions: Question) -> list[Tensor]:
+    """Means over dims of tensors (c..., *shape): (c..., *the other dims), of the whole tensor's size.
+
+    Args:
+        part: what this process holds of the tensor; None for all of it.
+        questions: (tensor, dims): dims counted from the end, as -1, without the leading ones; () for none.
+
+    Example:
+        >>> import torch
+        >>> mean, row = means(None, (torch.eye(2), (-2, -1)), (torch.ones(3, 2, 4), (-1,)))
+        >>> mean, row.shape
+        (tensor(0.5000), torch.Size([3, 2]))
+    """
+    if part is not None:
+        return part.answers(questions)
+    return [tensor.mean(dims) if dims else tensor for tensor, dims in questions]
+
+
+def whole_shape(part: Part | None, tensor: Tensor) -> torch.Size:
+    """The shape of the tensor of which `tensor` is a part, or all."""
+    return tensor.shape if part is None else part.shape
+
+
+def local(part: Part | None, tensor: Tensor) -> Tensor:
+    """Cut a value of the whole tensor to the part that this process holds."""
+    return tensor if part is None else part.local(tensor)
