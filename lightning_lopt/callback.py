@@ -10,11 +10,12 @@ exception.
 from __future__ import annotations
 
 import copy
+import errno
 import hashlib
 import json
-from collections.abc import Callable
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -22,9 +23,13 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from torch import Tensor
 
+from lightning_lopt import kernels
 from lightning_lopt.hub import load_rule
 from lightning_lopt.optimizer import RuleOptimizer
 from lightning_lopt.rules import UpdateRule, compute_dtype
+from lightning_lopt.seam import LossTap, Seam, rebind
+
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 _REFUSED_STRATEGIES = {
     "DeepSpeedStrategy": "DeepSpeed owns the optimizer and flattens the parameters; "
@@ -51,7 +56,8 @@ class LearnedOptimizer(Callback):
             schedules act.
         weight_decay: "ignore", or "decoupled": the groups' own weight decay, as AdamW applies it.
         safeguard: never let a non-finite gradient or update reach a parameter or its state; skip, count, log, and stop
-            with a RuntimeError after 20 steps in a row.
+            with a RuntimeError after 20 steps in a row. "fallback": besides, take the rule's nominal term alone while
+            the loss is outside its trust band (see `lightning_lopt.trust`), and log that as `lopt/fallback`.
         backend: "auto", "reference" or "fused", see `RuleOptimizer`.
 
     Raises:
@@ -73,7 +79,7 @@ class LearnedOptimizer(Callback):
         *,
         lr: str = "ignore",
         weight_decay: str = "ignore",
-        safeguard: bool = True,
+        safeguard: bool | Literal["fallback"] = True,
         backend: str = "auto",
     ) -> None:
         if not isinstance(rule, UpdateRule):
@@ -83,16 +89,17 @@ class LearnedOptimizer(Callback):
             )
         _check_choice("lr", lr, ("ignore", "scale"))
         _check_choice("weight_decay", weight_decay, ("ignore", "decoupled"))
-        _check_choice("safeguard", safeguard, (True, False))
-        RuleOptimizer(
-            [torch.zeros(1)], rule, backend=backend
-        )  # an unknown backend fails here, not in the middle of a fit
+        # What does not go together fails here, not in the middle of a fit.
+        # Whether there is a kernel for the parameters' device is seen when that is known, at the start of a fit.
+        at_once = "auto" if backend == "fused" and kernels.exists(rule) else backend
+        RuleOptimizer([torch.zeros(1)], rule, backend=at_once, safeguard=safeguard)
         self.rule = copy.deepcopy(rule).requires_grad_(False)
         self.lr = lr
         self.weight_decay = weight_decay
         self.safeguard = safeguard
         self.backend = backend
-        self._seam: _Seam | None = None
+        self._fallen_back: set[int] = set()  # optimizers of which it was said
+        self._seam: Seam | None = None
 
     @classmethod
     def from_pretrained(
@@ -106,7 +113,7 @@ class LearnedOptimizer(Callback):
         endpoint: str | None = None,
         lr: str = "ignore",
         weight_decay: str = "ignore",
-        safeguard: bool = True,
+        safeguard: bool | Literal["fallback"] = True,
         backend: str = "auto",
     ) -> LearnedOptimizer:
         """A callback with a trained rule.
@@ -155,7 +162,7 @@ class LearnedOptimizer(Callback):
                 "LearnedOptimizer(lr='scale')."
             )
         self._detach()
-        self._seam = _Seam(trainer, self._replace)
+        self._seam = Seam(trainer, self._replace)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Check that the swap took place, and say what runs."""
@@ -173,7 +180,9 @@ class LearnedOptimizer(Callback):
             rank_zero_info(self._describe(real))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Tell the optimizers how long the run is, now that the data is set up."""
+        """Tell the optimizers how long the run is, now that the data is set up; look where checkpoints will go."""
+        for saves in trainer.checkpoint_callbacks if trainer.is_global_zero else ():
+            _check_writable(getattr(saves, "dirpath", None))
         self._share_num_steps(trainer)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
@@ -189,6 +198,7 @@ class LearnedOptimizer(Callback):
                 suffix = f"-{number}" if number else ""
                 values = {f"lopt/{k}{suffix}": v.float() for k, v in measured._asdict().items() if v is not None}
                 pl_module.log_dict(values, on_step=True, on_epoch=False)
+                self._tell_handover(number, measured.fallback)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Say how often the safeguard stepped in."""
@@ -198,6 +208,11 @@ class LearnedOptimizer(Callback):
                 f"The safeguard skipped {skipped} tensor updates that were not finite. Look for NaN in data or loss."
             )
 
+        if handovers := sum(o.num_handovers() for o in optimizers):
+            rank_zero_warn(
+                f"The loss left its trust band {handovers} times, and the nominal term ran alone until it was back."
+            )
+
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Put the strategy's own methods back."""
         self._detach()
@@ -205,6 +220,14 @@ class LearnedOptimizer(Callback):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Put the strategy's own methods back; Lightning calls no teardown on exceptions."""
         self._detach()
+        if isinstance(exception, OSError) and exception.errno in _UNWRITABLE:
+            kept = [path for saves in trainer.checkpoint_callbacks for path in Path(saves.dirpath or "").glob("*.ckpt")]
+            newest = max(kept, key=lambda path: path.stat().st_mtime, default=None)
+            todo = f"goes on from {newest}, which is whole" if newest else "has to begin anew: no checkpoint is there"
+            rank_zero_warn(
+                f"Training stopped because a file could not be written ({exception}). Make room, or pass a directory "
+                f"that can be written to. With ckpt_path= the run {todo}."
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Which rule this is, where it came from, and its weights (kilobytes), as tensors and plain types."""
@@ -252,18 +275,28 @@ class LearnedOptimizer(Callback):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_seam": None}  # copies and pickles do not carry the Trainer along
 
-    def _replace(self, trainer: Any, tap: _LossTap) -> None:
+    def _tell_handover(self, number: int, fallback: Tensor | None) -> None:
+        """Say when the nominal term takes over, and when the rule returns; seen at the steps that are logged."""
+        if fallback is not None and bool(fallback) != (number in self._fallen_back):
+            self._fallen_back ^= {number}
+            rank_zero_info(
+                "LearnedOptimizer: the loss has left its trust band; the rule's nominal term goes on alone."
+                if bool(fallback)
+                else "LearnedOptimizer: the loss is back in its trust band; the whole rule goes on."
+            )
+
+    def _replace(self, trainer: Any, tap: LossTap) -> None:
         strategy, new = trainer.strategy, {}
         for optimizer in strategy.optimizers:
             if not _is_mock(optimizer) and not isinstance(optimizer, RuleOptimizer):
                 new[optimizer] = self._make(optimizer, tap)
         strategy.optimizers = [new.get(optimizer, optimizer) for optimizer in strategy.optimizers]
         for config in strategy.lr_scheduler_configs:
-            _rebind(config.scheduler, new)
+            rebind(config.scheduler, new)
         if trainer.training and trainer.fit_loop.epoch_loop.batch_progress.total.ready:  # in mid-training, by the user
             self._share_num_steps(trainer)
 
-    def _make(self, optimizer: torch.optim.Optimizer, tap: _LossTap) -> RuleOptimizer:
+    def _make(self, optimizer: torch.optim.Optimizer, tap: LossTap) -> RuleOptimizer:
         if self.lr == "scale" and any("max_lr" in group for group in optimizer.param_groups):
             rank_zero_warn("lr='scale' under OneCycleLR or CyclicLR: the update is multiplied by lr / max_lr.")
         new = RuleOptimizer.replacing(
@@ -274,7 +307,7 @@ class LearnedOptimizer(Callback):
             safeguard=self.safeguard,
             backend=self.backend,
         )
-        new.set_loss_source(tap if self.rule.needs_loss else None)
+        new.set_loss_source(tap if self.rule.needs_loss or self.safeguard == "fallback" else None)
         return new
 
     def _share_num_steps(self, trainer: Any) -> None:
@@ -298,75 +331,22 @@ class LearnedOptimizer(Callback):
         use = "multiplies its update" if self.lr == "scale" else "is logged, not used"
         return (
             f"LearnedOptimizer: {name}({self.rule.kind}, {self.rule.num_meta_params()} meta-parameters{revision}) "
-            f"trains {count:,} parameters; {state_bytes / max(count, 1):.1f} bytes of state per parameter. "
+            f"trains {count:,} parameters, {optimizers[0].backend} backend; {state_bytes / max(count, 1):.1f} bytes of "
+            "state per parameter. "
             f"The module's own lr {use}."
         )
 
 
-class _Seam:
-    """The two wrapped methods of a strategy object, for as long as a fit lasts.
-
-    The wrap stays: user code that calls `strategy.setup_optimizers` in mid-training must not silently get AdamW back.
-    """
-
-    def __init__(self, trainer: Any, replace: Callable[[Any, _LossTap], None]) -> None:
-        self.strategy = trainer.strategy
-        self.before = {name: vars(self.strategy).get(name) for name in ("setup_optimizers", "backward")}
-        tap = _LossTap(self.strategy)
-        setup_optimizers, backward = self.strategy.setup_optimizers, self.strategy.backward
-
-        def setup_then_replace(trainer: Any) -> None:
-            setup_optimizers(trainer)
-            replace(trainer, tap)
-
-        def tap_then_backward(closure_loss: Tensor, *args: Any, **kwargs: Any) -> Any:
-            tap.add(closure_loss)
-            return backward(closure_loss, *args, **kwargs)
-
-        self.strategy.setup_optimizers = setup_then_replace
-        self.strategy.backward = tap_then_backward
-
-    def undo(self) -> None:
-        for name, method in self.before.items():
-            vars(self.strategy).pop(name, None)
-            if method is not None:  # someone else's wrap
-                setattr(self.strategy, name, method)
-
-
-class _LossTap:
-    """The training loss of the current optimizer step, for rules that read it.
-
-    Not the closure's value: under accumulation that is the last micro-batch's alone, under a GradScaler there is no
-    closure. What reaches `backward` is the unscaled loss divided by the number of micro-batches, so the sum since the
-    last step (or `zero_grad`, where a GradScaler skipped the step) is the mean. It stays until the next `backward`, for
-    several optimizers may read it.
-    """
-
-    def __init__(self, strategy: Any) -> None:
-        self.strategy = strategy
-        self.total: Tensor | None = None
-        self.complete = False
-
-    def add(self, loss: Tensor) -> None:
-        loss = loss.detach()
-        self.total = loss if self.total is None or self.complete else self.total + loss
-        self.complete = False
-
-    def reset(self) -> None:
-        self.complete = True
-
-    def __call__(self) -> Tensor | None:
-        self.complete = True
-        # Without the mean over processes the ranks' parameters would silently drift apart. `reduce` works in place.
-        return None if self.total is None else self.strategy.reduce(self.total.clone(), reduce_op="mean")
-
-
-def _rebind(scheduler: Any, new: dict[Any, RuleOptimizer]) -> None:
-    """Point a scheduler, and those inside it, to the optimizer that took its own's place."""
-    if getattr(scheduler, "optimizer", None) in new:
-        scheduler.optimizer = new[scheduler.optimizer]
-    for inner in getattr(scheduler, "_schedulers", ()):
-        _rebind(inner, new)
+def _check_writable(directory: str | None) -> None:
+    """Raise for a local directory that cannot be written to: Lightning leaves such checkpoints out without a word."""
+    if directory is None or "://" in str(directory):
+        return
+    nearest = next(path for path in (Path(directory).absolute(), *Path(directory).absolute().parents) if path.exists())
+    if not os.access(nearest, os.W_OK):
+        raise MisconfigurationException(
+            f"Checkpoints cannot be written to {directory}: {nearest} is read-only. Pass another directory, as "
+            "ModelCheckpoint(dirpath=...) or Trainer(default_root_dir=...), or enable_checkpointing=False."
+        )
 
 
 def _is_mock(optimizer: Any) -> bool:

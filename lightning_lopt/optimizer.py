@@ -4,38 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, Protocol
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from lightning_lopt.rules import StepContext, UpdateRule, compute_dtype
+from lightning_lopt import kernels, sharded, state_dicts, steps
+from lightning_lopt import safeguard as guard
+from lightning_lopt.inputs import check_real, dense_gradient, descent
+from lightning_lopt.kernels import Kernel, Part
+from lightning_lopt.measurements import Measurements, Totals
+from lightning_lopt.rules import StepContext, UpdateRule
+from lightning_lopt.sharded import placed_like, tensor_scope, whole
+from lightning_lopt.shell import LossSource, Shell
+from lightning_lopt.trust import Trust
 
 BACKENDS = ("auto", "reference", "fused")
-SKIP_LIMIT = 20  # steps in a row that one tensor may be skipped before training stops
-CHECK_EVERY = 10  # steps between looks at the skip counters, each of which waits for the device once
-
 _LR_KEYS = ("max_lr", "initial_lr", "lr")  # where a group's reference learning rate is found, in this order
 _DROPPED_KEYS = ("params", "fused", "foreach", "capturable", "differentiable")
 
-
-class Measurements(NamedTuple):
-    """What one step did, over all tensors; tensors of no dims, on the parameters' device."""
-
-    update_rms: Tensor  # root mean square of the change of the parameters
-    nominal_share: Tensor | None  # rms of the nominal term / sum of the terms' rms; None for rules without one
-    skipped: Tensor  # updates skipped by the safeguard since the start, over all tensors
-
-
-class LossSource(Protocol):
-    """Gives the loss of the current step, None where it has seen none."""
-
-    def __call__(self) -> Tensor | None: ...  # noqa: D102
-
-    def reset(self) -> None: ...  # noqa: D102
+_Moving = list[tuple[Tensor, dict[str, Any]]]  # parameters and their groups
+_Parts = dict[torch.device, tuple[Kernel, list[Part]]]
 
 
 class RuleOptimizer(Optimizer):
@@ -55,7 +47,10 @@ class RuleOptimizer(Optimizer):
         num_steps: the run's length in optimizer steps, where known; rules may use it and must work without.
         safeguard: skip a tensor's step when its gradient, new value or new state is not finite; count it; stop with a
             RuntimeError after 20 such steps of one tensor in a row. No device synchronization but one every 10 steps.
-        backend: "auto" (the best there is), "reference" (the rule's own torch code) or "fused".
+            "fallback": besides, take the rule's nominal term alone while the loss is outside its trust band, see
+            `trust`; needs the loss, and about twice the time. On several processes each must be given the same loss.
+        backend: "reference", the rule's own torch code; "fused", a compiled kernel; "auto", for each tensor the kernel
+            if there is one, and the rule where not. `optimizer.backend` tells what runs.
         maximize: ascend instead of descend.
 
     Raises:
@@ -80,7 +75,7 @@ class RuleOptimizer(Optimizer):
         lr: float | Tensor = 1.0,
         weight_decay: float = 0.0,
         num_steps: int | None = None,
-        safeguard: bool = False,
+        safeguard: bool | str = False,
         backend: str = "auto",
         maximize: bool = False,
     ) -> None:
@@ -89,9 +84,11 @@ class RuleOptimizer(Optimizer):
                 raise ValueError(f"{name}={value!r} is not allowed: it must be a finite number >= 0.")
         self.rule = rule
         self.num_steps = num_steps
-        self.safeguard = safeguard
-        self.backend = _resolve_backend(backend, rule)
-        self._shell = _Shell()
+        self.safeguard = guard.checked(safeguard, rule, backend)
+        if backend not in BACKENDS:
+            raise ValueError(f"backend={backend!r} is not allowed: use one of {list(BACKENDS)}.")
+        self._backend = backend
+        self._shell = Shell()
         defaults: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
         # The marker tells our checkpoints from others'; base_lr None makes lr a number that is only logged.
         defaults |= {"lopt_kind": rule.kind, "lopt_base_lr": 1.0, "lopt_decay": True}
@@ -139,8 +136,11 @@ class RuleOptimizer(Optimizer):
         super().add_param_group(param_group)
         try:
             for param in self.param_groups[-1]["params"]:
-                _check_real(param)
+                check_real(param)
             self.rule.check_params(p for p in self._parameters() if p.requires_grad and not is_lazy(p))
+            if self._backend == "fused":
+                for param in self.param_groups[-1]["params"]:
+                    self._kernel(param)
         except ValueError:
             del self.param_groups[-1]
             raise
@@ -162,19 +162,31 @@ class RuleOptimizer(Optimizer):
             with torch.enable_grad():
                 value = closure()
         moving = [(p, g) for g in self.param_groups for p in g["params"] if p.grad is not None and p.numel()]
-        context_loss = self._loss(loss, value) if moving and self.rule.needs_loss else None
+        watched = self.safeguard == "fallback"
+        context_loss = self._loss(loss, value) if moving and (self.rule.needs_loss or watched) else None
         shell = self._shell
-        shell.totals = _Totals() if shell.measure_next else None
+        shell.num_tensors = len(moving)
+        shell.trust = self._trust().observe(context_loss) if watched and context_loss is not None else None
+        shell.totals = Totals() if shell.measure_next else None
         shared = self._share(moving, context_loss) if moving and self.rule.needs_share else None
-        for param, group in moving:
-            with _tensor_scope(param):
-                self._update(param, group, context_loss, shared)
+        by_rule = watched or self._backend == "reference"
+        others, parts = (moving, {}) if by_rule else self._split(moving)
+        self._move(others, context_loss, shared)
+        self._run_kernels(parts)
         shell.steps += 1
-        if self.safeguard and shell.steps % CHECK_EVERY == 0:
+        if self.safeguard and shell.steps % guard.CHECK_EVERY == 0:
             self.check_skipped()
         if shell.totals is not None:
-            shell.measurements, shell.measure_next = shell.totals.result(self._counts("skipped")), False
+            measured = shell.totals.result(self._counts("skipped"))
+            fallback = None if shell.trust is None else shell.trust.fallback
+            shell.measurements, shell.measure_next = measured._replace(fallback=fallback), False
         return value
+
+    @property
+    def backend(self) -> str:
+        """What runs: "fused" if a kernel takes any of the parameters, "reference" if not."""
+        reference = self._backend == "reference" or all(self._kernel(p) is None for p in self._parameters())
+        return "reference" if reference else "fused"
 
     def measure_next_step(self) -> None:
         """Have the next step measured; it costs that step about twice its time. `take_measurements` gives them."""
@@ -189,18 +201,14 @@ class RuleOptimizer(Optimizer):
         """Updates that the safeguard has skipped, over all tensors. Waits for the device."""
         return int(self._counts("skipped").sum())
 
+    def num_handovers(self) -> int:
+        """How often safeguard="fallback" has handed over to the nominal term. Waits for the device."""
+        return int(self._trust().handovers)
+
     def check_skipped(self) -> None:
-        """Raise a RuntimeError if one tensor has been skipped `SKIP_LIMIT` times in a row. Waits for the device."""
-        rows = self._counts("skipped_in_row").cpu()
-        if not len(rows) or int(rows.max()) < SKIP_LIMIT:
-            return
-        index = int(rows.argmax())
-        param = [p for p in self._parameters() if "skipped_in_row" in self.state.get(p, {})][index]
-        raise RuntimeError(
-            f"Gradient, value or update of {self._name(param)} was not finite in {int(rows[index])} steps in a row. "
-            "All were skipped, so every parameter and its state is as it was before. Look for NaN in the data or an "
-            "overflow in the loss (lower precision, log of 0); safeguard=False lets such steps pass."
-        )
+        """Raise a RuntimeError if one tensor has been skipped 20 times in a row. Waits for the device."""
+        counted = [p for p in self._parameters() if "skipped_in_row" in self.state.get(p, {})]
+        guard.check_rows(self._counts("skipped_in_row"), lambda index: self._name(counted[index]))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave; float32 state of lower-precision parameters comes back as float32.
@@ -211,8 +219,8 @@ class RuleOptimizer(Optimizer):
         final: dict[str, Any] = {}
 
         def check(_: Optimizer, loaded: dict[str, Any]) -> None:
-            _check_marker(loaded, self.rule.kind)
-            self._check_shapes(loaded)
+            state_dicts.check_marker(loaded, self.rule.kind)
+            state_dicts.check_shapes(loaded, self.rule, self._parameters(), self._name)
             final.update(loaded)
 
         # torch casts state to the parameter's dtype on the way in. Ours is put back between the user's own hooks.
@@ -237,24 +245,66 @@ class RuleOptimizer(Optimizer):
             self._shell.loss_source.reset()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in ("rule", "num_steps", "safeguard", "backend")}
+        own = {name: getattr(self, name) for name in ("rule", "num_steps", "safeguard", "_backend")}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("_shell", _Shell())
+        self.__dict__.setdefault("_shell", Shell())
 
     def __repr__(self) -> str:
         head = f"kind={self.rule.kind!r}, backend={self.backend!r}, safeguard={self.safeguard}"
         return f"RuleOptimizer[{head}]\n{super().__repr__()}"
+
+    def _split(self, moving: _Moving) -> tuple[_Moving, _Parts]:
+        """The tensors that the rule moves, and those that have a kernel."""
+        others: _Moving = []
+        parts: _Parts = {}
+        last = None
+        for param, group in moving:  # short: a small model's step is over in the time of a few lines
+            if (kernel := self._kernel(param)) is None:
+                others.append((param, group))
+                continue
+            if not self.state[param] and self._only_makes_state(param, group, *descent(param, group)):
+                continue
+            if group is not last:
+                lr, base, last = _scalar(group["lr"]), group["lopt_base_lr"], group
+                scale = 1.0 if base is None else lr / base
+                decay = lr * group["weight_decay"] if group["lopt_decay"] and group["weight_decay"] else 0.0
+            part = Part(param, dense_gradient(param), self._flat_state(param), scale, decay, group["maximize"])
+            parts.setdefault(param.device, (kernel, []))[1].append(part)
+        return others, parts
+
+    def _run_kernels(self, parts: _Parts) -> None:
+        shell = self._shell
+        for device, (kernel, own) in parts.items():
+            meta_params = shell.meta_params(self.rule, device, torch.float32)
+            options = {"safeguard": bool(self.safeguard), "measure": shell.totals is not None}
+            squares = kernel.step(own, meta_params, self.num_steps, shell.num_tensors, **options)
+            if shell.totals is not None and squares is not None:
+                shell.totals.add_squares(sum(part.param.numel() for part in own), *squares)
+
+    def _kernel(self, param: Tensor) -> Kernel | None:
+        """The kernel that moves a parameter; None where the rule itself does, which is said once or refused."""
+        found = self._shell.kernel(self.rule, param.device.type)
+        if not isinstance(found, str):
+            if (why := found.refuses(param)) is None:
+                return found
+        else:
+            why = found
+        if self._backend == "fused":
+            raise ValueError(f"backend='fused' is missing for {self._name(param)}: {why}. Use 'auto' or 'reference'.")
+        if kernels.exists(self.rule, param.device.type):
+            kernels.warn_once(why)
+        return None
 
     def _share(self, moving: list[tuple[Tensor, dict[str, Any]]], loss: Tensor | None) -> _Shared:
         """Let the rule look at all tensors at once, before they move."""
         params: dict[str, Tensor] = {}
         grads, values, states, steps = {}, {}, {}, []
         for number, (param, group) in enumerate(moving):
-            with _tensor_scope(param):
-                value, grad = _inputs(param, group)
+            with tensor_scope(param):
+                value, grad = descent(param, group)
                 if self._only_makes_state(param, group, value, grad):
                     continue
             key = str(number)
@@ -265,45 +315,63 @@ class RuleOptimizer(Optimizer):
         first = values[next(iter(values))]
         meta_params = self._shell.meta_params(self.rule, first.device, first.dtype)
         context = StepContext(torch.stack(steps).max(), loss if loss is None else loss.to(first.device), self.num_steps)
-        with _tensor_scope(next((param for param in params.values() if hasattr(param, "placements")), first)):
+        with tensor_scope(next((param for param in params.values() if hasattr(param, "placements")), first)):
             shared, states = self.rule.share(meta_params, grads, states, values, context, in_place=True)
         return _Shared(shared, {params[key]: state for key, state in states.items()})
 
-    def _update(self, param: Tensor, group: dict[str, Any], loss: Tensor | None, shared: _Shared | None) -> None:
-        value, grad = _inputs(param, group)
+    def _move(self, moving: list[tuple[Tensor, dict[str, Any]]], loss: Tensor | None, shared: _Shared | None) -> None:
+        """Move tensors by the rule: shards of tensors all together, whole tensors one by one."""
+        shards = []
+        for param, group in moving:
+            if self.rule.takes_parts and (part := sharded.part_of(param)) is not None:
+                shards.append((part, partial(self._propose, param, group, loss, shared, part)))
+                continue
+            with tensor_scope(param):
+                if (step := self._propose(param, group, loss, shared)) is not None:
+                    steps.take(step, self._shell.totals, safeguard=bool(self.safeguard))
+        made = zip((part for part, _ in shards), sharded.together(shards), strict=True)
+        taken = [(part, step) for part, step in made if step is not None]
+        steps.take_together(taken, self._shell.totals, safeguard=bool(self.safeguard))
+
+    def _propose(
+        self,
+        param: Tensor,
+        group: dict[str, Any],
+        loss: Tensor | None,
+        shared: _Shared | None,
+        part: sharded.ShardedPart | None = None,
+    ) -> steps.Step | None:
+        """What the rule would do with a tensor, or with this process's part of it."""
+        value, grad = descent(param, group)
         if shared is None and self._only_makes_state(param, group, value, grad):
-            return
+            return None
         if shared is not None and param not in shared.states:  # likewise, see _share
-            return
-        flat, lr, dtype, old = self.state[param], _scalar(group["lr"]), value.dtype, self._typed_state(param)
-        if flat["step"].device != param.device:  # Lightning and torch leave it on the CPU
-            flat["step"] = flat["step"].to(param.device)
+            return None
+        flat, lr, dtype, old = self._flat_state(param), _scalar(group["lr"]), value.dtype, self._typed_state(param)
+        start = old if shared is None else shared.states[param]
+        if part is not None:
+            value, grad = sharded.local_of(value), sharded.local_of(grad, like=param)
+            old, start = (type(old)(*map(sharded.local_of, state)) for state in (old, start))
         context = StepContext(flat["step"], loss if loss is None else loss.to(param.device, dtype), self.num_steps)
-        arguments = (
-            self._shell.meta_params(self.rule, param.device, dtype),
-            grad,
-            old if shared is None else shared.states[param],
-            value,
-            context if shared is None else context._replace(shared=shared.value),
-        )
+        known = None if shared is None else shared.value
+        context = context._replace(shared=known, num_tensors=self._shell.num_tensors, part=part)
+        arguments = self._shell.meta_params(self.rule, param.device, dtype), grad, start, value, context
         delta, new = self.rule.update(*arguments)
+        trust = self._shell.trust
+        terms = {} if self._shell.totals is None and trust is None else self._terms_again(arguments, part)
+        if trust is not None:
+            terms["blackbox"] = torch.where(trust.fallback.to(param.device) > 0, 0.0, terms.get("blackbox", 0.0))
+            delta = sum(terms.values(), torch.zeros_like(value))
+            flat["trust"] = trust.packed()  # one tensor for all, which every one of them saves
         change = delta if group["lopt_base_lr"] is None else delta * (lr / group["lopt_base_lr"])
         if group["lopt_decay"] and group["weight_decay"]:
             change = change - lr * group["weight_decay"] * value
-        moved = (value + change).to(param.dtype)
-        counted: Tensor | int = 1
-        if self.safeguard:
-            counted = _all_finite(grad, moved, *(a for a, b in zip(new, old, strict=True) if a is not b))
-            moved = torch.where(counted, moved, param)
-            pairs = zip(new, old, strict=True)
-            new = type(new)(*(a if a is b else torch.where(counted, a, b) for a, b in pairs))
-            flat["skipped"] = flat["skipped"] + ~counted
-            flat["skipped_in_row"] = (flat["skipped_in_row"] + 1) * ~counted
-        if self._shell.totals is not None:
-            self._shell.totals.add(moved.to(dtype) - value, self.rule.terms(*arguments), counted)
-        param.copy_(_placed_like(param, moved))
-        flat.update((name, _placed_like(param, tensor)) for name, tensor in zip(new._fields, new, strict=True))
-        flat["step"] = flat["step"] + counted
+        return steps.Step(param, flat, grad, value, (value + change).to(param.dtype), new, old, terms)
+
+    def _terms_again(self, arguments: Any, part: sharded.ShardedPart | None) -> dict[str, Tensor]:
+        if part is not None:
+            part.asked = 0  # it asks the same again
+        return self.rule.terms(*arguments)
 
     def _only_makes_state(self, param: Tensor, group: dict[str, Any], value: Tensor, grad: Tensor) -> bool:
         """Make a parameter's state at its first step, and tell whether that is all that the step is for."""
@@ -311,7 +379,13 @@ class RuleOptimizer(Optimizer):
             return False
         self._init_state(param, value)
         # torch.distributed.checkpoint creates state by a step with lr 0 and gradient 0, which must move nothing.
-        return bool(group["lr"] == 0 and _whole(grad.abs().sum()) == 0)
+        return bool(group["lr"] == 0 and whole(grad.abs().sum()) == 0)
+
+    def _flat_state(self, param: Tensor) -> dict[str, Tensor]:
+        flat: dict[str, Tensor] = self.state[param]
+        if flat["step"].device != param.device:  # Lightning and torch leave it on the CPU
+            flat["step"] = flat["step"].to(param.device)
+        return flat
 
     def _typed_state(self, param: Tensor) -> Any:
         flat, state_class = self.state[param], self._shell.state_class(self.rule)
@@ -321,18 +395,22 @@ class RuleOptimizer(Optimizer):
         flat = self.state[param]
         flat["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
         for name, tensor in self.rule.init_state(value)._asdict().items():
-            flat[name] = _placed_like(param, tensor)
+            flat[name] = placed_like(param, tensor, everywhere=name in self.rule.whole_state)
         if self.safeguard:
-            flat.update(self._new_counters(param))
+            flat.update(guard.new_counters(param.device))
+
+    def _trust(self) -> Trust:
+        packed = (self.state[p]["trust"] for p in self._parameters() if "trust" in self.state.get(p, {}))
+        first = next(packed, None)
+        return Trust.new() if first is None else Trust.unpacked(first)
 
     def _loss(self, given: Any, closure_value: Any) -> Tensor:
         if given is None and self._shell.loss_source is not None:
             given = self._shell.loss_source()
         given = closure_value if given is None else given
         if given is None:
-            raise RuntimeError(
-                f"Rule {self.rule.kind!r} reads the training loss, and step() got none. Call step(loss=loss)."
-            )
+            who = f"Rule {self.rule.kind!r}" if self.rule.needs_loss else "safeguard='fallback'"
+            raise RuntimeError(f"{who} reads the training loss, and step() got none. Call step(loss=loss).")
         return torch.as_tensor(given).detach().reshape(())
 
     def _parameters(self) -> Iterable[Tensor]:
@@ -346,6 +424,12 @@ class RuleOptimizer(Optimizer):
             else torch.zeros(0, dtype=torch.int64)
         )
 
+    def _restore(self, loaded: dict[str, Any]) -> None:
+        for param, flat in state_dicts.restored(loaded, self._parameters()):
+            for name in self.rule.whole_state:  # maybe saved by other processes, of other shards
+                flat[name] = placed_like(param, flat[name], everywhere=True)
+            self.state[param] = {**flat, **(guard.new_counters(param.device) if self.safeguard else {}), **flat}
+
     def _name(self, param: Tensor) -> str:
         for number, group in enumerate(self.param_groups):
             for index, other in enumerate(group["params"]):
@@ -353,40 +437,6 @@ class RuleOptimizer(Optimizer):
                     name = group["param_names"][index] if "param_names" in group else f"{index} of group {number}"
                     return f"parameter {name} (shape {tuple(param.shape)})"
         raise KeyError(param)
-
-    def _check_shapes(self, loaded: dict[str, Any]) -> None:
-        saved_ids = [index for group in loaded["param_groups"] for index in group["params"]]
-        for index, param in zip(
-            saved_ids, self._parameters(), strict=False
-        ):  # torch itself refuses other numbers of parameters
-            if not (raw := loaded["state"].get(index)):
-                continue
-            expected = {
-                "step": torch.empty(()),
-                **self.rule.init_state(torch.empty_like(param, device="meta"))._asdict(),
-            }
-            for name, tensor in expected.items():
-                if getattr(raw.get(name), "shape", None) != tensor.shape:
-                    came = f"of shape {tuple(raw[name].shape)}" if isinstance(raw.get(name), Tensor) else "not there"
-                    raise ValueError(
-                        f"State {name!r} of {self._name(param)} is {came} in the checkpoint, and {tuple(tensor.shape)} "
-                        "here. It belongs to another model or rule; load the one that was saved."
-                    )
-
-    def _restore(self, loaded: dict[str, Any]) -> None:
-        """Put the loaded state in place in the dtype of the arithmetic, on the parameter's device."""
-        saved_ids = [index for group in loaded["param_groups"] for index in group["params"]]
-        for index, param in zip(saved_ids, self._parameters(), strict=True):
-            if raw := loaded["state"].get(index):
-                dtype = compute_dtype(param.dtype)
-                dtypes = {name: dtype for name, tensor in raw.items() if name != "step" and tensor.is_floating_point()}
-                flat = {name: t.to(param.device, dtypes.get(name, t.dtype), copy=True) for name, t in raw.items()}
-                self.state[param] = flat
-                for name, count in self._new_counters(param).items() if self.safeguard else ():
-                    flat.setdefault(name, count)
-
-    def _new_counters(self, param: Tensor) -> dict[str, Tensor]:
-        return {name: torch.zeros((), dtype=torch.int64, device=param.device) for name in ("skipped", "skipped_in_row")}
 
 
 # torch's schedulers wrap the step of the optimizer they are made with, to warn when they are stepped first, and warn of
@@ -401,102 +451,6 @@ class _Shared(NamedTuple):
     states: dict[Tensor, Any]  # parameter -> the state that its update starts from
 
 
-class _Totals:
-    """Sums over the tensors of one step."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.change: Tensor | float = 0.0
-        self.terms: dict[str, Tensor | float] = {}
-
-    def add(self, change: Tensor, terms: dict[str, Tensor], counted: Tensor | int) -> None:
-        self.count += change.numel()
-        self.change = _plus(self.change, _whole(change.square().sum()))
-        for name, term in terms.items():
-            total = _whole(term.square().sum())
-            total = torch.where(counted, total, 0.0) if isinstance(counted, Tensor) else total
-            self.terms[name] = _plus(self.terms.get(name, 0.0), total)
-
-    def result(self, skipped: Tensor) -> Measurements:
-        roots = {name: torch.as_tensor(total).sqrt() for name, total in self.terms.items()}
-        share = roots["nominal"] / sum(roots.values(), torch.tensor(1e-30)) if "nominal" in roots else None
-        rms = torch.as_tensor(self.change / max(self.count, 1)).sqrt()
-        return Measurements(rms, share, skipped.sum())
-
-
-def _plus(total: Tensor | float, term: Tensor) -> Tensor:
-    """A sum over tensors that may lie on several devices."""
-    return total + (term.to(total.device) if isinstance(total, Tensor) else term)
-
-
-class _Shell:
-    """What a RuleOptimizer keeps beside torch's own attributes, in one object.
-
-    Lightning wraps optimizers in an object through which reads fall through to ours but writes do not: mutable state
-    must sit in a container. Nothing in it belongs into a checkpoint.
-    """
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self.measure_next = False
-        self.totals: _Totals | None = None
-        self.measurements: Measurements | None = None
-        self.loss_source: LossSource | None = None
-        self._meta_params: dict[Any, tuple[Any, list[Tensor], dict[str, Tensor]]] = {}
-        self._state_class: Any = None
-
-    def state_class(self, rule: UpdateRule) -> Any:
-        """The NamedTuple type of the rule's state."""
-        if self._state_class is None:
-            self._state_class = type(rule.init_state(torch.zeros(1)))
-        return self._state_class
-
-    def meta_params(self, rule: UpdateRule, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The rule's meta-parameters on a device in a dtype; copied anew only after they have changed."""
-        params = rule.meta_params()
-        stamp = tuple((p.data_ptr(), p._version) for p in params.values())
-        key = (device, dtype)
-        if key not in self._meta_params or self._meta_params[key][0] != stamp:
-            sources = [p.detach() for p in params.values()]  # held, so that their addresses are not used again
-            self._meta_params[key] = stamp, sources, {k: v.detach().to(device, dtype) for k, v in params.items()}
-        return self._meta_params[key][2]
-
-
-def _resolve_backend(backend: str, rule: UpdateRule) -> str:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is not allowed: use one of {list(BACKENDS)}.")
-    if backend == "fused":
-        raise ValueError(
-            f"backend='fused': there is no fused kernel for kind {rule.kind!r} yet; use 'auto' or 'reference'."
-        )
-    return "reference"
-
-
-def _tensor_scope(param: Tensor) -> AbstractContextManager[None]:
-    """Where a sharded parameter (DTensor) may meet plain tensors, which are the same on all ranks."""
-    if type(param) in (Tensor, torch.nn.Parameter):
-        return nullcontext()
-    from torch.distributed.tensor.experimental import implicit_replication
-
-    return implicit_replication()
-
-
-def _placed_like(param: Any, tensor: Any) -> Any:
-    """Lay a sharded tensor out like its parameter, where its last dims are the parameter's; on every rank where not.
-
-    So each state tensor has one layout from the start, and a resumed run adds in the same order as one that was not
-    stopped.
-    """
-    if not hasattr(param, "placements") or not hasattr(tensor, "placements"):
-        return tensor
-    from torch.distributed.tensor import Replicate, Shard
-
-    extra = tensor.dim() - param.dim()
-    alike = extra >= 0 and tensor.shape[extra:] == param.shape
-    placements = [Shard(p.dim + extra) if alike and isinstance(p, Shard) else Replicate() for p in param.placements]
-    return tensor.redistribute(param.device_mesh, placements)
-
-
 def _kept(group: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in group.items() if name not in _DROPPED_KEYS}
 
@@ -508,59 +462,3 @@ def _scalar(value: float | Tensor) -> float | Tensor:
 
 def _reference_lr(group: dict[str, Any]) -> float:
     return next((float(group[key]) for key in _LR_KEYS if key in group), 1.0)
-
-
-def _inputs(param: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """A parameter and the gradient that it is to descend, in the dtype of the arithmetic."""
-    dtype = compute_dtype(param.dtype)
-    grad = _dense_gradient(param).to(dtype)
-    return param.to(dtype), -grad if group["maximize"] else grad
-
-
-def _check_real(param: Tensor) -> None:
-    if param.is_complex():
-        raise ValueError(
-            f"A parameter of shape {tuple(param.shape)} is {param.dtype}; update rules take real parameters. "
-            "Hold it as torch.view_as_real(parameter)."
-        )
-
-
-def _dense_gradient(param: Tensor) -> Tensor:
-    grad = param.grad
-    assert grad is not None  # the caller has looked
-    if grad.layout != torch.strided:
-        raise RuntimeError(
-            f"The gradient of a parameter of shape {tuple(param.shape)} is {grad.layout}; update rules take dense "
-            "gradients. Use nn.Embedding(sparse=False), or give these parameters torch.optim.SparseAdam and manual "
-            "optimization."
-        )
-    return grad
-
-
-def _all_finite(*tensors: Tensor) -> Tensor:
-    """() bool: no NaN or inf in any floating tensor. A sum carries them, in one read and without a temporary."""
-    sums = [t.sum(dtype=compute_dtype(t.dtype)) for t in tensors if t.is_floating_point()]
-    return torch.isfinite(_whole(torch.stack(sums).sum()))
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor's value, the same on all ranks; any other as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def _check_marker(state_dict: dict[str, Any], kind: str) -> None:
-    if "state" not in state_dict or "param_groups" not in state_dict:
-        raise ValueError(
-            f"This is no optimizer's state dict: it has the keys {sorted(state_dict)}. Pass what state_dict() gave."
-        )
-    kinds = {group.get("lopt_kind") for group in state_dict["param_groups"]}
-    if None in kinds:
-        raise ValueError(
-            "This is the state of another optimizer (its groups carry no 'lopt_kind'), and its moments mean nothing to "
-            "a learned optimizer. Load the model's weights alone, or go on with the optimizer that was saved."
-        )
-    if kinds != {kind} and kinds:
-        raise ValueError(
-            f"This is the state of a rule of kind {sorted(kinds)}, this optimizer's is {kind!r}. Load the rule that "
-            "was saved."
-        )

@@ -5,7 +5,7 @@ They add a `LearnedOptimizer` callback to the Trainer that runs them, and nothin
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -31,7 +31,7 @@ class _Learned:
         *,
         lr: str = "ignore",
         weight_decay: str = "ignore",
-        safeguard: bool = True,
+        safeguard: bool | Literal["fallback"] = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)

@@ -23,7 +23,7 @@ class FullySharded(Sharded):
     """Every layer is split between the processes; a bias of one number leaves one of them nothing."""
 
     def configure_model(self):
-        if not isinstance(self.net[0].weight, DTensor) and self.trainer.world_size > 1:
+        if not isinstance(self.net[0].weight, DTensor) and self.device_mesh is not None:
             mesh = self.device_mesh["data_parallel"]
             for layer in self.net:
                 if isinstance(layer, nn.Linear):
@@ -44,15 +44,15 @@ def in_process(rank, port, work, arguments):
     work(*arguments)
 
 
-def on_two_processes(work, *arguments):
+def on_processes(number, work, *arguments):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(in_process, (port, work, arguments), nprocs=2, start_method="fork")
+    torch.multiprocessing.start_processes(in_process, (port, work, arguments), nprocs=number, start_method="fork")
 
 
-def sharded_fit(path, checkpoints, distributed, options, more=(), rule=None, ckpt_path=None, **arguments):
-    strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=distributed, process_group_backend="gloo")
+def sharded_fit(path, checkpoints, distributed, options, more=(), rule=None, ckpt_path=None, number=2, **arguments):
+    strategy = ModelParallelStrategy(number, 1, save_distributed_checkpoint=distributed, process_group_backend="gloo")
     saves = ModelCheckpoint(checkpoints, filename="{epoch}", save_top_k=-1)
     runner = trainer(
         path,
@@ -61,7 +61,7 @@ def sharded_fit(path, checkpoints, distributed, options, more=(), rule=None, ckp
         saves,
         *more,
         strategy=strategy,
-        devices=2,
+        devices=number,
         use_distributed_sampler=False,
         enable_checkpointing=True,
         **arguments,
@@ -69,14 +69,14 @@ def sharded_fit(path, checkpoints, distributed, options, more=(), rule=None, ckp
     runner.fit(FullySharded(), ckpt_path=ckpt_path)
 
 
-def run(path, checkpoints, distributed=False, options=None, **arguments):
+def run(path, checkpoints, distributed=False, options=None, number=2, **arguments):
     path.mkdir()
 
     def work():
-        sharded_fit(path, checkpoints, distributed, options or {}, **arguments)
+        sharded_fit(path, checkpoints, distributed, options or {}, number=number, **arguments)
 
-    on_two_processes(work)
-    return reports(path)
+    on_processes(number, work)
+    return reports(path, number)
 
 
 @pytest.mark.parametrize(
@@ -109,6 +109,18 @@ def test_resume_is_equal_to_the_bit_and_takes_the_weights_of_the_checkpoints_rul
     for rank in range(2):
         for key in ("weights", "state"):
             assert_equal(whole[rank][key], resumed[rank][key])
+
+
+@pytest.mark.parametrize("distributed", [False, True], ids=["one file", "a folder of shards"])
+def test_what_two_processes_saved_goes_on_on_one_and_on_four(tmp_path, distributed):
+    whole = run(tmp_path / "whole", tmp_path, distributed)
+    for number in (1, 4):
+        arguments = {"number": number, "ckpt_path": tmp_path / "epoch=0.ckpt"}
+        resumed = run(tmp_path / f"on {number}", tmp_path, distributed, **arguments)
+        for key in ("weights", "state"):
+            for rank in resumed:
+                assert_equal(rank[key], resumed[0][key])
+            assert_close(resumed[0][key], whole[0][key], 1e-5)
 
 
 class SpoilsAShard(L.Callback):

@@ -1,0 +1,63 @@
+"""What a RuleOptimizer keeps beside torch's own attributes."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_lopt import kernels
+from lightning_lopt.measurements import Measurements, Totals
+from lightning_lopt.rules import UpdateRule
+from lightning_lopt.trust import Trust
+
+
+class LossSource(Protocol):
+    """Gives the loss of the current step, None where it has seen none."""
+
+    def __call__(self) -> Tensor | None: ...  # noqa: D102
+
+    def reset(self) -> None: ...  # noqa: D102
+
+
+class Shell:
+    """What a RuleOptimizer keeps beside torch's own attributes, in one object.
+
+    Lightning wraps optimizers in an object through which reads fall through to ours but writes do not: mutable state
+    must sit in a container. Nothing in it belongs into a checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.num_tensors = 0  # that move in this step
+        self.measure_next = False
+        self.totals: Totals | None = None
+        self.measurements: Measurements | None = None
+        self.loss_source: LossSource | None = None
+        self.trust: Trust | None = None  # after this step's loss, with safeguard="fallback"
+        self._meta_params: dict[Any, tuple[Any, list[Tensor], dict[str, Tensor]]] = {}
+        self._kernels: dict[str, kernels.Kernel | str] = {}
+        self._state_class: Any = None
+
+    def kernel(self, rule: UpdateRule, device_type: str) -> kernels.Kernel | str:
+        """The kernel for the rule's tensors on a type of device, or why there is none."""
+        if device_type not in self._kernels:
+            self._kernels[device_type] = kernels.find(rule, device_type)
+        return self._kernels[device_type]
+
+    def state_class(self, rule: UpdateRule) -> Any:
+        """The NamedTuple type of the rule's state."""
+        if self._state_class is None:
+            self._state_class = type(rule.init_state(torch.zeros(1)))
+        return self._state_class
+
+    def meta_params(self, rule: UpdateRule, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The rule's meta-parameters on a device in a dtype; copied anew only after they have changed."""
+        params = rule.meta_params()
+        stamp = tuple((p.data_ptr(), p._version) for p in params.values())
+        key = (device, dtype)
+        if key not in self._meta_params or self._meta_params[key][0] != stamp:
+            sources = [p.detach() for p in params.values()]  # held, so that their addresses are not used again
+            self._meta_params[key] = stamp, sources, {k: v.detach().to(device, dtype) for k, v in params.items()}
+        return self._meta_params[key][2]

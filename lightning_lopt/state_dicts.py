@@ -1,0 +1,60 @@
+"""RuleOptimizer's checkpoints: what is refused, and how saved state comes back in its own precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_lopt.rules import UpdateRule, compute_dtype
+
+
+def check_marker(state_dict: dict[str, Any], kind: str) -> None:
+    """Raise a ValueError for what is no state dict of an optimizer with a rule of this kind."""
+    if "state" not in state_dict or "param_groups" not in state_dict:
+        raise ValueError(
+            f"This is no optimizer's state dict: it has the keys {sorted(state_dict)}. Pass what state_dict() gave."
+        )
+    kinds = {group.get("lopt_kind") for group in state_dict["param_groups"]}
+    if None in kinds:
+        raise ValueError(
+            "This is the state of another optimizer (its groups carry no 'lopt_kind'), and its moments mean nothing to "
+            "a learned optimizer. Load the model's weights alone, or go on with the optimizer that was saved."
+        )
+    if kinds != {kind} and kinds:
+        raise ValueError(
+            f"This is the state of a rule of kind {sorted(kinds)}, this optimizer's is {kind!r}. Load the rule that "
+            "was saved."
+        )
+
+
+def check_shapes(
+    loaded: dict[str, Any], rule: UpdateRule, params: Iterable[Tensor], name: Callable[[Tensor], str]
+) -> None:
+    """Raise a ValueError if a saved state tensor is missing or of another shape than the rule gives it."""
+    for param, raw in _saved(loaded, params):
+        expected = {"step": torch.empty(()), **rule.init_state(torch.empty_like(param, device="meta"))._asdict()}
+        for field, tensor in expected.items():
+            if getattr(raw.get(field), "shape", None) != tensor.shape:
+                came = f"of shape {tuple(raw[field].shape)}" if isinstance(raw.get(field), Tensor) else "not there"
+                raise ValueError(
+                    f"State {field!r} of {name(param)} is {came} in the checkpoint, and {tuple(tensor.shape)} "
+                    "here. It belongs to another model or rule; load the one that was saved."
+                )
+
+
+def restored(loaded: dict[str, Any], params: Iterable[Tensor]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Each parameter with copies of its saved state, in the dtype of the arithmetic, on the parameter's device."""
+    for param, raw in _saved(loaded, params):
+        dtype = compute_dtype(param.dtype)
+        dtypes = {name: dtype for name, tensor in raw.items() if name != "step" and tensor.is_floating_point()}
+        yield param, {name: t.to(param.device, dtypes.get(name, t.dtype), copy=True) for name, t in raw.items()}
+
+
+def _saved(loaded: dict[str, Any], params: Iterable[Tensor]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    saved_ids = (index for group in loaded["param_groups"] for index in group["params"])
+    for index, param in zip(saved_ids, params, strict=False):  # torch itself refuses other numbers of parameters
+        if raw := loaded["state"].get(index):
+            yield param, raw
