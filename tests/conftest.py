@@ -13,6 +13,10 @@ import torch
 
 torch.set_num_threads(1)
 
+# Without a GPU Triton's kernels run in its interpreter. It looks when it is first imported, which Lightning does.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # huggingface_hub reads these when it is imported: no telemetry, no Xet (the tests' Hub has none), and neither the
 # user's token nor the user's cache.
 _HF_HOME = tempfile.TemporaryDirectory(prefix="lopt-tests-hf-")

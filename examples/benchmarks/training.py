@@ -1,0 +1,172 @@
+"""The CPU time of whole training steps, forward, backward and optimizer: STAR beside AdamW (foreach).
+
+    python examples/benchmarks/training.py                                # MLP, ResNet-18 at 32 px, a 3.7M transformer
+    python examples/benchmarks/training.py --models resnet50 gpt2 vit --batch 4 --rounds 5    # minutes a round
+
+Networks are built here, their data are random numbers. Two copies of a network take turns, step by step; the figure is
+the median of the rounds' ratios. Times are of the process; with --threads above 1 wall times.
+"""
+
+import argparse
+import csv
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import lightning_lopt as lopt
+
+
+class Residual(nn.Module):
+    """A residual block, plain (ResNet-18) or with a bottleneck (ResNet-50)."""
+
+    def __init__(self, inside, width, stride, bottleneck):
+        super().__init__()
+        outside = 4 * width if bottleneck else width
+        kernels = [(inside, width, 1, 1), (width, width, 3, stride), (width, outside, 1, 1)]
+        plain = [(inside, width, 3, stride), (width, width, 3, 1)]
+        layers = []
+        for a, b, size, step in kernels if bottleneck else plain:
+            layers += [nn.Conv2d(a, b, size, step, size // 2, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
+        self.body = nn.Sequential(*layers[:-1])
+        change = [nn.Conv2d(inside, outside, 1, stride, bias=False), nn.BatchNorm2d(outside)]
+        self.skip = nn.Sequential(*change) if inside != outside or stride > 1 else nn.Identity()
+
+    def forward(self, x):
+        return torch.relu(self.body(x) + self.skip(x))
+
+
+def resnet(blocks, bottleneck, classes, small):
+    first = nn.Conv2d(3, 64, 3, 1, 1, bias=False) if small else nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+    layers = [first, nn.BatchNorm2d(64), nn.ReLU(), *([] if small else [nn.MaxPool2d(3, 2, 1)])]
+    inside = 64
+    for stage, count in enumerate(blocks):
+        for index in range(count):
+            layers.append(Residual(inside, 64 * 2**stage, 2 if stage and not index else 1, bottleneck))
+            inside = 64 * 2**stage * (4 if bottleneck else 1)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inside, classes))
+
+
+class Transformer(nn.Module):
+    """Tokens or image patches, learned positions, pre-norm blocks."""
+
+    def __init__(self, embed, width, layers, heads, length, outputs, causal):
+        super().__init__()
+        self.embed, self.positions = embed, nn.Parameter(0.02 * torch.randn(length, width))
+        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.blocks = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.head, self.causal = nn.Linear(width, outputs), causal
+
+    def forward(self, x):
+        x = self.embed(x)
+        x = x + self.positions[: x.shape[1]]
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1]) if self.causal else None
+        x = self.blocks(x, mask=mask, is_causal=self.causal)
+        return self.head(x).flatten(0, 1) if self.causal else self.head(x.mean(1))
+
+
+class Patches(nn.Module):
+    def __init__(self, size, width):
+        super().__init__()
+        self.project = nn.Conv2d(3, width, size, size)
+
+    def forward(self, x):
+        return self.project(x).flatten(2).mT
+
+
+def images(batch, side, classes):
+    return torch.randn(batch, 3, side, side), torch.randint(classes, (batch,))
+
+
+def tokens(batch, length, vocabulary):
+    text = torch.randint(vocabulary, (batch, length + 1))
+    return text[:, :-1], text[:, 1:].flatten()
+
+
+MODELS = {  # name -> (network, batch -> data, usual batch)
+    "mlp": (
+        lambda: nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)),
+        lambda batch: (torch.randn(batch, 784), torch.randint(10, (batch,))),
+        128,
+    ),
+    "resnet18": (lambda: resnet((2, 2, 2, 2), False, 10, True), lambda batch: images(batch, 32, 10), 64),
+    "transformer": (
+        lambda: Transformer(nn.Embedding(1024, 256), 256, 4, 8, 128, 1024, True),
+        lambda batch: tokens(batch, 128, 1024),
+        16,
+    ),
+    "resnet50": (lambda: resnet((3, 4, 6, 3), True, 1000, False), lambda batch: images(batch, 224, 1000), 128),
+    "gpt2": (
+        lambda: Transformer(nn.Embedding(50257, 768), 768, 12, 12, 1024, 50257, True),
+        lambda batch: tokens(batch, 1024, 50257),
+        8,
+    ),
+    "vit": (
+        lambda: Transformer(Patches(16, 768), 768, 12, 12, 196, 1000, False),
+        lambda batch: images(batch, 224, 1000),
+        64,
+    ),
+}
+
+
+def measure(name, batch, rounds, repeats, clock):
+    make, data, usual = MODELS[name]
+    inputs, targets = data(batch or usual)
+    star = lopt.rules.make("star", nominal_stepsize=1e-3)
+    runs = {}
+    for label in ("AdamW", "STAR"):
+        torch.manual_seed(0)
+        network = make()
+        parameters = list(network.parameters())
+        adam = torch.optim.AdamW(parameters, foreach=True)
+        runs[label] = network, adam if label == "AdamW" else lopt.RuleOptimizer(parameters, star, safeguard=True)
+
+    def step(network, optimizer):
+        start = clock()
+        for _ in range(repeats):
+            optimizer.zero_grad()
+            cross_entropy(network(inputs), targets).backward()
+            optimizer.step()
+        return (clock() - start) / repeats
+
+    seconds = {label: [] for label in runs}
+    for number in range(rounds + 1):  # the first makes state
+        for label, run in runs.items():
+            seconds[label] += [step(*run)] if number else [step(*run)][:0]
+    ratios = sorted(a / b for a, b in zip(seconds["STAR"], seconds["AdamW"], strict=True))
+    count = sum(p.numel() for p in runs["STAR"][0].parameters())
+    row = {"model": name, "parameters": count, "batch": batch or usual, "backend": runs["STAR"][1].backend}
+    row |= {f"{label} ms": 1e3 * statistics.median(values) for label, values in seconds.items()}
+    row |= {"ratio": statistics.median(ratios), "lowest ratio": ratios[0], "highest ratio": ratios[-1]}
+    print(
+        "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
+    )
+    return row
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["mlp", "resnet18", "transformer"])
+    parser.add_argument("--batch", type=int, help="default: the usual one")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--repeats", type=int, help="steps of one optimizer in a round; default 20 for the MLP, else 1")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", default="training.csv")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    clock = time.process_time if options.threads == 1 else time.perf_counter
+    rows = []
+    for name in options.models:
+        repeats = options.repeats or (20 if name == "mlp" else 1)
+        rows.append(measure(name, options.batch, options.rounds, repeats, clock))
+    with Path(options.out).open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

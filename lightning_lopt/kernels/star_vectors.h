@@ -1,0 +1,295 @@
+// What star.cpp keeps of a tensor between its passes, and pass A: second moments per row and column, their factors, and
+// what they add to the network's first layer.
+
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "lanes.h"
+
+// The network's shape, set by cpu.py: HIDDEN units in each of LAYERS hidden layers, HEADS outputs (2 or 4).
+
+namespace {
+
+constexpr int DENSE = 16, FEATURES = 39, CHANNELS = 28;
+constexpr int CHUNK = 1024;            // coordinates whose expanded vectors lie in the first-level cache
+constexpr int64_t BLOCK = 16 * CHUNK;  // coordinates of one task of a thread
+constexpr int64_t ALONE = 2 * BLOCK;   // tensors up to this size are one task
+constexpr int DENSE_ROWS[DENSE] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 25, 26, 27};
+constexpr float TIMESCALES[11] = {1, 3, 10, 30, 100, 300, 1000, 3000, 10000, 30000, 100000};
+
+struct Rule {  // as in cpu.py
+  const float* weights;  // w0, b0, w1, b1, ..., one after the other
+  float momentum[3], rms, adafactor[3];
+  float step_mult, nominal, weight_decay, exp_mult[3];  // exp_mult 0 where nothing is controlled
+  float direction;                                      // the gradient's weight in the nominal direction
+  int32_t nominal_root, blackbox_root, selfnormalize, aggregate[3], needs_heads, scheduled, safeguard, measure, threads;
+};
+
+struct Part {  // as in cpu.py
+  float* param;
+  const float* grad;
+  float *exp_avg, *exp_avg_sq, *left, *right, *step;
+  int64_t *skipped, *skipped_in_row;
+  int64_t size, A, X, B, Y, C, left_is_row;
+};
+
+struct Scalars {  // as in cpu.py
+  float scale, decay, sign, limit;
+  float factor, momenta[3];  // of blackbox and nominal term; the momenta's weights in the nominal direction
+};
+
+// Tells factor and momenta of each tensor from 4 mean squares and the step of each; other than 0 is a failure.
+typedef int (*Multipliers)();
+
+inline float clamped_rsqrt(float x) { return 1.0f / std::sqrt(x < 1e-9f ? 1e-9f : x); }
+
+float inverse_rms(double squares, int64_t n) { return (float)(1.0 / std::sqrt(1e-5 + squares / n)); }
+
+// What the passes over one tensor hand on.
+struct Work {
+  const Rule& rule;
+  const Part& part;
+  const Scalars& scalars;
+  int64_t n_left, n_right, lines, length, blocks, row_blocks, lines_per_row_block;
+  std::vector<float> left, right;                // 3 new second moments
+  std::vector<float> left_root, right_root;      // 3 factors of gradient and momenta; a diagonal's second 3: momenta's
+  std::vector<float> left_hidden, right_hidden;  // HIDDEN first-layer sums; the bias is in the left ones
+  std::vector<float> right_sums;                 // one row for each row block
+  std::vector<double> grad_sums, partial, head_sums, squares;  // one row for each block
+  std::vector<float> largest;                    // (blocks, DENSE) of the chunks' sums of squares
+  float weights[DENSE][HIDDEN], head_means[HEADS], mean_grad = 0, widest[HIDDEN];
+  float means[4] = {};  // of the squares of the parameter and of momenta * root
+  bool finite = true, proven = false;
+  std::vector<uint8_t> block_finite;
+  VI inner[LANES];  // (c + lane) % C for each c, where C > 1 fits
+
+  Work(const Rule& r, const Part& p, const Scalars& s) : rule(r), part(p), scalars(s) {
+    bool diagonal = !p.A;
+    n_left = diagonal ? p.size : p.A * p.X * p.B * p.C;
+    n_right = diagonal ? 0 : p.A * p.B * p.Y * p.C;
+    lines = diagonal ? 1 : p.A * p.X * p.B;
+    length = p.size / lines;
+    blocks = (p.size + BLOCK - 1) / BLOCK;
+    // Each row block sums columns in a row of its own; there must not be too many of these.
+    lines_per_row_block = diagonal ? 1 : (std::max(4 * BLOCK, 16 * n_right) + length - 1) / length;
+    row_blocks = (lines + lines_per_row_block - 1) / lines_per_row_block;
+    left.resize(3 * n_left), left_root.resize((diagonal ? 6 : 3) * n_left), left_hidden.resize(HIDDEN * n_left);
+    right.resize(3 * n_right), right_root.resize(3 * n_right), right_hidden.resize(HIDDEN * n_right);
+    right_sums.resize(row_blocks * n_right), grad_sums.resize(row_blocks);
+    partial.resize(blocks * DENSE), head_sums.resize(blocks * HEADS), squares.resize(blocks * 4);
+    largest.resize(blocks * DENSE), block_finite.assign(blocks, 1);
+    for (int c = 0; c < p.C && p.C <= LANES; c++)
+      for (int lane = 0, i = c; lane < LANES; lane++, i = i + 1 == p.C ? 0 : i + 1) inner[c][lane] = i;
+  }
+};
+
+// Pass A
+
+void sum_squares(Work& w, int64_t block) {
+  const Part& t = w.part;
+  int64_t first = block * w.lines_per_row_block, last = std::min(w.lines, first + w.lines_per_row_block);
+  double total = 0;
+  for (int64_t line = first; line < last; line++) {
+    const float* g = t.grad + line * w.length;
+    float* right = w.right_sums.data() + block * w.n_right + (line / (t.X * t.B) * t.B + line % t.B) * w.length;
+    float* left = w.left.data() + line * t.C;
+    V sums = {}, phases[LANES];
+    for (int64_t p = 0; p < std::min<int64_t>(t.C, LANES); p++) phases[p] = V{};
+    int phase = 0, forward = (int)(LANES % t.C);
+    for (int64_t i = 0; i < w.length; i += LANES) {
+      int n = (int)std::min<int64_t>(LANES, w.length - i);
+      V x = n == LANES ? load(g + i) : load(g + i, n), square = x * x;
+      sums += x;
+      if (t.C <= LANES) {
+        phases[phase] += square;
+        phase += forward, phase -= phase >= t.C ? (int)t.C : 0;
+      }
+      if (n == LANES)
+        store(right + i, load(right + i) + square);
+      else
+        store(right + i, load(right + i, n) + square, n);
+    }
+    if (t.C == 1) {
+      left[0] = sum(phases[0]);
+    } else if (t.C <= LANES) {
+      float folded[2 * LANES] = {};
+      for (int p = 0; p < t.C; p++) store(folded + p, load(folded + p) + phases[p]);
+      for (int c = 0; c < t.C; c++) left[c] = folded[c];
+      for (int i = (int)t.C, c = 0; i < t.C + LANES; i++, c = c + 1 == t.C ? 0 : c + 1) left[c] += folded[i];
+    } else {
+      for (int64_t c = 0; c < t.C; c++) left[c] = 0;
+      for (int64_t y = 0; y < t.Y; y++)
+        for (int64_t c = 0; c < t.C; c++) left[c] += g[y * t.C + c] * g[y * t.C + c];
+    }
+    total += sum(sums);
+  }
+  w.grad_sums[block] = total;
+}
+
+// New second moments (3, n) from old ones and means of squares, in place of the means; false if one is not finite.
+bool average(const Rule& rule, const float* old, float* means, int64_t n) {
+  for (int k = 2; k >= 0; k--) {  // backwards: the means lie where the first of the three go
+    float decay = rule.adafactor[k], rest = 1 - decay;
+    for (int64_t i = 0; i < n; i++) means[k * n + i] = decay * old[k * n + i] + rest * means[i];
+  }
+  float check = 0;
+#pragma omp simd reduction(+ : check)
+  for (int64_t i = 0; i < 3 * n; i++) check += means[i] * 0;
+  return check == 0;
+}
+
+// First-layer sums of the features that depend on second moments alone: `row` and `other` are their first rows in w0.
+void add_hidden(Work& w, const float* moments, int64_t n, float* hidden, int row, int other) {
+  const float* w0 = w.rule.weights;
+  for (int k = 0; k < 3; k++) {
+    const float* v = moments + k * n;
+    double squares = 0, inverse_squares = 0;
+#pragma omp simd reduction(+ : squares, inverse_squares)
+    for (int64_t i = 0; i < n; i++) {
+      float inverse = 1 / std::sqrt(v[i] + 1e-8f);
+      squares += v[i] * v[i], inverse_squares += inverse * inverse;
+    }
+    float scale = inverse_rms(squares, n), inverse_scale = inverse_rms(inverse_squares, n);
+    for (int j = 0; j < HIDDEN; j++) {
+      float a = w0[(row + k) * HIDDEN + j], b = w0[(row + k + 6) * HIDDEN + j];
+      if (other) a += w0[(other + k) * HIDDEN + j], b += w0[(other + k + 6) * HIDDEN + j];
+      a *= scale, b *= inverse_scale;
+      float* h = hidden + j * n;
+      for (int64_t i = 0; i < n; i++) h[i] += a * v[i] + b / std::sqrt(v[i] + 1e-8f);
+    }
+  }
+  for (int j = 0; j < HIDDEN; j++) {
+    float high = 0;
+#pragma omp simd reduction(max : high)
+    for (int64_t i = 0; i < n; i++) high = std::max(high, std::fabs(hidden[j * n + i]));
+    w.widest[j] += high;
+  }
+}
+
+void vectors(Work& w) {
+  const Part& t = w.part;
+  const Rule& rule = w.rule;
+  float bias[HIDDEN], step = *t.step;
+  for (int j = 0; j < HIDDEN; j++) {
+    bias[j] = rule.weights[FEATURES * HIDDEN + j], w.widest[j] = 0;
+    for (int i = 0; i < 11; i++)
+      bias[j] += std::tanh(step / TIMESCALES[i] - 1) * rule.weights[(CHANNELS + i) * HIDDEN + j];
+    std::fill_n(w.left_hidden.begin() + j * w.n_left, w.n_left, bias[j]);
+  }
+  int64_t nl = w.n_left, nr = w.n_right;
+  float *left = w.left.data(), *right = w.right.data();
+  if (!t.A) {
+    double total = 0;
+    for (int64_t i = 0; i < nl; i++) left[i] = t.grad[i] * t.grad[i] + 1e-30f, total += t.grad[i];
+    w.mean_grad = w.scalars.sign * (float)(total / t.size);
+    w.finite = average(rule, t.left, left, nl);
+    float* roots = w.left_root.data();
+    for (int64_t i = 0; i < 3 * nl; i++) roots[i] = clamped_rsqrt(left[i] + 1e-9f);
+    for (int64_t i = 0; i < 3 * nl; i++) roots[3 * nl + i] = 1 / std::sqrt(left[i] + 1e-6f);
+    if (rule.needs_heads) add_hidden(w, left, nl, w.left_hidden.data(), 13, 16);
+    return;
+  }
+  double total = 0;
+  for (int64_t block = 0; block < w.row_blocks; block++) {
+    const float* sums = w.right_sums.data() + block * nr;
+    for (int64_t i = 0; i < nr; i++) right[i] += sums[i];
+    total += w.grad_sums[block];
+  }
+  w.mean_grad = w.scalars.sign * (float)(total / t.size);
+  for (int64_t i = 0; i < nl; i++) left[i] = left[i] / t.Y + 1e-30f;
+  for (int64_t i = 0; i < nr; i++) right[i] = right[i] / t.X + 1e-30f;
+  w.finite = average(rule, t.left, left, nl) & average(rule, t.right, right, nr);
+  std::copy(left, left + 3 * nl, w.left_root.begin());
+  std::copy(right, right + 3 * nr, w.right_root.begin());
+  // The row moments are divided by their mean over the other factored dim.
+  int64_t outer = t.left_is_row ? t.A : t.A * t.B, over = t.left_is_row ? t.X : t.Y;
+  int64_t inner = t.left_is_row ? t.B * t.C : t.C;
+  float* rows = t.left_is_row ? w.left_root.data() : w.right_root.data();
+  for (int64_t a = 0; a < 3 * outer; a++)
+    for (int64_t i = 0; i < inner; i++) {
+      float* r = rows + a * over * inner + i;
+      double mean = 0;
+      for (int64_t x = 0; x < over; x++) mean += r[x * inner];
+      float divisor = (float)(mean / over) + 1e-9f;
+      for (int64_t x = 0; x < over; x++) r[x * inner] /= divisor;
+    }
+  for (float& x : w.left_root) x = clamped_rsqrt(x);
+  for (float& x : w.right_root) x = clamped_rsqrt(x);
+  if (rule.needs_heads) {
+    add_hidden(w, left, nl, w.left_hidden.data(), t.left_is_row ? 13 : 16, 0);
+    add_hidden(w, right, nr, w.right_hidden.data(), t.left_is_row ? 16 : 13, 0);
+  }
+}
+
+// A chunk's left and right vectors, one value for each coordinate.
+struct Expanded {
+  float grad_root[3][CHUNK], momentum_root[3][CHUNK], hidden[HIDDEN][CHUNK];
+};
+
+// out = combine(left, right) for K pairs of vectors, along `run` coordinates of a line, the first of which is number
+// `c` of the inner dims. Vectors follow each other at distances nl, nr and CHUNK.
+template <int K, typename Combine>
+inline void along_line(const float* left, int64_t nl, const float* right, int64_t nr, float* out, int64_t run,
+                       int64_t C, int c, VI index, Combine combine) {
+  if (C == 1) {
+    for (int k = 0; k < K; k++) {
+      float first = left[k * nl];
+      for (int64_t i = 0; i < run; i++) out[k * CHUNK + i] = combine(first, right[k * nr + i]);
+    }
+  } else if (C <= LANES) {
+    V tables[K];
+    for (int k = 0; k < K; k++) tables[k] = load(left + k * nl, (int)C);
+    int forward = LANES % (int)C, period = (int)C;
+    int64_t i = 0;
+    for (; i + LANES <= run; i += LANES) {
+      for (int k = 0; k < K; k++)
+        store(out + k * CHUNK + i, combine(permuted(tables[k], index), load(right + k * nr + i)));
+      index += forward;
+      index -= (index >= period) & period;
+    }
+    int rest = (int)(run - i);
+    for (int k = 0; rest && k < K; k++)
+      store(out + k * CHUNK + i, combine(permuted(tables[k], index), load(right + k * nr + i, rest)), rest);
+  } else {
+    for (int64_t i = 0; i < run; c = 0) {
+      int64_t m = std::min(C - c, run - i);
+      for (int k = 0; k < K; k++)
+        for (int64_t x = 0; x < m; x++) out[k * CHUNK + i + x] = combine(left[k * nl + c + x], right[k * nr + i + x]);
+      i += m;
+    }
+  }
+}
+
+void expand(const Work& w, int64_t start, int n, Expanded& out, bool with_hidden) {
+  int64_t nl = w.n_left, nr = w.n_right, C = w.part.C;
+  auto times = [](auto a, auto b) { return a * b; };
+  auto plus = [](auto a, auto b) { return a + b; };
+  for (int64_t at = start; w.part.A && at < start + n;) {
+    int64_t line = at / w.length, offset = at % w.length, run = std::min(w.length - offset, start + n - at);
+    int64_t l = line * C, r = (line / (w.part.X * w.part.B) * w.part.B + line % w.part.B) * w.length + offset;
+    int c = (int)(offset % C);
+    VI index = {};
+    if (1 < C && C <= LANES) index = w.inner[c];
+    int64_t to = at - start;
+    along_line<3>(&w.left_root[l], nl, &w.right_root[r], nr, out.grad_root[0] + to, run, C, c, index, times);
+    if (with_hidden)
+      along_line<HIDDEN>(&w.left_hidden[l], nl, &w.right_hidden[r], nr, out.hidden[0] + to, run, C, c, index, plus);
+    at += run;
+  }
+  if (!w.part.A) {
+    for (int k = 0; k < 3; k++) {
+      std::memcpy(out.grad_root[k], &w.left_root[k * nl + start], 4 * n);
+      std::memcpy(out.momentum_root[k], &w.left_root[(3 + k) * nl + start], 4 * n);
+    }
+    for (int j = 0; with_hidden && j < HIDDEN; j++) std::memcpy(out.hidden[j], &w.left_hidden[j * nl + start], 4 * n);
+  }
+  int padded = (n + LANES - 1) / LANES * LANES;  // nothing left over from before gets into the last vector
+  for (int i = n; i < padded; i++) {
+    for (int k = 0; k < 3; k++) out.grad_root[k][i] = out.momentum_root[k][i] = 0;
+    for (int j = 0; j < HIDDEN; j++) out.hidden[j][i] = 0;
+  }
+}
+
+}  // namespace
