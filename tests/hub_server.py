@@ -48,6 +48,9 @@ class Hub:
         self.status: int | None = None  # answer with this HTTP status
         self.status_of = "/"  # what begins with this
         self.claimed_size: dict[str, int] = {}  # file name -> the size that the server claims
+        self.lies: dict[str, dict[str, str]] = {}  # file name -> headers in place of the true ones
+        self.sent_instead: dict[str, bytes] = {}  # file name or sha256 -> what is sent in place of the data
+        self.authorized: list[tuple[str, str]] = []  # host and path of what came with a token
         self.url = ""
 
     def sent(self, method: str, ending: str) -> int:
@@ -113,6 +116,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _handle(self) -> None:
         path = urlsplit(self.path).path
         self.hub.requests.append((self.command, path, self.headers.get("User-Agent", "")))
+        if "Authorization" in self.headers:
+            self.hub.authorized.append((self.headers.get("Host", "").partition(":")[0], path))
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         try:
             if self.hub.status is not None and path.startswith(self.hub.status_of):
@@ -120,7 +125,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._authorize()
             self._route(path, body)
         except _Answer as answer:
-            headers = {"X-Error-Code": answer.code, "X-Error-Message": answer.message}
+            lies = self.hub.lies.get(path.rpartition("/")[2], {})
+            headers = {"X-Error-Code": answer.code, "X-Error-Message": answer.message, **lies}
             self._send(answer.status, b"", {name: value for name, value in headers.items() if value})
 
     def _authorize(self) -> None:
@@ -248,17 +254,23 @@ class _Handler(BaseHTTPRequestHandler):
         if (data := repo.commits[sha].get(name)) is None:
             raise _Answer(404, "EntryNotFound")
         etag = hashlib.sha256(data).hexdigest()
-        headers = {"X-Repo-Commit": sha, "ETag": f'"{etag}"'}
+        lies = self.hub.lies.get(name, {})
+        headers = {"X-Repo-Commit": sha, "ETag": f'"{etag}"', **lies}
         size = self.hub.claimed_size.get(name, len(data))
+        if self.command == "GET" and name in self.hub.sent_instead:
+            data = self.hub.sent_instead[name]
+            return self._send(200, data, headers)
+        if "Location" in lies:
+            return self._send(302, b"", headers)
         if etag not in self.hub.blobs:
             return self._send(200, data, headers, size)
         # Another host, as the real Hub's storage is: the client follows redirects on the same host and loses the sha.
         location = f"{self.hub.url.replace('127.0.0.1', 'localhost')}/_lfs/{etag}"
         linked = {"X-Linked-ETag": f'"{etag}"', "X-Linked-Size": str(size), "Location": location}
-        return self._send(302, b"", {**headers, **linked})
+        return self._send(302, b"", {**headers, **linked, **lies})
 
     def _lfs_get(self, body: bytes, oid: str) -> None:
-        self._send(200, self.hub.blobs[oid], {"ETag": f'"{oid}"'})
+        self._send(200, self.hub.sent_instead.get(oid, self.hub.blobs[oid]), {"ETag": f'"{oid}"'})
 
     def _json(self, value: Any, status: int = 200) -> None:
         self._send(status, json.dumps(value).encode(), {"Content-Type": "application/json"})

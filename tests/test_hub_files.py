@@ -1,14 +1,17 @@
 """A rule's files: round trips, hostile files, and errors in the middle of saving."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
 import pickle
+import signal
 import struct
 import tempfile
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lightning_lopt as lopt
-from lightning_lopt.hub import files
 from lightning_lopt.rules import REGISTRY, RuleConfig, UpdateRule
 
 KINDS = sorted(REGISTRY)
@@ -104,7 +106,8 @@ def test_what_is_written(folder: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     text = (folder / "config.json").read_text()
     config = json.loads(text)
-    assert config.keys() == {"format_version", "kind", "config", "library_version"}
+    assert config.keys() == {"format_version", "kind", "config", "library_version", "sha256"}
+    assert config["sha256"] == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert (config["format_version"], config["kind"]) == (1, "star")
     assert config["library_version"] == lopt.__version__
     assert config["config"].keys() == {field.name for field in dataclasses.fields(lopt.rules.STARConfig)}
@@ -261,6 +264,79 @@ def test_a_directory_in_the_place_of_a_file_leaves_what_was_there(folder: Path) 
     with pytest.raises(OSError, match=r"README\.md"):
         lopt.save_rule(lopt.rules.make("blackbox"), folder)
     assert contents(folder) == before
+
+
+def save_and_be_killed(rule: UpdateRule, folder: Path, kill_at: int) -> int:
+    """Save in a process that is killed just before its system call number `kill_at`; how it ended."""
+    if (child := os.fork()) == 0:
+        count = iter(range(99))
+
+        def killing(call: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
+            if next(count) == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*arguments, **more)
+
+        for name in ("mkdir", "fsync", "replace"):
+            setattr(os, name, partial(killing, getattr(os, name)))
+        lopt.save_rule(rule, folder)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def old_new_or_refused(folder: Path, old: UpdateRule, new: UpdateRule) -> str:
+    try:
+        loaded = lopt.load_rule(folder)
+    except ValueError as error:
+        return str(error)
+    is_old = torch.equal(loaded.state_dict()["w0"], old.state_dict()["w0"])
+    assert_equal(loaded, old if is_old else new)
+    return "old" if is_old else "new"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("kind", ["star", "blackbox"])
+def test_a_kill_at_any_point_of_saving_leaves_no_mixture_that_loads(kind: str, tmp_path: Path) -> None:
+    old, new = lopt.rules.make("star"), lopt.rules.make(kind, step_mult=0.5)
+    found = []
+    for kill_at in range(99):
+        folder = lopt.save_rule(old, tmp_path / str(kill_at))
+        ending = save_and_be_killed(new, folder, kill_at)
+        found.append(old_new_or_refused(folder, old, new))
+        if ending == 0:
+            break
+        assert ending == -signal.SIGKILL
+        if found[-1] not in ("old", "new"):
+            (before,) = folder.glob(".saving-*/old")
+            assert f"A save was killed: copy back what lies in {before.relative_to(folder)}, or" in found[-1]
+            for path in before.iterdir():
+                os.replace(path, folder / path.name)
+            assert old_new_or_refused(folder, old, new) == "old"
+    # Before the first rename the old rule, between the first and the second neither, then the new one.
+    assert kill_at == 10
+    assert found[:8] == ["old"] * 8
+    assert found[8] not in ("old", "new")
+    assert found[9:] == ["new"] * 2
+
+
+def test_files_without_a_digest_load(folder: Path) -> None:
+    expected = lopt.load_rule(folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["sha256"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert_equal(lopt.load_rule(folder), expected)
+    (folder / "model.safetensors").write_bytes(SOUND)
+    lopt.load_rule(folder)
+
+
+def test_other_weights_than_those_of_the_configuration_are_refused(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(SOUND)
+    assert "is not the file that config.json was saved with" in refusal(folder)
+
+
+@pytest.mark.parametrize("digest", ["", "0" * 63, "G" * 64, "0" * 64 + "\n", 1, ["0" * 64], {"a": 1}], ids=str)
+def test_a_digest_that_is_none_is_refused(digest: Any, folder: Path) -> None:
+    (folder / "config.json").write_bytes(config_with(sha256=digest))
+    assert "64 hexadecimal digits" in refusal(folder)
 
 
 def test_other_files_are_left_alone(folder: Path) -> None:
@@ -471,10 +547,10 @@ def test_a_hostile_weights_file_is_refused(case: str, folder: Path) -> None:
     assert_match(refusal(folder), part)
 
 
-def test_weights_above_64_mib_are_not_read(folder: Path) -> None:
+def test_weights_above_16_mib_are_not_read(folder: Path) -> None:
     with (folder / "model.safetensors").open("wb") as file:
-        file.truncate((64 << 20) + 1)  # a sparse file
-    assert "at most 67108864 are allowed" in refusal(folder)
+        file.truncate((16 << 20) + 1)  # a sparse file
+    assert "at most 16777216 are allowed" in refusal(folder)
 
 
 class Payload:
@@ -539,93 +615,3 @@ def test_a_message_stays_short_in_a_deep_directory(tmp_path: Path) -> None:
     deep = tmp_path.joinpath(*["d" * 50] * 10)
     deep.mkdir(parents=True)
     assert "config.json: is missing" in refusal(deep)
-
-
-# Any file at all
-
-
-def mutated(sound: bytes) -> st.SearchStrategy[bytes]:
-    """The bytes of a sound file after a few replacements, insertions and deletions."""
-    piece = st.binary(max_size=8) | st.sampled_from(
-        [b'"', b"{", b"}", b"[", b"]", b",", b"-", b"9", b"0", b"1e9", b"null"]
-    )
-    edit = st.tuples(st.integers(0, len(sound)), st.integers(0, 12), piece)
-
-    def apply(edits: list[tuple[int, int, bytes]]) -> bytes:
-        data = sound
-        for start, length, piece in edits:
-            data = data[:start] + piece + data[start + length :]
-        return data
-
-    return st.lists(edit, min_size=1, max_size=4).map(apply)
-
-
-def assert_loads_or_is_refused(folder: str, name: str, data: bytes, expected: UpdateRule) -> None:
-    Path(folder, name).write_bytes(data)
-    try:
-        rule = lopt.load_rule(Path(folder))
-    except ValueError as error:
-        message = str(error)
-    else:
-        message = "fine"
-        shapes = {key: tensor.shape for key, tensor in expected.state_dict().items()}
-        assert {key: tensor.shape for key, tensor in rule.state_dict().items()} == shapes
-        assert all(tensor.isfinite().all() for tensor in rule.state_dict().values())
-    assert message.isprintable()
-    assert len(message) < 300
-
-
-STAR = lopt.rules.make("star")
-STAR_FILES = files.serialize(STAR)
-HEADER_LENGTH = int.from_bytes(STAR_FILES["model.safetensors"][:8], "little")
-
-
-@pytest.fixture(scope="module")
-def scratch(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tmp_path_factory.mktemp("scratch"))
-
-
-def write_sound(scratch: str) -> None:
-    for name, data in STAR_FILES.items():
-        Path(scratch, name).write_bytes(data)
-
-
-@given(data=mutated(STAR_FILES["config.json"]))
-@settings(max_examples=300)
-def test_a_mutated_configuration_loads_or_is_refused(data: bytes, scratch: str) -> None:
-    write_sound(scratch)
-    assert_loads_or_is_refused(scratch, "config.json", data, STAR)
-
-
-@given(data=mutated(STAR_FILES["model.safetensors"]))
-@settings(max_examples=300)
-def test_mutated_weights_load_or_are_refused(data: bytes, scratch: str) -> None:
-    write_sound(scratch)
-    assert_loads_or_is_refused(scratch, "model.safetensors", data, STAR)
-
-
-@given(header=mutated(STAR_FILES["model.safetensors"][8 : 8 + HEADER_LENGTH]))
-@settings(max_examples=300)
-def test_a_mutated_header_of_the_right_length_loads_or_is_refused(header: bytes, scratch: str) -> None:
-    """With a mutated length most files would be refused before their header is read."""
-    write_sound(scratch)
-    data = struct.pack("<Q", len(header)) + header + STAR_FILES["model.safetensors"][8 + HEADER_LENGTH :]
-    assert_loads_or_is_refused(scratch, "model.safetensors", data, STAR)
-
-
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=4), children, max_size=3),
-    max_leaves=6,
-)
-star_keys = st.sampled_from([field.name for field in dataclasses.fields(lopt.rules.STARConfig)])
-
-
-@given(
-    config=st.dictionaries(star_keys | st.text(max_size=5), json_values, max_size=3), version=st.just(1) | json_values
-)
-@settings(max_examples=300)
-def test_any_values_in_the_configuration_load_or_are_refused(config: Any, version: Any, scratch: str) -> None:
-    write_sound(scratch)
-    data = json.dumps({"format_version": version, "kind": "star", "config": config}).encode()
-    assert_loads_or_is_refused(scratch, "config.json", data, STAR)

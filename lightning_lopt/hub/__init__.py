@@ -82,6 +82,9 @@ def load_rule(
 def save_rule(rule: UpdateRule, directory: str | Path, *, card: str | None = None) -> Path:
     """Write a rule's three files into `directory`, all or none: after an error there is what was there before.
 
+    Where the process is killed between two renames, `load_rule` refuses the mixture and names the folder in which the
+    files of before are kept.
+
     Args:
         rule: a rule of a registered kind, with finite floating-point meta-parameters. Their dtype is kept.
         directory: made if it does not exist; other files in it are left alone, an old card is replaced.

@@ -3,22 +3,26 @@
 Nothing that is read is ever executed: no pickle, and a kind is looked up in `rules.REGISTRY`, never imported. Sizes are
 bounded before anything is parsed, and the header of the weights must name exactly the tensors that the configuration
 asks for before their data are read. What is wrong with a file is a `ValueError` of one line.
+
+Three files cannot be renamed at once. A process killed between two renames leaves new weights beside an old
+configuration: config.json therefore names the sha256 of the weights that it belongs to.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
-import io
 import json
 import math
 import os
+import re
 import reprlib
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import safetensors.torch
 import torch
@@ -28,9 +32,17 @@ from lightning_lopt.rules import REGISTRY, Source, UpdateRule
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-MAX_BYTES = {CONFIG: 64 << 10, WEIGHTS: 64 << 20}
+MAX_BYTES = {CONFIG: 64 << 10, WEIGHTS: 16 << 20}  # while it loads a rule takes some five times its weights
 MAX_HEADER_BYTES = 1 << 20
 DTYPES = ("F16", "BF16", "F32", "F64")
+_STAGING = ".saving-"  # begins the name of the folder in which save_rule lays out its files
+
+
+class Template(NamedTuple):
+    """What a config.json describes."""
+
+    rule: UpdateRule  # on the meta device: shapes at no memory
+    sha256: str | None  # of the weights that it was saved with; None in files of before there was one
 
 
 def library_version() -> str:
@@ -57,16 +69,15 @@ def check_size(size: int, name: str, file: str) -> None:
         raise _refusal(file, f"has {size} bytes; at most {MAX_BYTES[name]} are allowed", "It is no rule's file.")
 
 
-def read_config(path: Path, file: str) -> UpdateRule:
-    """The rule that a config.json describes, on the meta device: shapes at no memory. `file` is its name in errors."""
+def read_config(path: Path, file: str) -> Template:
+    """What a config.json describes. `file` is its name in errors."""
     with _open(path, file) as stream:
         return _parse_config(stream.read(), file)
 
 
-def _parse_config(data: bytes, file: str) -> UpdateRule:
-    """The rule on the meta device: its kind, its configuration and its tensors' shapes, at no memory."""
+def _parse_config(data: bytes, file: str) -> Template:
     spec = _parse_json(data, file)
-    version, kind, values = (spec.get(key) for key in ("format_version", "kind", "config"))
+    version, kind, values, sha256 = (spec.get(key) for key in ("format_version", "kind", "config", "sha256"))
     if type(version) is not int or version < 1:
         raise _refusal(file, f"format_version={show(version)}; allowed is {FORMAT_VERSION}", "It is no rule's file.")
     if version > FORMAT_VERSION:
@@ -79,9 +90,11 @@ def _parse_config(data: bytes, file: str) -> UpdateRule:
         raise _refusal(file, what, "Upgrade lightning_lopt, or register your own kind first.")
     if not isinstance(values, dict):
         raise _refusal(file, f"config={show(values)}; allowed is an object", "It is no rule's file.")
+    if sha256 is not None and not (isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256)):
+        raise _refusal(file, f"sha256={show(sha256)}; allowed are 64 hexadecimal digits", "Take another copy.")
     rule, defaults = REGISTRY[kind]
     try:
-        return _make(kind, rule.Config.from_dict({**defaults, **values}), "meta")
+        return Template(_make(kind, rule.Config.from_dict({**defaults, **values}), "meta"), sha256)
     except Exception as error:  # the values are untrusted: whatever a rule's own checks trip over is the file's fault
         raise _refusal(file, f"config of kind {kind!r}: {error}", "Correct or remove the key.") from error
 
@@ -119,27 +132,39 @@ def _parse_json(data: bytes, file: str) -> dict[str, Any]:
     return value
 
 
-def build(template: UpdateRule, weights: Path, file: str, source: Source) -> UpdateRule:
+def build(template: Template, weights: Path, file: str, source: Source) -> UpdateRule:
     """The rule of a template, with the weights of a file that holds exactly its tensors."""
     with _open(weights, file) as stream:
-        tensors = _read_weights(stream, os.fstat(stream.fileno()).st_size, template, file)
-    rule = _make(template.kind, template.config, "cpu")
+        data = stream.read(MAX_BYTES[WEIGHTS] + 1)  # not more, even of a file that grows
+    check_size(len(data), WEIGHTS, file)
+    mixed = template.sha256 is not None and hashlib.sha256(data).hexdigest() != template.sha256
+    what = f"is not the file that {CONFIG} was saved with: its sha256 is another"
+    if mixed and (before := _files_of_before(weights.parent)):
+        raise _refusal(file, what, f"A save was killed: copy back what lies in {before}, or save again.")
+    tensors = _parse_weights(data, template.rule, file)  # whose own refusals say more than that the file is another
+    if mixed:
+        raise _refusal(file, what, "Take both files from the same save, or save the rule again.")
+    rule = _make(template.rule.kind, template.rule.config, "cpu")
     rule.load_state_dict(tensors, strict=True, assign=True)  # assign: keep the file's dtype
     rule.source = source
     return rule
 
 
-def _read_weights(stream: BinaryIO, size: int, template: UpdateRule, file: str) -> dict[str, Tensor]:
-    prefix = stream.read(8)
-    length = int.from_bytes(prefix, "little")
-    if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+def _files_of_before(directory: Path) -> str | None:
+    """The folder in which a killed `replace_files` has left what it was about to replace."""
+    left = sorted(path.parent for path in directory.glob(f"{_STAGING}*/old/{CONFIG}"))
+    return clip(left[-1].relative_to(directory).as_posix(), 60) if left else None
+
+
+def _parse_weights(data: bytes, template: UpdateRule, file: str) -> dict[str, Tensor]:
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > min(MAX_HEADER_BYTES, len(data) - 8):
         raise _refusal(
             file, "is truncated or no safetensors file", "Only safetensors are read, no pickle, .bin or .pt."
         )
-    header = stream.read(length)
-    _check_header(_parse_json(header, file), template, file)
+    _check_header(_parse_json(data[8 : 8 + length], file), template, file)
     try:
-        tensors = safetensors.torch.load(prefix + header + stream.read(size - 8 - length))
+        tensors = safetensors.torch.load(data)
     except Exception as error:  # SafetensorError, or what torch makes of the file; the library names no common class
         raise _refusal(file, f"is no valid safetensors file ({error})", "It is damaged; take another copy.") from error
     for name, tensor in tensors.items():
@@ -198,23 +223,24 @@ def serialize(rule: UpdateRule) -> dict[str, bytes]:
         raise ValueError(
             f"{type(rule).__name__} of kind {rule.kind!r} is not registered; known are {known}. Register it first."
         )
-    spec = {"format_version": FORMAT_VERSION, "kind": rule.kind, "library_version": library_version()}
     # Cloned, since safetensors refuses tensors that share memory.
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in rule.state_dict().items()}
     metadata = {"format": "pt", "lopt_kind": rule.kind, "format_version": str(FORMAT_VERSION)}
+    weights = _sorted_header(safetensors.torch.save(tensors, metadata))
+    spec = {"format_version": FORMAT_VERSION, "kind": rule.kind, "library_version": library_version()}
+    spec |= {"config": rule.config.to_dict(), "sha256": hashlib.sha256(weights).hexdigest()}
     try:
-        config = json.dumps({**spec, "config": rule.config.to_dict()}, indent=2, sort_keys=True, allow_nan=False) + "\n"
+        config = json.dumps(spec, indent=2, sort_keys=True, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"{CONFIG}: the configuration is no JSON ({error}). Use numbers, strings and tuples."
         ) from error
-    weights = _sorted_header(safetensors.torch.save(tensors, metadata))
-    template = _parse_config(config.encode(), CONFIG)
+    template = _parse_config(config.encode(), CONFIG).rule
     if template.config != rule.config:
         raise ValueError(f"{CONFIG}: JSON does not give the configuration back. Use numbers, strings and flat tuples.")
     for name, data in ((CONFIG, config), (WEIGHTS, weights)):
         check_size(len(data), name, name)
-    _read_weights(io.BytesIO(weights), len(weights), template, WEIGHTS)
+    _parse_weights(weights, template, WEIGHTS)
     return {WEIGHTS: weights, CONFIG: config.encode()}
 
 
@@ -229,7 +255,7 @@ def _sorted_header(weights: bytes) -> bytes:
 def replace_files(directory: Path, files: Mapping[str, bytes]) -> None:
     """Write all files beside their places first, then move them there; put the old ones back if that fails."""
     directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as staging:
+    with tempfile.TemporaryDirectory(prefix=_STAGING, dir=directory) as staging:
         new, old = Path(staging, "new"), Path(staging, "old")
         new.mkdir()
         old.mkdir()

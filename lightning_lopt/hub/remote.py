@@ -1,15 +1,21 @@
-"""The Hugging Face Hub: downloads, and its errors as built-in ones of one line that never show a token."""
+"""The Hugging Face Hub: downloads, and its errors as built-in ones of one line that never show a token.
+
+A Hub is believed as little as a file. huggingface_hub makes paths of its cache from the commit and the ETag that a
+server names, and writes whatever the server sends: so both names are looked at first, and a download ends where it is
+longer than a rule's file can be.
+"""
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lightning_lopt.hub.bundle import list_pretrained
-from lightning_lopt.hub.files import check_size, clip, library_version, show
+from lightning_lopt.hub.files import MAX_BYTES, check_size, clip, library_version, show
 
 
 def check_arguments(repo_id: str, refs: Mapping[str, str | None], token: object, endpoint: str | None) -> None:
@@ -51,7 +57,7 @@ def fetch(repo_id: str, name: str, revision: str | None, access: Access) -> Path
         return Path(cached)  # a commit does not change
     with hub_errors(repo_id, revision, endpoint, name):
         # hf_hub_download would fill the disk before it could be asked for the size.
-        if not local_files_only and not _ask_size(repo_id, name, revision, access) and isinstance(cached, str):
+        if not local_files_only and not _ask(repo_id, name, revision, access) and isinstance(cached, str):
             return Path(cached)  # the Hub is out of reach: do not wait for that a second time
         path = hf_hub_download(
             repo_id,
@@ -63,28 +69,74 @@ def fetch(repo_id: str, name: str, revision: str | None, access: Access) -> Path
             token=token,
             local_files_only=local_files_only,
             endpoint=endpoint,
+            **_bounded(name, f"{repo_id}/{name}"),
         )
     return Path(path)
 
 
-def _ask_size(repo_id: str, name: str, revision: str | None, access: Access) -> bool:
-    """Refuse a file that the Hub says is too large; False where the Hub cannot be reached."""
+def _ask(repo_id: str, name: str, revision: str | None, access: Access) -> bool:
+    """Refuse what the Hub says of a file if that cannot be true; False where the Hub cannot be reached."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.constants import HUGGINGFACE_HEADER_X_REPO_COMMIT as COMMIT
     from huggingface_hub.errors import HfHubHTTPError
 
     url = hf_hub_url(repo_id, name, revision=revision, endpoint=access.endpoint)
     try:
-        size = get_hf_file_metadata(
+        answer = get_hf_file_metadata(
             url, token=access.token, library_name="lightning_lopt", library_version=library_version()
-        ).size
-    except HfHubHTTPError:
+        )
+    except HfHubHTTPError as error:
+        _check_words(url, {"commit": getattr(error.response, "headers", {}).get(COMMIT)})
         return True  # it is for hf_hub_download to retry, to take the cached copy or to raise
+    except ValueError:  # an address of a redirect that cannot be taken apart
+        raise ConnectionError(f"The Hub at {_host(url)} gives a redirect to nowhere. Check endpoint=.") from None
     except Exception as error:
         if _is_ours(error):
             raise
         return False
-    check_size(size or 0, name, f"{repo_id}/{name}")
+    _check_words(url, {"commit": answer.commit_hash, "ETag": answer.etag, "redirect": answer.location})
+    check_size(answer.size or 0, name, f"{repo_id}/{name}")
     return True
+
+
+# The first two become names of files in the cache, and must stay in its folder.
+_WORDS = {
+    "commit": "[0-9a-f]{40,64}",
+    "ETag": r"(?!\.+$)[!-.0-\[\]-~]{1,150}",
+    "redirect": r"https?://(\[[0-9a-fA-F:.]+\]|[^\[\]/?#@\s]+)([/?#]\S*)?",
+}
+
+
+def _check_words(url: str, words: Mapping[str, str | None]) -> None:
+    """Refuse a commit, an ETag and an address that are none."""
+    for what, word in words.items():
+        if word is not None and not re.fullmatch(_WORDS[what], word):
+            raise ConnectionError(
+                f"The Hub at {_host(url)} gives the {what} {show(word)}, which is none. Check endpoint=."
+            )
+
+
+def _host(url: str) -> str:
+    return show(url.split("/")[2].rpartition("@")[2])
+
+
+def _bounded(name: str, file: str) -> dict[str, Any]:
+    """The argument by which hf_hub_download counts what comes, and stops at the largest size that is allowed."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined,unused-ignore]
+
+    class Meter(tqdm):  # type: ignore[misc,type-arg,unused-ignore]
+        received = 0
+
+        def update(self, n: float | None = 1) -> Any:
+            self.received += int(n or 0)
+            if self.received > MAX_BYTES[name]:  # chunks are shown here before they are written
+                self.close()
+                check_size(self.received, name, file)
+            return super().update(n)
+
+    # huggingface_hub of before 1.0 has no such argument.
+    return {"tqdm_class": Meter} if "tqdm_class" in inspect.signature(hf_hub_download).parameters else {}
 
 
 @contextmanager

@@ -1,0 +1,81 @@
+"""Training that the disk stops, and checkpoints that are not whole; kills are in examples/soak/interruption.py."""
+
+import errno
+import pickle
+
+import pytest
+import torch
+from fsspec.implementations.local import LocalFileOpener
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning_cases import KNOWN_WARNINGS, fit, learned, weights
+from optimizer_cases import assert_equal
+
+pytestmark = [*KNOWN_WARNINGS, pytest.mark.filterwarnings("ignore:Training stopped because a file could not be")]
+
+
+def run(path, **arguments):
+    saves = ModelCheckpoint(path / "saved", filename="{epoch}", save_top_k=-1)
+    return fit(path, learned(), saves, enable_checkpointing=True, max_epochs=3, **arguments)
+
+
+def fill_the_disk(monkeypatch, after):
+    """Every write after so many files breaks off in its middle."""
+    files, write = [], LocalFileOpener.write
+
+    def full(self, data):
+        if self not in files:
+            files.append(self)
+        if len(files) <= after:
+            return write(self, data)
+        write(self, data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(LocalFileOpener, "write", full)
+
+
+def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(tmp_path, monkeypatch):
+    (tmp_path / "whole").mkdir()
+    whole = run(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        fill_the_disk(patch, after=2)
+        told = r"No space left on device.*ckpt_path= the run goes on from .*epoch=1.ckpt, which is whole"
+        with pytest.warns(UserWarning, match=told), pytest.raises(OSError, match="No space left"):
+            run(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["epoch=0.ckpt", "epoch=1.ckpt"]
+    resumed = run(tmp_path, ckpt_path=tmp_path / "saved" / "epoch=1.ckpt")
+    assert_equal(weights(resumed), weights(whole))
+
+
+def test_a_disk_that_took_nothing_is_told_apart(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        fill_the_disk(patch, after=0)
+        with (
+            pytest.warns(UserWarning, match="has to begin anew: no checkpoint is there"),
+            pytest.raises(OSError, match="space"),
+        ):
+            run(tmp_path)
+    assert list((tmp_path / "saved").iterdir()) == []
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_read_only_directory_is_refused_before_training(exists, tmp_path, monkeypatch):
+    """Lightning itself leaves such checkpoints out without a word."""
+    if exists:
+        (tmp_path / "saved").mkdir()
+    monkeypatch.setattr("os.access", lambda path, mode: not str(path).startswith(str(tmp_path)))
+    with pytest.raises(MisconfigurationException, match="saved: .* is read-only. Pass another directory"):
+        run(tmp_path)
+
+
+def test_no_part_of_a_checkpoint_is_taken_for_the_whole(tmp_path):
+    run(tmp_path)
+    data = (tmp_path / "saved" / "epoch=1.ckpt").read_bytes()
+    torch.load(tmp_path / "saved" / "epoch=1.ckpt", weights_only=True)
+    cut = tmp_path / "cut.ckpt"
+    for length in [0, 1, 100, *range(len(data) // 40, len(data), len(data) // 40), len(data) - 1]:
+        cut.write_bytes(data[:length])
+        with pytest.raises((RuntimeError, EOFError, pickle.UnpicklingError)):
+            torch.load(cut, weights_only=True)
+    with pytest.raises(RuntimeError):
+        run(tmp_path, ckpt_path=cut)
