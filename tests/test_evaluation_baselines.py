@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lightning_lopt.evaluation.baselines import SGDM, Adam, BaselineConfig, NAdamW
+from lightning_lopt.evaluation.baselines import SGDM, Adam, BaselineConfig, NAdamW, RMSProp
 from lightning_lopt.evaluation.runs import Runs
 from lightning_lopt.evaluation.tuning import BASELINES, Grid, RandomSearch
 from lightning_lopt.rules import StepContext
@@ -24,6 +24,8 @@ BASELINES_UNDER_TEST = {
     "adamw": (Adam, {"lr": 1e-2, "weight_decay": 0.1}, torch.optim.AdamW, {"weight_decay": 0.1}),
     "sgd": (SGDM, {"lr": 1e-1, "momentum": 0.0}, torch.optim.SGD, {}),
     "sgdm": (SGDM, {"lr": 1e-1}, torch.optim.SGD, {"momentum": 0.9}),
+    "rmsprop": (RMSProp, {"lr": 1e-3}, torch.optim.RMSprop, {}),
+    "rmsprop-alpha": (RMSProp, {"lr": 1e-3, "alpha": 0.9}, torch.optim.RMSprop, {"alpha": 0.9}),
     "nadam": (NAdamW, {"lr": 1e-2}, nadam, {}),
     "nadamw": (
         NAdamW,

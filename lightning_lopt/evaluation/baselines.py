@@ -1,4 +1,4 @@
-"""Hand-designed optimizers as update rules, for comparison: Adam, AdamW, SGD with momentum, NAdamW.
+"""Hand-designed optimizers as update rules, for comparison: Adam, AdamW, SGD with momentum, RMSProp, NAdamW.
 
 They are no learned rules and have no kind. Their hyper-parameters stand where a learned rule's meta-parameters do, so
 that a whole grid of them times several seeds is one population of the same inner loop (`meta.unroll`) that runs the
@@ -137,6 +137,31 @@ class Adam(HandDesigned):
         correction = 1 - beta1 ** (context.step.double() + 1)
         delta = -(rate / correction).to(grad) * state.exp_avg * inverse
         return delta - (rate * meta_params["weight_decay"]).to(grad) * param, state
+
+
+class RMSPropState(NamedTuple):
+    """State of `RMSProp`."""
+
+    square_avg: Tensor  # (*shape)
+
+
+class RMSProp(HandDesigned):
+    """RMSProp (Tieleman & Hinton 2012): `torch.optim.RMSprop`, without bias correction."""
+
+    DEFAULTS = {**HandDesigned.DEFAULTS, "alpha": 0.99, "eps": 1e-8}
+
+    def init_state(self, param: Tensor) -> RMSPropState:
+        """A zero average."""
+        return RMSPropState(torch.zeros_like(param))
+
+    def update(
+        self, meta_params: Mapping[str, Tensor], grad: Tensor, state: RMSPropState, param: Tensor, context: StepContext
+    ) -> tuple[Tensor, RMSPropState]:
+        """One step."""
+        rate, of_sq = self.learning_rate(meta_params, context), (1 - meta_params["alpha"]).to(grad)
+        square_avg = (1 - of_sq) * state.square_avg + of_sq * grad * grad
+        delta = -rate.to(grad) * grad / (square_avg.sqrt() + meta_params["eps"].to(grad))
+        return delta - (rate * meta_params["weight_decay"]).to(grad) * param, RMSPropState(square_avg)
 
 
 class NAdamState(NamedTuple):

@@ -37,17 +37,17 @@ class Cache:
             return None
         try:
             content = json.loads(self._path(group, key).read_text(encoding="utf-8"))
-            found: dict[str, Any] | None = _map(content["value"], _decoded) if content["key"] == _plain(key) else None
+            found: dict[str, Any] | None = decode(content["value"]) if content["key"] == _plain(key) else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return found
 
     def put(self, group: str, key: dict[str, Any], value: dict[str, Any]) -> dict[str, Any]:
         """Write a result, all of it or nothing, and return it as `get` will: rounded."""
-        encoded = _map(value, _encoded)
+        encoded = encode(value)
         if self.directory is not None:
             self._write(self._path(group, key), json.dumps({"key": _plain(key), "value": encoded}, allow_nan=False))
-        decoded: dict[str, Any] = _map(encoded, _decoded)
+        decoded: dict[str, Any] = decode(encoded)
         return decoded
 
     def _write(self, path: Path, content: str) -> None:
@@ -65,6 +65,16 @@ class Cache:
         assert self.directory is not None
         digest = hashlib.sha256(json.dumps(_plain(key), sort_keys=True).encode()).hexdigest()[:20]
         return self.directory / re.sub(r"[^A-Za-z0-9_.@-]", "_", group) / f"{digest}.json"
+
+
+def encode(value: Any) -> Any:
+    """As JSON has it: dicts, lists, floats of six digits, and None for floats that are not finite."""
+    return _map(value, _encoded)
+
+
+def decode(value: Any) -> Any:
+    """What `encode` made, with NaN for None."""
+    return _map(value, _decoded)
 
 
 def _plain(key: dict[str, Any]) -> Any:

@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=150)  # a file or a pipe has room
-    with _progress(console) as progress:
+    with progress_bar(console) as progress:
         results = evaluate(arguments.rule, _cases(arguments), baselines, options=options, progress=progress)
     for table in report.tables(results):
         console.print(table)
@@ -83,7 +83,7 @@ def _cases(arguments: argparse.Namespace) -> list[Case]:
 
 
 @contextmanager
-def _progress(console: Console) -> Iterator[Progress]:
+def progress_bar(console: Console) -> Iterator[Progress]:
     """A bar on a terminal; elsewhere a line for each population that has been run."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 

@@ -30,6 +30,7 @@ BASELINE_LOOKS = {
     "adamw": Look("#009E73", "--", 1.6, "^"),
     "sgdm": Look("#999999", "-.", 1.2, "v"),
     "nadamw": Look("#CC79A7", "-.", 1.4, "D"),
+    "rmsprop": Look("#882255", ":", 1.6, "<"),
     DEFAULT_ADAM: Look("#999999", ":", 1.2, "x"),
     "hyperparam": Look("#56B4E9", "--", 1.4, "P"),
 }
@@ -95,7 +96,7 @@ def _curve_panel(panel: Axes, results: Results, case: Case, drawn: list[str]) ->
     panel.xaxis.set_major_locator(_ticker().MaxNLocator(4, steps=(1, 2, 2.5, 5, 10)))
     panel.xaxis.set_major_formatter(_ticker().StrMethodFormatter("{x:,.0f}"))
     panel.set_title(f"{case.task}, {case.steps:,} steps", fontsize=9)
-    _tidy(panel)
+    tidy(panel)
 
 
 def _smooth(curve: list[float], reach: int = 2) -> list[float]:
@@ -170,10 +171,11 @@ def _ratio_panel(panel: Axes, results: Results, measure: str, reference: str, dr
     panel.set_xscale("log")
     _number_axis(panel.xaxis, panel.get_xlim(), least=4)
     panel.set_xlabel(f"{measure} training loss / {REFERENCES[reference]}'s   (left of 1 is better)")
-    _tidy(panel)
+    tidy(panel)
 
 
-def _tidy(panel: Axes) -> None:
+def tidy(panel: Axes) -> None:
+    """Take away what is not needed."""
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(True, which="major", color="0.9", linewidth=0.6)
     panel.set_axisbelow(True)

@@ -13,7 +13,15 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from lightning_lopt.evaluation.baselines import SGDM, Adam, BaselineConfig, HandDesigned, Hyperparameters, NAdamW
+from lightning_lopt.evaluation.baselines import (
+    SGDM,
+    Adam,
+    BaselineConfig,
+    HandDesigned,
+    Hyperparameters,
+    NAdamW,
+    RMSProp,
+)
 from lightning_lopt.evaluation.runs import Runs
 
 MEASURES = {"final": "tail", "mean": "mean"}
@@ -162,6 +170,7 @@ BASELINES = {
     "adam": Baseline("tuned Adam", Adam, Grid()),
     "adamw": Baseline("tuned AdamW + cosine", Adam, Grid(decays=4), "cosine"),
     "sgdm": Baseline("tuned SGD momentum", SGDM, Grid(highest=2)),
+    "rmsprop": Baseline("tuned RMSProp", RMSProp, Grid()),
     "nadamw": Baseline("searched NAdamW + cosine", NAdamW, RandomSearch(_NADAMW), "cosine"),
 }
 """The optimizers that rules are compared with, by name."""

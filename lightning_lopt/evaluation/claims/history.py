@@ -1,0 +1,374 @@
+"""The evidence of chapter 3 of Shahid's thesis: MNG, k Timesteps and k Momentums (figures 3.3 to 3.9, table 3.1).
+
+The thesis gives curves without numbers, so that most checks are what its text says of them. The weights are those that
+this package ships. Runs on MNIST are of few epochs, where the thesis has 50: each claim's setup says how many.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_lopt.evaluation.baselines import Adam
+from lightning_lopt.evaluation.claims.base import Check, Claim, Measured, at_least, at_most, below
+from lightning_lopt.evaluation.claims.lab import Lab
+from lightning_lopt.evaluation.claims.plots import Curve, draw_curves
+from lightning_lopt.evaluation.compare import fingerprint
+from lightning_lopt.evaluation.runs import Runs, run
+from lightning_lopt.evaluation.tuning import BASELINES, Grid, Trial
+from lightning_lopt.hub import load_rule
+from lightning_lopt.meta.unroll import Unroll
+from lightning_lopt.rules import NormalizedHistory, UpdateRule, make
+from lightning_lopt.tasks import make as make_task
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+THESIS = "Shahid 2017, Learning to Optimize Deep Neural Networks (master thesis, Freiburg)"
+EPOCH = 429  # steps of 55,000 examples in batches of 128
+RATES = (1e-3, 1e-2, 1e-1)
+SETTING = Mapping[str, Tensor]
+
+
+def losses(rule: UpdateRule, settings: Sequence[SETTING], task_name: str, steps: int, runs: int, seed: int) -> Tensor:
+    """(settings, runs, steps) training losses before each update, at most twice the first, all from the same starts."""
+    task, generator = make_task(task_name), torch.Generator().manual_seed(seed)
+    unroll, sides, rows = Unroll(rule, task, "raw"), len(settings), []
+    stacked = {name: torch.stack([setting[name].detach() for setting in settings]) for name in settings[0]}
+    population = {name: values.repeat_interleave(runs, 0) for name, values in stacked.items()}
+    with torch.no_grad():
+        inner = unroll.start(generator, torch.full((runs,), steps), sides=sides)
+        for _ in range(steps):
+            inner, record, _ = unroll.slot(population, inner, generator, _no_reset, sides=sides, batched=True)
+            rows.append(record.losses)
+    found = torch.stack(rows, 1)  # (sides * runs, steps)
+    found = torch.nan_to_num(found, nan=torch.inf).minimum(2 * found[:, :1])
+    return found.reshape(sides, runs, steps).double()
+
+
+def curves(
+    lab: Lab, rules: Mapping[str, tuple[UpdateRule, SETTING]], task_name: str, steps: int, starts: int = 1
+) -> dict[str, list[Tensor]]:
+    """Training losses of rules with meta-parameters, each from the same starts on the same batches.
+
+    Args:
+        lab: keeps them.
+        rules: name -> rule and meta-parameters. What has the very same rule is run side by side.
+        task_name: what they are run on.
+        steps: length of the runs.
+        starts: runs for each seed, of whose losses the geometric mean is taken.
+
+    Returns:
+        Name -> for each seed (steps,).
+    """
+    together: dict[UpdateRule, list[str]] = {}
+    for name, (rule, _) in rules.items():
+        together.setdefault(rule, []).append(name)
+    found: dict[str, list[Tensor]] = {}
+    for number, (rule, names) in enumerate(together.items()):
+        lab.progress(f"{task_name} {', '.join(names)}", number + 1, len(together))
+        settings = [rules[name][1] for name in names]
+        plain = [{k: v.tolist() for k, v in setting.items()} for setting in settings] if isinstance(rule, Adam) else []
+        key = {"rule": fingerprint(rule), "settings": plain, "task": task_name, "steps": steps}
+        key |= {"seeds": len(lab.seeds), "starts": starts}
+
+        def compute(rule: UpdateRule = rule, settings: Sequence[SETTING] = settings) -> dict[str, Any]:
+            rows = losses(rule, settings, task_name, steps, len(lab.seeds) * starts, seed=0)
+            logs = rows.clamp(min=1e-30).log().reshape(len(settings), len(lab.seeds), starts, steps).mean(2)
+            return {"losses": logs.exp().tolist()}
+
+        rows = lab.piece("losses", key, compute)["losses"]
+        found |= {name: list(torch.tensor(row, dtype=torch.float64)) for name, row in zip(names, rows, strict=True)}
+    return found
+
+
+def adams(settings: Mapping[str, Mapping[str, float]]) -> dict[str, tuple[UpdateRule, SETTING]]:
+    """Adam with several settings, by name, for `curves`."""
+    rule = Adam()
+    return {name: (rule, Adam(None, **setting).meta_params()) for name, setting in settings.items()}
+
+
+def learned(name: str, rule: UpdateRule) -> dict[str, tuple[UpdateRule, SETTING]]:
+    """A rule as it is, for `curves`."""
+    return {name: (rule, rule.meta_params())}
+
+
+def means(found: Mapping[str, Sequence[Tensor]], what: str = "mean loss", last: int | None = None) -> dict[str, Any]:
+    """The mean over the steps, or over the last so many, of each seed; by "<what> of <name>"."""
+    start = -last if last else 0
+    return {f"{what} of {name}": [float(row[start:].mean()) for row in rows] for name, rows in found.items()}
+
+
+def draw(title: str, measured: Measured) -> Figure:
+    """Losses over steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    panel = figure.subplots()
+    rows = [Curve(name, measured.data["steps"], seeds) for name, seeds in measured.data["curves"].items()]
+    draw_curves(panel, rows)
+    panel.set_xlabel("steps")
+    panel.set_ylabel("training loss")
+    panel.set_title(title, fontsize=10)
+    panel.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def data(found: Mapping[str, Sequence[Tensor]], points: int = 100) -> dict[str, Any]:
+    """What `draw` draws: means over stretches of steps."""
+    total = len(next(iter(found.values()))[0])
+    stretches = torch.arange(total).tensor_split(min(points, total))
+    rows = {name: [[float(row[s].mean()) for s in stretches] for row in seeds] for name, seeds in found.items()}
+    return {"steps": [float(stretch.double().mean()) for stretch in stretches], "curves": rows}
+
+
+def _no_reset(number: int) -> Tensor:
+    raise AssertionError("A run ended before its last step.")
+
+
+# --- Figures 3.3 and 3.4: sum of squares ---
+
+ETAS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-7)
+
+
+def _squares(lab: Lab) -> Measured:
+    rules = adams({f"Adam {rate:g}": {"lr": rate} for rate in RATES})
+    for eta in ETAS:
+        rules |= learned(f"MNG {eta:g}", make("mng", eta_min=eta))
+    found = curves(lab, rules, "sum-of-squares", lab.pick(1000, 201))
+    ours, numbers = found["MNG 0.001"], {}
+    for rate in RATES:
+        theirs = zip(ours, found[f"Adam {rate:g}"], strict=True)
+        above = [float((a >= b)[50:201].sum()) for a, b in theirs]
+        numbers[f"steps from 50 to 200 where MNG is not below Adam {rate:g}"] = above
+    numbers |= {name: [float(row.sum()) for row in rows] for name, rows in found.items()}
+    numbers = {(f"summed loss of {key}" if key in found else key): row for key, row in numbers.items()}
+    numbers["MNG 1e-07, last / first loss"] = [float(row[-1] / row[0]) for row in found["MNG 1e-07"]]
+    numbers |= {f"last loss of {name}": [float(row[-1]) for row in found[name]] for name in ("MNG 0.001", "Adam 0.1")}
+    return Measured(numbers, data(found))
+
+
+def _signs(lab: Lab) -> Measured:
+    rules: dict[str, tuple[UpdateRule, SETTING]] = {}
+    for eta in ETAS[:3]:
+        rules |= learned(f"MNG {eta:g}", make("mng", eta_min=eta))
+        rules |= learned(f"signs {eta:g}", make("mng", eta_min=eta, sign_only=True))
+    found = curves(lab, rules, "sum-of-squares", lab.pick(1000, 200))
+    return Measured(means(found) | means(found, "last loss", last=1), data(found))
+
+
+# --- Figure 3.5: Rosenbrock; figure 3.6: MNIST ---
+
+
+def _rosenbrock(lab: Lab) -> Measured:
+    rules = adams({f"Adam {rate:g}": {"lr": rate} for rate in RATES})
+    for eta in (1e-3, 1e-4, 1e-5):
+        rules |= learned(f"MNG {eta:g}", make("mng", eta_min=eta))
+    found = curves(lab, rules, "rosenbrock-thesis", lab.pick(3000, 300), starts=16)
+    numbers = means(found, "last loss", last=100)
+    for kind in ("Adam", "MNG"):
+        rows = [row for name, row in numbers.items() if kind in name]
+        numbers[f"best last loss of {kind}"] = [min(row) for row in zip(*rows, strict=True)]
+    return Measured(numbers, data(found))
+
+
+def _mnist(lab: Lab) -> Measured:
+    rules = adams({f"Adam {rate:g}": {"lr": rate} for rate in RATES})
+    for eta in (1e-4, 1e-3, 1e-2):
+        rules |= learned(f"MNG {eta:g}", make("mng", k=10, eta_min=eta))
+    found = curves(lab, rules, "mnist-mlp", lab.pick(2 * EPOCH, 40))
+    numbers = means(found)
+    for kind in ("Adam", "MNG"):
+        rows = [row for name, row in numbers.items() if kind in name]
+        numbers[f"best mean loss of {kind}"] = [min(row) for row in zip(*rows, strict=True)]
+    return Measured(numbers, data(found))
+
+
+# --- Table 3.1 ---
+
+TABLE = (  # gradients, oldest first, and the step that the thesis's rule takes
+    ((1.0, 1.0, 1.0, 1.0, 1.0), 0.99999666),
+    ((1.0, 1.0, 1.0, 1.0, -1.0), 0.99984455),
+    ((1.0, 1.0, 1.0, -1.0, -1.0), 0.99128538),
+    ((1.0, 1.0, -1.0, -1.0, -1.0), -0.9901197),
+    ((1.0, -1.0, -1.0, -1.0, -1.0), -0.99978876),
+    ((-1.0, -1.0, -1.0, -1.0, -1.0), -0.99999416),
+    ((-0.1, -0.1, -0.1, -0.1, 1.0), 0.96777165),
+    ((-0.1, -0.1, -0.1, -0.5, 1.0), 0.74221277),
+    ((-0.1, -0.1, -0.25, -0.25, 1.0), 0.84402364),
+    ((-0.1, -0.25, 0.0, 0.25, 1.0), 0.41817734),
+    ((1.0, 0.25, 0.0, -0.25, -1.0), 0.0942957),
+    ((0.0, 0.0, 0.0, 0.0, 0.0), 0.26363501),
+)
+
+
+def _step_map(lab: Lab) -> Measured:
+    rule = load_rule("k-timesteps")
+    assert isinstance(rule, NormalizedHistory)
+    return Measured(table_numbers(rule.step_map(torch.tensor([row for row, _ in TABLE])).tolist()))
+
+
+def table_numbers(steps: Sequence[float]) -> dict[str, list[float]]:
+    """The quantities of table 3.1 from the steps of its rows."""
+    numbers = {f"row {i + 1}: {row}": [step] for i, ((row, _), step) in enumerate(zip(TABLE, steps, strict=True))}
+    numbers["step of five equal gradients"] = [steps[0]]
+    numbers["step of five equal negative gradients"] = [steps[5]]
+    numbers["least |step| where three of five agree"] = [min(steps[2], -steps[3])]
+    numbers["|step| of no gradient"] = [abs(steps[11])]
+    numbers["step of one large new gradient against four small"] = [steps[6]]
+    return numbers
+
+
+# --- Figure 3.9b ---
+
+HORIZON = 2 * EPOCH
+LOSSES = (("last", "final"), ("mean", "mean"), ("test", "test_loss"))
+
+
+def tuned(lab: Lab, name: str, steps: int) -> Trial:
+    """Adam ("adam") or RMSProp ("rmsprop") at the learning rate of the lowest last loss on MlpMnist, and its runs."""
+    rule = BASELINES[name].make()
+
+    def measure(settings: Sequence[Mapping[str, float]]) -> list[Runs]:
+        rates = [torch.tensor(setting["lr"], dtype=torch.float64) for setting in settings]
+        return _runs(lab, rule, [{**rule.meta_params(), "lr": rate} for rate in rates], steps)
+
+    return Grid(lowest=-6, highest=-2).search(measure).best["final"]  # extended where the best is at its edge
+
+
+def _runs(lab: Lab, rule: UpdateRule, settings: Sequence[SETTING], steps: int) -> list[Runs]:
+    rates = [float(setting["lr"].detach()) for setting in settings if "lr" in setting]
+    key = {"rule": fingerprint(rule), "rates": rates, "steps": steps, "seeds": len(lab.seeds)}
+
+    def compute() -> dict[str, Any]:
+        report = lambda done: lab.progress(f"{type(rule).__name__} on mnist-mlp", done, steps)  # noqa: E731
+        task = make_task("mnist-mlp")
+        found = run(rule, settings, task, steps=steps, seeds=len(lab.seeds), on_step=report)
+        return {"runs": [vars(item) for item in found]}
+
+    return [Runs(**row) for row in lab.piece("runs on mnist-mlp", key, compute)["runs"]]
+
+
+def _momentums(lab: Lab) -> Measured:
+    steps, rule = lab.pick(HORIZON, 40), load_rule("k-momentums")
+    trials = {"tuned Adam": tuned(lab, "adam", steps), "tuned RMSProp": tuned(lab, "rmsprop", steps)}
+    found = {name: trial.runs for name, trial in trials.items()}
+    found["k Momentums"] = _runs(lab, rule, [rule.meta_params()], steps)[0]
+    numbers = {f"{what} loss of {name}": getattr(runs, field) for name, runs in found.items() for what, field in LOSSES}
+    numbers |= {f"lr of {name}": [trial.hyperparameters["lr"]] for name, trial in trials.items()}
+    rows = {name: runs.curve for name, runs in found.items()}
+    points = len(rows["k Momentums"][0])
+    return Measured(numbers, {"steps": [(i + 0.5) * steps / points for i in range(points)], "curves": rows})
+
+
+def _largest(bound: float) -> Check:
+    text = f"each of 'step of five equal (negative) gradients' beyond +-{bound:g}"
+    names = ("step of five equal gradients", "step of five equal negative gradients")
+    return Check(text, names, lambda up, down: min(up) >= bound and max(down) <= -bound, "0.99999666 and -0.99999416")
+
+
+CLAIMS = (
+    Claim(
+        id="history-squares",
+        source=f"{THESIS}, figure 3.3",
+        statement="On a sum of squares MNG (k = 5) outperforms Adam by a significant margin; not with eta_min 1e-7.",
+        setup="1,000 dimensions from U(-10, 10), 1,000 steps. MNG's eta_min is 1e-3 where none is named. It is a "
+        "floor: in the very end Adam at 0.1 is lower, which the last losses show and no check asks about.",
+        measure=_squares,
+        checks=(
+            *(at_most(f"steps from 50 to 200 where MNG is not below Adam {rate:g}", 0) for rate in RATES),
+            *(below("summed loss of MNG 0.001", f"summed loss of Adam {rate:g}") for rate in RATES),
+            *(below(f"summed loss of MNG {eta:g}", "summed loss of Adam 0.1") for eta in ETAS[:4]),
+            at_least("MNG 1e-07, last / first loss", 0.9, published="no progress at all"),
+        ),
+        minutes=0.1,
+        quick_minutes=0.05,
+        plot=partial(draw, "sum of squares"),
+    ),
+    Claim(
+        id="history-signs",
+        source=f"{THESIS}, figure 3.4",
+        statement="MNG always outperforms its version that sees the gradients' signs alone.",
+        setup="As history-squares; the mean loss over the run, in which the first steps weigh most, and the last.",
+        measure=_signs,
+        checks=tuple(
+            below(f"{what} of MNG {eta:g}", f"{what} of signs {eta:g}")
+            for what in ("mean loss", "last loss")
+            for eta in ETAS[:3]
+        ),
+        minutes=0.1,
+        quick_minutes=0.05,
+        plot=partial(draw, "sum of squares"),
+    ),
+    Claim(
+        id="history-rosenbrock",
+        source=f"{THESIS}, figure 3.5",
+        statement="On Rosenbrock's function Adam tends to perform better than MNG, which circles around the minimum.",
+        setup="16 starts from U(-10, 10) per seed; 3,000 steps; geometric mean over starts of the last 100 losses; the "
+        "best of three settings each. The function is (1 - x)^2 + 100 (y - x^2)^2, which eq. 2.2 misprints.",
+        measure=_rosenbrock,
+        checks=(below("best last loss of Adam", "best last loss of MNG", published="Adam better"),),
+        minutes=2.0,
+        quick_minutes=0.2,
+        plot=partial(draw, "Rosenbrock"),
+    ),
+    Claim(
+        id="history-mnist",
+        source=f"{THESIS}, figure 3.6",
+        statement="On MlpMnist Adam outperforms MNG (k = 10), which gains greatly by eta_min 1e-2 in place of 1e-4.",
+        setup=f"2 epochs ({2 * EPOCH} steps of 128; thesis: 50 epochs); mean training loss.",
+        measure=_mnist,
+        checks=(
+            below("best mean loss of Adam", "best mean loss of MNG"),
+            below("mean loss of MNG 0.01", "mean loss of MNG 0.0001", factor=0.8, published="boosted greatly"),
+        ),
+        minutes=2.0,
+        quick_minutes=0.2,
+        needs=("mnist",),
+        plot=partial(draw, "MlpMnist"),
+    ),
+    Claim(
+        id="history-step-map",
+        source=f"{THESIS}, table 3.1",
+        statement="k Timesteps (k = 5) learns a saturated vote: full steps where three of five gradients agree.",
+        setup="The bundled k-timesteps, whose card tells its meta-training: shorter than the thesis's 200,000 steps.",
+        measure=_step_map,
+        checks=(
+            _largest(0.95),
+            at_least("least |step| where three of five agree", 0.5, published="0.99"),
+            at_least("step of one large new gradient against four small", 0.5, published="0.968"),
+            at_most("|step| of no gradient", 0.3, published="0.264"),
+        ),
+        minutes=0.01,
+        quick_minutes=0.01,
+        seeds=1,
+        quick_seeds=1,
+    ),
+    Claim(
+        id="history-momentums",
+        source=f"{THESIS}, figure 3.9b",
+        statement="Trained k Momentums ends below Adam and RMSProp at their best settings on MlpMnist.",
+        setup=f"The bundled k-momentums, as it is; {HORIZON} steps of 128 (2 epochs; thesis: 50). Adam's and RMSProp's "
+        "learning rates are tuned in half-decades on the very runs that are compared. Mean loss of the last steps.",
+        measure=_momentums,
+        checks=(
+            below("last loss of k Momentums", "last loss of tuned Adam"),
+            below("last loss of k Momentums", "last loss of tuned RMSProp"),
+        ),
+        minutes=1.0,
+        quick_minutes=0.1,
+        seeds=5,
+        needs=("mnist",),
+        plot=partial(draw, "MlpMnist"),
+    ),
+)
+
+
+def best_of(numbers: Mapping[str, Sequence[float]]) -> str:
+    """The quantity with the lowest median."""
+    return min(numbers, key=lambda name: statistics.median(numbers[name]))

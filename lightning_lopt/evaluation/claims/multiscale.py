@@ -1,0 +1,303 @@
+"""The evidence of chapter 4 of Shahid's thesis: Multiscale Adam (tables 4.2 and 4.3, figures 4.2 to 4.15).
+
+The weights are those that this package ships, but for the linear mixers of tables 4.2 and 4.3, which are meta-trained
+here. Runs are of few epochs, where the thesis has 50 on MNIST and 500 on CIFAR-10.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lopt.evaluation.baselines import Adam, BaselineConfig
+from lightning_lopt.evaluation.claims.base import Check, Claim, Measured, at_least, below
+from lightning_lopt.evaluation.claims.history import (
+    EPOCH,
+    THESIS,
+    adams,
+    best_of,
+    curves,
+    data,
+    draw,
+    learned,
+    losses,
+    means,
+)
+from lightning_lopt.evaluation.claims.lab import Lab
+from lightning_lopt.evaluation.claims.training import meta_train
+from lightning_lopt.evaluation.compare import fingerprint
+from lightning_lopt.hub import load_rule
+from lightning_lopt.meta.estimators import OneStep
+from lightning_lopt.meta.schedules import Horizon
+from lightning_lopt.rules import StepContext, UpdateRule, make
+from lightning_lopt.rules.multiscale_adam import BETAS, linear_weights
+from lightning_lopt.tasks import make as make_task
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CONSTANT = (1e-1, 5e-2, 1e-2, 5e-3, 1e-3, 5e-4, 1e-4, 5e-5)
+COSINE = (5e-2, 1e-2)
+SCHEDULES = {f"{eta:g}": (eta, "constant") for eta in CONSTANT} | {f"{eta:g} to 0": (eta, "cosine") for eta in COSINE}
+
+
+class Annealed(UpdateRule):
+    """A rule under a learning-rate schedule, as `RuleOptimizer` and a scheduler of torch's would run it.
+
+    Args:
+        rule: with step size 1 at learning rate 1.
+        schedule: "constant", or "cosine" to zero over the run.
+    """
+
+    def __init__(self, rule: UpdateRule, schedule: str) -> None:
+        super().__init__(rule.config, kind=rule.kind)
+        self.rule, self.rate = rule, Adam(BaselineConfig(schedule=schedule))
+        self.lr = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+
+    def meta_params(self) -> dict[str, Tensor]:
+        """The rule's, and the learning rate."""
+        return {**self.rule.meta_params(), "lr": self.lr}
+
+    def init_state(self, param: Tensor) -> Any:
+        """The rule's."""
+        return self.rule.init_state(param)
+
+    def update(
+        self, meta_params: Mapping[str, Tensor], grad: Tensor, state: Any, param: Tensor, context: StepContext
+    ) -> tuple[Tensor, Any]:
+        """The rule's step times the schedule."""
+        own = {name: value for name, value in meta_params.items() if name != "lr"}
+        delta, state = self.rule.update(own, grad, state, param, context)
+        warmup = torch.zeros((), dtype=torch.float64)
+        rate = self.rate.learning_rate({"lr": meta_params["lr"], "warmup": warmup}, context)
+        return rate.to(delta) * delta, state
+
+
+def _singles(rate: float) -> dict[str, Any]:
+    """The six Adams alone."""
+    return adams({f"Adam {beta1:g}": {"lr": rate, "beta1": beta1, "beta2": beta2} for beta1, beta2 in BETAS[6]})
+
+
+def of_step_size(name: str, eta: float) -> UpdateRule:
+    """A bundled Multiscale Adam with another eta."""
+    rule = load_rule(name)
+    fresh = make(rule.kind, **{**rule.config.to_dict(), "eta": eta})
+    fresh.load_state_dict(rule.state_dict())
+    return fresh
+
+
+# --- Tables 4.2 and 4.3, figures 4.2 to 4.4 ---
+
+_ONE_STEP = OneStep(num_runs=8, horizon=Horizon(1000, 20000))
+
+
+def trained(lab: Lab, mixer: str, k: int, seed: int) -> UpdateRule:
+    """A linear mixer, meta-trained as the bundled multiscale-adam-linear."""
+    rule = make("multiscale_adam", mixer=mixer, k=k)
+    steps = lab.pick(3000, 60)
+    task = make_task("mnist-mlp", image_size=8, grayscale=True)
+    arguments: dict[str, Any] = {"num_steps": steps, "every": steps, "seed": seed, "second_order": False, "lr": 2e-3}
+    found = meta_train(
+        lab, f"meta-train {mixer} k={k} seed {seed}", rule, [task], _ONE_STEP, lr_factors={}, **arguments
+    )
+    rule.load_state_dict(found.meta_params[-1])
+    return rule
+
+
+def _weights(lab: Lab) -> Measured:
+    numbers: dict[str, list[float]] = {}
+    for k in (6, 5, 11):
+        rows = [linear_weights("la_b", trained(lab, "la_b", k, seed).meta_params()["weights"]) for seed in lab.seeds]
+        for (beta, _), column in zip(BETAS[k], torch.stack(rows).mT.tolist(), strict=True):
+            numbers[f"k={k}: weight of Adam {beta:g}"] = column
+        numbers[f"k={k}: weight of the two extremes"] = [float(row[0] + row[-1]) for row in rows]
+        numbers[f"k={k}: largest weight between"] = [float(row[1:-1].max()) for row in rows]
+    return Measured(numbers)
+
+
+def _linear(lab: Lab) -> Measured:
+    steps = lab.pick(2 * EPOCH, 40)
+    found = curves(lab, _singles(1e-2), "mnist-mlp", steps)
+    for name, (mixer, k) in {"LA_a": ("la_a", 6), "LA_b": ("la_b", 6), "LA_c": ("la_c", 6)}.items():
+        found |= curves(lab, learned(name, trained(lab, mixer, k, 0)), "mnist-mlp", steps)
+    numbers = means(found) | means(found, "last loss", last=50)
+    for what in ("mean loss", "last loss"):
+        single = {name: row for name, row in numbers.items() if name.startswith(f"{what} of Adam")}
+        numbers[f"best {what} of one Adam"] = single[best_of(single)]
+    return Measured(numbers, data(found))
+
+
+# --- Figures 4.5, 4.7, 4.8: the heat maps ---
+
+RULES = {"LA": "multiscale-adam-linear", "RNN-2": "multiscale-adam"}
+HORIZON = EPOCH
+
+
+def _heat(lab: Lab) -> Measured:
+    steps, seeds = lab.pick(HORIZON, 30), len(lab.seeds)
+    table = {}
+    for name, bundled in RULES.items():
+        table[name] = _row(lab, name, partial(Annealed, of_step_size(bundled, 1.0)), {}, steps, seeds)
+    for beta1, beta2 in BETAS[6]:
+        hyper = {"beta1": beta1, "beta2": beta2}
+        make_adam = lambda schedule, hyper=hyper: Adam(BaselineConfig(schedule=schedule), **hyper)  # noqa: E731
+        table[f"Adam {beta1:g}"] = _row(lab, f"Adam {beta1:g}", make_adam, hyper, steps, seeds)
+    numbers = {f"{name} at {s}": row for name, columns in table.items() for s, row in columns.items()}
+    for name in RULES:
+        numbers |= _ranks(name, {n: columns for n, columns in table.items() if n == name or n not in RULES})
+    return Measured(numbers, {"optimizers": list(table), "schedules": list(SCHEDULES)})
+
+
+def _row(
+    lab: Lab, name: str, make_rule: Any, hyper: dict[str, float], steps: int, seeds: int
+) -> dict[str, list[float]]:
+    """Schedule -> mean training loss of each seed: the constant rates as one population, the cosines as another."""
+    row: dict[str, list[float]] = {}
+    for schedule in ("constant", "cosine"):
+        rule = make_rule(schedule)
+        wanted = {label: eta for label, (eta, kind) in SCHEDULES.items() if kind == schedule}
+        key = {"rule": fingerprint(rule), "hyper": hyper, "rates": list(wanted.values()), "steps": steps}
+        key |= {"schedule": schedule, "seeds": seeds}
+
+        def compute(rule: UpdateRule = rule, wanted: dict[str, float] = wanted) -> dict[str, Any]:
+            rates = [torch.tensor(eta, dtype=torch.float64) for eta in wanted.values()]
+            settings = [{**rule.meta_params(), "lr": rate} for rate in rates]
+            return {"mean": losses(rule, settings, "mnist-mlp", steps, seeds, seed=0).mean(2).tolist()}
+
+        lab.progress(f"heat map, {name}, {schedule}", 1, 1)
+        row |= dict(zip(wanted, lab.piece("heat map", key, compute)["mean"], strict=True))
+    return row
+
+
+def _ranks(name: str, table: Mapping[str, Mapping[str, list[float]]]) -> dict[str, list[float]]:
+    """In how many schedules the optimizer has the lowest mean loss, or one of the two lowest, of medians over seeds."""
+    ranks = []
+    for schedule in SCHEDULES:
+        medians = {other: statistics.median(columns[schedule]) for other, columns in table.items()}
+        ranks.append(sorted(medians.values()).index(medians[name]))
+    first, second = (float(sum(rank <= most for rank in ranks)) for most in (0, 1))
+    return {f"schedules where {name} is best": [first], f"schedules where {name} is best or second": [second]}
+
+
+def _draw_heat(measured: Measured) -> Figure:
+    """Mean loss divided by the column's largest; the lowest of a column is black, as in the thesis."""
+    from matplotlib.figure import Figure
+
+    rows, columns = measured.data["optimizers"], measured.data["schedules"]
+    values = torch.tensor([[statistics.median(measured.numbers[f"{r} at {c}"]) for c in columns] for r in rows])
+    figure = Figure(figsize=(0.95 * len(columns) + 2, 0.55 * len(rows) + 1.6), layout="constrained")
+    panel = figure.subplots()
+    picture = panel.imshow((values / values.amax(0)).numpy(), cmap="gray", aspect="auto", vmax=1.0)
+    for i in range(len(rows)):
+        for j in range(len(columns)):
+            shade = values[i, j] / values[:, j].amax()
+            best = values[i, j] == values[:, j].amin()
+            light = shade < (values / values.amax(0)).mean()
+            style: dict[str, Any] = {"color": "white" if light else "black", "weight": "bold" if best else "normal"}
+            panel.text(j, i, f"{values[i, j]:.3g}", ha="center", va="center", fontsize=8, **style)
+    panel.set_xticks(range(len(columns)), columns, rotation=30)
+    panel.set_yticks(range(len(rows)), rows)
+    panel.set_xlabel("learning rate")
+    panel.set_title("mean training loss on MlpMnist; shade: divided by the column's largest", fontsize=10)
+    figure.colorbar(picture, ax=panel)
+    return figure
+
+
+# --- Figures 4.11 and 4.13: convolutional networks ---
+
+
+def _transfer(lab: Lab, task_name: str) -> Measured:
+    steps = lab.pick(60, 3)
+    rules: dict[str, Any] = {}
+    for name, bundled in RULES.items():
+        rules |= learned(name, of_step_size(bundled, 5e-4))
+    rules |= _singles(5e-4)
+    found = curves(lab, rules, task_name, steps)
+    numbers = means(found, "last loss", last=max(steps // 6, 1))
+    numbers["best last loss of one Adam"] = numbers[best_of({n: r for n, r in numbers.items() if "Adam" in n})]
+    return Measured(numbers, data(found))
+
+
+def _extremes(k: int, published: str) -> tuple[Check, ...]:
+    first, last = (f"k={k}: weight of Adam {BETAS[k][i][0]:g}" for i in (0, -1))
+    return (
+        at_least(f"k={k}: weight of the two extremes", 0.95, published=published),
+        below(last, first),
+        below(f"k={k}: largest weight between", last),
+    )
+
+
+CLAIMS = (
+    Claim(
+        id="multiscale-weights",
+        source=f"{THESIS}, tables 4.2 and 4.3",
+        statement="LA_b learns to mix the longest and the shortest timescale, with more weight on the longest.",
+        setup="Meta-trained as the bundled multiscale-adam-linear: the one-step objective on MlpMnist with images of "
+        "8 x 8 pixels, 3,000 steps of 8 runs at lr 2e-3, cosine (thesis: 28 x 28, 50,000 steps of one run at 2e-4).",
+        measure=_weights,
+        checks=(*_extremes(6, "0.994"), *_extremes(5, "0.983"), *_extremes(11, "0.955")),
+        minutes=10.0,
+        quick_minutes=0.5,
+        needs=("mnist",),
+    ),
+    Claim(
+        id="multiscale-linear",
+        source=f"{THESIS}, figures 4.2 and 4.4",
+        statement="LA_b and LA_a beat LA_c by far, and LA_b beats every single Adam, at learning rate 1e-2.",
+        setup=f"k = 6, MlpMnist, {2 * EPOCH} steps (2 epochs; thesis: 50); training loss. The mixers are those of "
+        "multiscale-weights, seed 0.",
+        measure=_linear,
+        checks=(
+            below("mean loss of LA_a", "mean loss of LA_c", factor=0.9),
+            below("mean loss of LA_b", "mean loss of LA_c", factor=0.9),
+            below("mean loss of LA_b", "best mean loss of one Adam"),
+            below("last loss of LA_b", "best last loss of one Adam"),
+        ),
+        minutes=5.0,
+        quick_minutes=0.5,
+        needs=("mnist",),
+        plot=partial(draw, "MlpMnist, learning rate 0.01"),
+    ),
+    Claim(
+        id="multiscale-heat",
+        source=f"{THESIS}, figures 4.5 and 4.8",
+        statement="Over ten learning-rate schedules the two-layer RNN is best in nine and second in one; LA in four.",
+        setup="The bundled multiscale-adam (one set of weights for all schedules) and multiscale-adam-linear against "
+        f"the six Adams on MlpMnist, {HORIZON} steps (1 epoch; thesis: 50). Mean training loss, medians over seeds.",
+        measure=_heat,
+        checks=(
+            at_least("schedules where RNN-2 is best or second", 8, published="10"),
+            at_least("schedules where RNN-2 is best", 8, published="9"),
+            at_least("schedules where LA is best", 4, published="4"),
+        ),
+        minutes=8.0,
+        quick_minutes=0.5,
+        needs=("mnist",),
+        plot=_draw_heat,
+    ),
+    *(
+        Claim(
+            id=f"multiscale-{short}",
+            source=f"{THESIS}, figure {figure}",
+            statement=f"On {paper_task} at 5e-4 the RNN, which never saw it, beats all its Adams.",
+            setup=f"{task_name} ({of}), 60 steps of 128; mean loss of the last ten.",
+            measure=partial(_transfer, task_name=task_name),
+            checks=(below("last loss of RNN-2", "best last loss of one Adam"),),
+            minutes=minutes,
+            quick_minutes=minutes / 15,
+            seeds=2,
+            quick_seeds=1,
+            needs=(dataset,),
+            plot=partial(draw, f"{task_name}, learning rate 5e-4"),
+        )
+        for short, figure, paper_task, task_name, of, dataset, minutes in (
+            ("convmnist", "4.11", "ConvMnist large", "mnist-convnet-small", "thesis: large, 50 epochs", "mnist", 3.0),
+            ("convcifar", "4.13", "ConvCifar 0", "cifar-convnet-1", "thesis: ConvCifar 0, 500 epochs", "cifar10", 4.0),
+        )
+    ),
+)

@@ -1,0 +1,130 @@
+"""The claims about normalized histories and Multiscale Adam: their arithmetic and checks, and the bundled weights."""
+
+import math
+
+import pytest
+import torch
+
+import lightning_lopt as lopt
+from lightning_lopt.evaluation.baselines import Adam
+from lightning_lopt.evaluation.claims import Lab, Measured, find, history, multiscale, verdict
+from lightning_lopt.rules import StepContext, make
+from lightning_lopt.rules.multiscale_adam import linear_weights
+
+
+def lab(seeds: int = 2) -> Lab:
+    return Lab(seeds=seeds, quick=True, cache_dir=None)
+
+
+def test_losses_are_those_of_a_plain_loop():
+    rule = make("mng", eta_min=0.1)
+    (found,) = history.curves(lab(1), history.learned("MNG", rule), "sum-of-squares", 30)["MNG"]
+    x = 20 * torch.rand(1, 1000, generator=torch.Generator().manual_seed(0))[0] - 10
+    param = torch.nn.Parameter(x)
+    optimizer, losses = lopt.RuleOptimizer([param], rule, backend="reference"), []
+    for _ in range(30):
+        losses.append(float(param.detach().square().sum()))
+        param.grad = 2 * param.detach()
+        optimizer.step()
+    torch.testing.assert_close(found, torch.tensor(losses, dtype=torch.float64), rtol=1e-4, atol=1e-6)
+
+
+def test_rules_that_are_the_same_are_run_side_by_side_and_alike():
+    both = history.adams({"a": {"lr": 0.1}, "b": {"lr": 0.01}})
+    together = history.curves(lab(), both, "sum-of-squares", 20)
+    alone = history.curves(lab(), {"b": both["b"]}, "sum-of-squares", 20)
+    for first, second in zip(together["b"], alone["b"], strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-5, atol=0)
+    assert not torch.allclose(together["a"][0], together["b"][0])
+
+
+def test_mng_is_below_adam_on_the_sum_of_squares():
+    """From step 50 to 200, and in summed loss over 1,000 steps; three seeds."""
+    rules = history.adams({f"{rate:g}": {"lr": rate} for rate in history.RATES})
+    found = history.curves(lab(3), rules | history.learned("MNG", make("mng", eta_min=1e-3)), "sum-of-squares", 1000)
+    for rate in history.RATES:
+        for ours, theirs in zip(found["MNG"], found[f"{rate:g}"], strict=True):
+            assert (ours[50:201] < theirs[50:201]).all()
+            assert ours.sum() < theirs.sum()
+
+
+def test_the_bundled_linear_mixer_has_the_two_extremes():
+    rule = lopt.load_rule("multiscale-adam-linear")
+    assert (rule.kind, rule.config.mixer, rule.config.k) == ("multiscale_adam", "la_b", 6)
+    weights = linear_weights("la_b", rule.weights.detach())
+    assert weights[0] + weights[-1] >= 0.95
+    assert weights.argmax() == 0
+    assert weights[1:-1].max() < weights[-1] < weights[0]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_an_annealed_rule_is_the_rule_under_torchs_scheduler(schedule):
+    rule, steps = make("multiscale_adam", mixer="la_b", eta=1.0), 20
+    annealed = multiscale.Annealed(rule, schedule)
+    meta_params = {**{k: v.detach() for k, v in annealed.meta_params().items()}, "lr": torch.tensor(0.1).double()}
+    param, state, grads = torch.ones(3), rule.init_state(torch.ones(3)), torch.randn(steps, 3)
+    theirs = torch.nn.Parameter(torch.ones(3))
+    optimizer = lopt.RuleOptimizer([theirs], rule, lr=0.1, backend="reference")
+    factor = lambda t: 0.5 * (1 + math.cos(math.pi * t / steps)) if schedule == "cosine" else 1.0  # noqa: E731
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    for step, grad in enumerate(grads):
+        delta, state = annealed.update(
+            meta_params, grad, state, param, StepContext(torch.tensor(float(step)), None, steps)
+        )
+        param, theirs.grad = param + delta, grad
+        optimizer.step()
+        scheduler.step()
+    torch.testing.assert_close(param, theirs.detach(), rtol=1e-5, atol=1e-6)
+
+
+def heat_map(best: int) -> dict[str, list[float]]:
+    """A table in which RNN-2 has the lowest loss in the first so many schedules and the third lowest in the others."""
+    table = {}
+    for column, schedule in enumerate(multiscale.SCHEDULES):
+        table[f"RNN-2 at {schedule}"] = [0.1 if column < best else 0.35]
+        table |= {
+            f"Adam {beta:g} at {schedule}": [0.2 + 0.1 * row] for row, (beta, _) in enumerate(multiscale.BETAS[6])
+        }
+    return table
+
+
+@pytest.mark.parametrize(("best", "holds"), [(10, True), (8, True), (7, False), (0, False)])
+def test_ranks_of_the_heat_map(best, holds):
+    numbers = heat_map(best)
+    names = {name.partition(" at ")[0] for name in numbers}
+    table = {name: {s: numbers[f"{name} at {s}"] for s in multiscale.SCHEDULES} for name in names}
+    found = multiscale._ranks("RNN-2", table)
+    assert found == {
+        "schedules where RNN-2 is best": [float(best)],
+        "schedules where RNN-2 is best or second": [float(best)],
+    }
+    (claim,) = find(["multiscale-heat"])
+    assert claim.checks[0](found) == holds
+
+
+def test_the_heat_map_is_drawn_with_the_best_of_a_column_darkest():
+    numbers = heat_map(10) | {f"LA at {schedule}": [0.3] for schedule in multiscale.SCHEDULES}
+    rows = ["LA", "RNN-2", *(f"Adam {beta:g}" for beta, _ in multiscale.BETAS[6])]
+    figure = multiscale._draw_heat(Measured(numbers, {"optimizers": rows, "schedules": list(multiscale.SCHEDULES)}))
+    shades = figure.axes[0].images[0].get_array()
+    assert shades.shape == (8, 10)
+    assert (shades.argmin(0) == 1).all()
+    assert shades.max() == 1
+
+
+def test_table_3_1_holds_of_the_thesis_and_not_of_a_rule_that_does_nothing():
+    (claim,) = find(["history-step-map"])
+
+    def held(steps):
+        return verdict([check(history.table_numbers(steps)) for check in claim.checks])
+
+    assert held([step for _, step in history.TABLE]) == "reproduced"
+    assert held([0.0] * 12) == "partly"
+    assert held([1.0] * 12) != "reproduced"
+
+
+def test_adams_of_the_heat_map_are_those_of_the_rule():
+    names = multiscale._singles(5e-4)
+    betas = [tuple(m[name].item() for name in ("beta1", "beta2")) for _, m in names.values()]
+    assert betas == list(multiscale.BETAS[6])
+    assert all(isinstance(rule, Adam) for rule, _ in names.values())
