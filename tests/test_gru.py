@@ -1,0 +1,192 @@
+"""The GRU rule against its equations coordinate by coordinate, and torch's cell where the two agree."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning_cases import KNOWN_WARNINGS
+from torch import nn
+
+import lightning_lopt as lopt
+from lightning_lopt import cli
+from lightning_lopt.meta.estimators import FullUnroll
+from lightning_lopt.meta.unroll import Unroll
+from lightning_lopt.rules import GRUConfig, StepContext, make
+from lightning_lopt.tasks import make as make_task
+
+pytestmark = KNOWN_WARNINGS
+F64 = torch.float64
+CONTEXT = StepContext(torch.tensor(0.0))
+
+
+def random_rule(**config):
+    """A rule whose every meta-parameter is random, in float64."""
+    rule = make("gru", **{"hidden_size": 6, **config}).double()
+    with torch.no_grad():
+        for value in rule.parameters():
+            value.normal_(std=0.5)
+    return rule
+
+
+def run(rule, grads):
+    """(updates, states' `hidden` plus `initial`) for gradients (steps, *shape)."""
+    meta_params, param = rule.meta_params(), torch.zeros_like(grads[0])
+    state, deltas, states = rule.init_state(param), [], []
+    for grad in grads:
+        delta, state = rule.update(meta_params, grad, state, param, CONTEXT)
+        deltas.append(delta)
+        states.append(state.hidden + rule.initial.reshape(-1, *[1] * param.dim()))
+    return torch.stack(deltas), torch.stack(states)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def by_hand(rule, grads):
+    """Updates of one coordinate, in NumPy, with the gates of Cho et al. written out."""
+    w = {name: value.detach().numpy() for name, value in rule.named_parameters()}
+    units, h, updates = rule.config.hidden_size, w["initial"], []
+    for g in grads * rule.config.input_scale:
+        x = np.array([g]) if rule.config.input_scaling == "raw" else np.array([np.log1p(abs(g)), np.sign(g)])
+        gates = sigmoid(np.concatenate([x, h]) @ w["w_gates"] + w["b_gates"])
+        reset, update = gates[:units], gates[units:]
+        candidate = np.tanh(np.concatenate([x, reset * h]) @ w["w_candidate"] + w["b_candidate"])
+        h = update * h + (1 - update) * candidate
+        updates.append(rule.config.out_scale * (w["readout"] @ h + w["readout_bias"][0]))
+    return np.array(updates)
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"input_scaling": "log1p"}, {"input_scale": 3.0, "out_scale": 0.1, "hidden_size": 1}], ids=str
+)
+def test_equals_its_equations_coordinate_by_coordinate(config):
+    rule, rng = random_rule(**config), np.random.default_rng(0)
+    grads = rng.normal(size=(30, 2, 3)) * 10.0 ** rng.uniform(-4, 1, size=(30, 2, 3))
+    deltas, _ = run(rule, torch.tensor(grads))
+    for row in range(2):
+        for column in range(3):
+            expected = by_hand(rule, grads[:, row, column])
+            np.testing.assert_allclose(deltas[:, row, column].detach().numpy(), expected, rtol=0, atol=1e-12)
+
+
+def test_equals_torchs_cell_where_the_reset_gate_is_open():
+    """With the reset gate at 1 both forms are one; half open they are two different functions."""
+    rule, cell = random_rule(), nn.GRUCell(1, 6).double()
+    w = {name: value.detach() for name, value in rule.named_parameters()}
+    with torch.no_grad():
+        rows = torch.cat([w["w_gates"], w["w_candidate"]], 1).T  # reset, update, candidate, as torch has them
+        cell.weight_ih.copy_(rows[:, :1])
+        cell.weight_hh.copy_(rows[:, 1:])
+        cell.bias_ih.copy_(torch.cat([w["b_gates"], w["b_candidate"]]))
+        cell.bias_hh.zero_()
+    grads = torch.randn(20, 1, dtype=F64)
+    for bias, same in ((1e3, True), (0.0, False)):
+        with torch.no_grad():
+            rule.b_gates[:6] = bias
+            cell.bias_ih[:6] = bias
+        _, states = run(rule, grads)
+        hidden = rule.initial.unsqueeze(0)
+        for grad in grads:
+            hidden = cell(grad.unsqueeze(0), hidden)
+        assert torch.allclose(states[-1, :, 0], hidden[0], rtol=0, atol=1e-9) == same
+
+
+def test_untrained_it_leaves_parameters_where_they_are():
+    rule = make("gru")
+    deltas, _ = run(rule, torch.randn(5, 4))
+    assert not deltas.any()
+
+
+def test_initial_weights_have_variance_one_over_inputs():
+    rule = make("gru", hidden_size=256)
+    for weight in (rule.w_gates, rule.w_candidate):
+        assert float(weight.detach().std()) == pytest.approx(257**-0.5, rel=0.02)
+    assert not any(getattr(rule, name).any() for name in ("b_gates", "b_candidate", "initial", "readout"))
+
+
+@pytest.mark.parametrize("name", ["initial", "readout", "readout_bias", "w_gates", "w_candidate", "controller"])
+def test_meta_gradients_are_those_of_finite_differences(name):
+    rule = random_rule(hidden_size=3, nominal_stepsize=0.1, nominal_controller=True, exp_mult=0.5)
+    grads, fixed = torch.randn(4, 2, dtype=F64), rule.meta_params()
+
+    def last(value):
+        param = torch.zeros(2, dtype=F64)
+        state = rule.init_state(param)
+        for grad in grads:
+            delta, state = rule.update({**fixed, name: value}, grad + param, state, param, CONTEXT)
+            param = param + delta
+        return param
+
+    assert torch.autograd.gradcheck(last, (fixed[name].detach().requires_grad_(),))
+
+
+def test_stabilizers_are_those_of_the_lstm():
+    """Both rules with a readout of 0 are the nominal term alone."""
+    options = {"nominal_stepsize": 0.1, "nominal_controller": True, "normalize_blackbox": True}
+    gru, lstm = make("gru", **options).double(), make("lstm", **options).double()
+    with torch.no_grad():
+        lstm.readout.zero_()
+    grads = torch.randn(5, 3, dtype=F64)
+    state, param, deltas = lstm.init_state(grads[0]), torch.zeros(3, dtype=F64), []
+    for grad in grads:
+        delta, state = lstm.update(lstm.meta_params(), grad, state, param, CONTEXT)
+        deltas.append(delta)
+    torch.testing.assert_close(run(gru, grads)[0], torch.stack(deltas))
+
+
+def test_meta_training_on_quadratics_lowers_the_mean_loss():
+    """A few exact meta-gradients of short runs; an untrained rule has 1."""
+    rule = make("gru", hidden_size=8)
+    unroll, generator = Unroll(rule, make_task("linear-regression"), objective="ratio"), torch.Generator()
+    adam, losses = torch.optim.Adam(rule.parameters(), lr=2e-2), []
+    for _ in range(12):
+        meta_params = {name: value.detach() for name, value in rule.named_parameters()}
+        estimate = FullUnroll(8, 10).estimate(unroll, meta_params, None, generator.manual_seed(0))
+        losses.append(float(estimate.meta_loss))
+        for name, value in rule.named_parameters():
+            value.grad = estimate.meta_grad[name]
+        torch.nn.utils.clip_grad_norm_(rule.parameters(), 0.5)
+        adam.step()
+    assert losses[0] == pytest.approx(1.0)
+    assert losses[-1] < 0.9
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"hidden_size": 0}, "hidden_size=0 is not allowed"),
+        ({"input_scaling": "log"}, "one of \\['raw', 'log1p'\\]"),
+        ({"nominal_controller": True}, "nothing to scale"),
+        ({"nominal_grad_estimator": "adam"}, "SGD"),
+    ],
+)
+def test_errors_say_what_is_allowed(config, message):
+    with pytest.raises(ValueError, match=message):
+        GRUConfig.from_dict(config)
+
+
+def test_begins_as_momentum_where_asked_to():
+    """Small gradients: torch's SGD with momentum."""
+    rule = make("gru", hidden_size=32, initial_lr=0.5, initial_beta=0.8).double()
+    param = torch.zeros(3, dtype=F64, requires_grad=True)
+    sgd, grads = torch.optim.SGD([param], lr=0.5, momentum=0.8), 0.1 * torch.randn(20, 3, dtype=F64)
+    deltas, _ = run(rule, grads)
+    for grad, delta in zip(grads, deltas, strict=True):
+        before, param.grad = param.detach().clone(), grad
+        sgd.step()
+        torch.testing.assert_close(delta.detach(), param.detach() - before, rtol=0.1, atol=5e-3)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parent.parent / "examples/configs/gru").glob("*.yaml")), ids=str
+)
+def test_recipes_run(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    short = ["--trainer.max_steps=2", "--model.steps_per_epoch=1", "--trainer.enable_progress_bar=false"]
+    short += ["--model.estimator.init_args.num_runs=2", "--model.estimator.init_args.horizon=3"]
+    assert cli.main(["meta-train", "fit", "--config", str(path), *short]) == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    assert lopt.load_rule(run / "rule").kind == "gru"
+    assert len(list((run / "history").glob("*step=*.ckpt"))) == 2  # for the history of the modes
