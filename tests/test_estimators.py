@@ -7,7 +7,7 @@ import pytest
 import torch
 from meta_cases import Descent, Jump, Parabola, descent, generator, gradient, losses_by_hand, meta_params
 
-from lightning_lopt.meta.estimators import PES, ESSingle, FullES, FullUnroll, OneStep, TruncatedBackprop
+from lightning_lopt.meta.estimators import PES, ESSingle, FullES, FullUnroll, OneStep, Steps, TruncatedBackprop
 from lightning_lopt.meta.schedules import Horizon
 from lightning_lopt.meta.unroll import Unroll
 
@@ -101,16 +101,39 @@ def test_one_step_is_the_log_ratio_over_one_update():
     assert_gradient(second.meta_grad, by_hand)
 
 
-def test_one_step_sees_both_losses_on_the_same_batch():
+def test_one_step_is_judged_on_a_batch_that_the_step_has_not_seen():
+    # The step goes by xi, and both losses are those of the next draw, zeta: h (x - zeta)^2 with x = 1 - a h (1 - xi).
     unroll, theta = descent(Parabola(noise=100.0))
-    _, _, batch = unroll.slot(theta, unroll.start(generator(), torch.tensor([9])), generator(1), None)
-    estimate = OneStep(num_runs=1, horizon=ENDLESS).estimate(
-        unroll, theta, unroll.start(generator(), torch.tensor([9])), generator(1)
-    )
-    h, xi = torch.tensor((1.0, 0.3, 0.05), dtype=torch.float64), batch["xi"][0]
-    x = 1 - theta["log_lr"].exp() * h * (1 - xi)
-    ratio = (h * (x - xi) ** 2).sum() / (h * (1 - xi) ** 2).sum()
-    torch.testing.assert_close(estimate.meta_loss, ratio.log(), **EXACT)
+    task, random = unroll.task, generator(1)
+    inner = unroll.start(generator(), torch.tensor([9]))
+    estimator = OneStep(num_runs=1, horizon=ENDLESS)
+    estimate = estimator.estimate(unroll, theta, Steps(inner, torch.tensor(0)), generator(1))
+    xi, zeta = (task.batch(random, inner.constants, 1)["xi"][0] for _ in range(2))
+    assert (xi - zeta).abs().min() > 1
+    h, a = torch.tensor((1.0, 0.3, 0.05), dtype=torch.float64), theta["log_lr"].exp()
+    x = 1 - a * h * (1 - xi)
+    after, before = ((h * (where - zeta) ** 2).sum() for where in (x, torch.ones(3, dtype=torch.float64)))
+    torch.testing.assert_close(estimate.meta_loss, (after / before).log(), **EXACT)
+    slope = (2 * h * (x - zeta) * -a * h * (1 - xi)).sum() / after
+    torch.testing.assert_close(estimate.meta_grad["log_lr"], slope, **EXACT)
+
+
+def test_one_step_fits_no_noise():
+    """Where all gradients are noise, a step of either size leads as often up as down; on its own batch, always down."""
+    unroll, theta = descent(Parabola(noise=10.0))
+    samples = [e.meta_grad["log_lr"] for e in estimates(OneStep(num_runs=256, horizon=Horizon(1)), unroll, theta, 60)]
+    mean, error = mean_and_error(samples)
+    assert mean > 4 * error  # smaller steps are better: the noise, 10, hides the way of length 1
+
+
+def test_one_step_episodes_lengthen():
+    unroll, theta = descent()
+    estimator = OneStep(num_runs=4, horizon=Horizon(50), early=Horizon(2, 3), num_early=5, stagger=False)
+    found = estimates(estimator, unroll, theta, 20)
+    lengths = [int(estimate.state.inner.horizon.min()) for estimate in found]
+    assert max(lengths[:5]) <= 3
+    assert lengths[-1] == 50
+    assert [int(estimate.state.number) for estimate in found] == list(range(1, 21))
 
 
 def test_first_order_takes_the_tasks_gradients_for_constants():

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_lopt.tasks import layers
 from lightning_lopt.tasks.layers import Network, init_params
-from lightning_lopt.tasks.networks import MLP, ConvNet, ResNet
+from lightning_lopt.tasks.networks import MLP, ConvNet, PooledConvNet, ResNet
 from lightning_lopt.tasks.sequences import LSTMLanguageModel, TransformerLanguageModel, VisionTransformer
 
 MODULES = {
@@ -283,3 +283,35 @@ def test_the_torch_scheme_is_that_of_torchs_modules():
     for name, theirs in pairs.items():
         assert float(params[name].abs().max()) == pytest.approx(float(theirs.detach().abs().max()), rel=0.02)
         assert float(params[name].std()) == pytest.approx(float(theirs.detach().std()), rel=0.1)
+
+
+@pytest.mark.parametrize("local_norm", [False, True])
+@pytest.mark.parametrize("pool_size", [2, 3])
+def test_pooled_conv_net(local_norm, pool_size):
+    """Against torch's modules. With even sides, padding "same" for windows of 3 at stride 2 is one pixel at the end."""
+    network = PooledConvNet(
+        in_shape=(3, 8, 12), channels=(10, 12), hidden=(7, 5), outputs=4, pool_size=pool_size, local_norm=local_norm
+    )
+    params, x = draw(network), torch.randn(6, 3, 8, 12)
+    pad = nn.ZeroPad2d((0, pool_size - 2, 0, pool_size - 2))  # after relu nothing is below 0
+    y = x
+    for i, (inputs, outputs) in enumerate(((3, 10), (10, 12))):
+        y = filled(nn.Conv2d(inputs, outputs, 5, padding=2), params, f"convs.{i}")(y).relu()
+        y = F.local_response_norm(y, 9, alpha=1e-3, beta=0.75, k=1.0) if local_norm else y
+        y = F.max_pool2d(pad(y), pool_size, 2)
+    y = y.flatten(1)
+    assert y.shape == (6, 12 * 2 * 3)
+    for i, (inputs, outputs) in enumerate(((72, 7), (7, 5))):
+        y = filled(nn.Linear(inputs, outputs), params, f"layers.{i}")(y).relu()
+    close(network.apply(params, x), filled(nn.Linear(5, 4), params, "layers.2")(y))
+
+
+def test_the_thesis_networks_have_its_sizes():
+    """ConvMnist large and small, ConvCifar 0 (1,068,298 parameters in the thesis) and 1."""
+    shapes = {
+        "large": PooledConvNet(in_shape=(1, 28, 28)).specs()["layers.0.weight"].shape,
+        "small": PooledConvNet(in_shape=(1, 28, 28), channels=(16, 32), hidden=(512,)).specs()["layers.0.weight"].shape,
+    }
+    assert shapes == {"large": (1024, 3136), "small": (512, 1568)}
+    cifar = PooledConvNet(in_shape=(3, 24, 24), channels=(64, 64), hidden=(384, 192), pool_size=3, local_norm=True)
+    assert count(cifar) == 1_068_298

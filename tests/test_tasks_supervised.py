@@ -197,3 +197,22 @@ def test_the_reference_sizes_follow_from_the_data():
     )
     assert encoder.num_params == 209_968
     assert encoder.loss_cap == 1.0
+
+
+def test_weight_decay_is_half_the_squares_of_the_named_parameters():
+    plain = tasks.make("digits-mlp")
+    decayed = tasks.make("digits-mlp", weight_decay=0.1, decayed=("layers.1.weight",))
+    params, batch = plain.init(generator()).params, plain.batch(generator(1), {})
+    expected = 0.05 * params["layers.1.weight"].square().sum()
+    torch.testing.assert_close(decayed.loss(params, batch) - plain.loss(params, batch), expected)
+    with pytest.raises(ValueError, match=r"decayed='w' is not allowed"):
+        tasks.make("digits-mlp", decayed=("w",))
+
+
+def test_a_rescaled_task_is_the_task_in_other_units():
+    task = tasks.catalog.rescaled("r", "digits-mlp", scale_range=(0.5, 0.5), hidden=(8,))
+    inner = tasks.make("digits-mlp", hidden=(8,))
+    start, plain = task.init(generator()), inner.init(generator())
+    assert task.num_params == inner.num_params
+    for name, param in plain.params.items():
+        torch.testing.assert_close(start.params[name], 2 * param)

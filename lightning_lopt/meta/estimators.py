@@ -109,37 +109,57 @@ class TruncatedBackprop(Estimator):
         return _backpropagate(unroll, meta_params, state, self.truncation, self.horizon, generator)
 
 
+class Steps(NamedTuple):
+    """Inner runs, and how many steps they have been advanced in all."""
+
+    inner: Inner
+    number: Tensor  # () int64
+
+
 @dataclasses.dataclass(frozen=True)
 class OneStep(Estimator):
-    """The gradient of log f(x') - log f(x), x' one update after x, both on the same batch: no past, no future.
+    """The gradient of log f(x') - log f(x), x' one update after x, on a batch that the update has not seen.
 
-    Source: Shahid's thesis on normalised gradient histories, its one-step objective. Needs positive losses.
+    Source: Shahid's thesis on normalized gradient histories and Multiscale Adam, its one-step objective: no past, no
+    future. Needs positive losses. On the update's own batch the objective would reward fitting the noise of that batch.
 
     Args:
         num_runs: inner runs, which go on from estimate to estimate.
         horizon: lengths of the episodes.
+        early: lengths of the episodes that begin in the first `num_early` estimates, while the rule does not know
+            where to go and leads runs to where none comes back from (default: `horizon`).
+        num_early: number of these estimates.
         stagger: set the clocks of the first episodes ahead at random.
     """
 
     num_runs: int = 8
     horizon: Horizon = Horizon()
+    early: Horizon | None = None
+    num_early: int = 0
     stagger: bool = True
 
-    def init(self, unroll: Unroll, meta_params: MetaParams, generator: torch.Generator) -> Inner:
+    def init(self, unroll: Unroll, meta_params: MetaParams, generator: torch.Generator) -> Steps:
         """Fresh runs."""
-        return _start(unroll, self.num_runs, self.horizon, self.stagger, generator)
+        horizon = self._horizon(number := torch.zeros((), dtype=torch.int64))
+        return Steps(_start(unroll, self.num_runs, horizon, self.stagger, generator), number)
 
     def estimate(self, unroll: Unroll, meta_params: MetaParams, state: Any, generator: torch.Generator) -> Estimate:
         """Advance the runs by one step, and differentiate it."""
+        before, horizon = state.inner, self._horizon(state.number)
         with torch.enable_grad():
             leaves = _leaves(meta_params)
-            inner, record, batch = unroll.slot(leaves, state, generator, lambda n: self.horizon.draw(n, generator))
-            before, after = (vmap(unroll.task.loss)(params, batch) for params in (state.params, inner.params))
-            mask = record.mask.to(after.device)
-            change = torch.log(after.clamp(min=1e-30)) - torch.log(before.detach().clamp(min=1e-30))
+            inner, record, _ = unroll.slot(leaves, before, generator, lambda n: horizon.draw(n, generator))
+            batch = unroll.task.batch(generator, inner.constants, self.num_runs)
+            old, new = (vmap(unroll.task.loss)(params, batch) for params in (before.params, inner.params))
+            mask = record.mask.to(new.device)
+            change = torch.log(new.clamp(min=1e-30)) - torch.log(old.detach().clamp(min=1e-30))
             loss = torch.where(mask, change, 0.0).sum() / mask.sum().clamp(min=1)
             gradient, finite = _gradient(loss, leaves)
-        return Estimate(loss.detach(), gradient, detach(inner), finite & change[mask].isfinite().all())
+        finite = finite & change[mask].isfinite().all()
+        return Estimate(loss.detach(), gradient, Steps(detach(inner), state.number + 1), finite)
+
+    def _horizon(self, number: Tensor) -> Horizon:
+        return self.early if self.early is not None and int(number) < self.num_early else self.horizon
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ from lightning_lopt.rules.base import (
     make,
     register,
 )
+from lightning_lopt.rules.gru import GRUConfig, GRURule
 from lightning_lopt.rules.history import HistoryConfig, NormalizedHistory
 from lightning_lopt.rules.lstm import LSTMConfig, LSTMRule
 from lightning_lopt.rules.multiscale_adam import MultiscaleAdam, MultiscaleAdamConfig
@@ -19,6 +20,8 @@ from lightning_lopt.rules.star import STAR, STARConfig
 __all__ = [
     "REGISTRY",
     "STAR",
+    "GRUConfig",
+    "GRURule",
     "HistoryConfig",
     "LSTMConfig",
     "LSTMRule",

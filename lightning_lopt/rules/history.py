@@ -131,6 +131,7 @@ class NormalizedHistory(UpdateRule):
 
     Config = HistoryConfig
     config: HistoryConfig
+    takes_parts = True
 
     def __init__(self, config: HistoryConfig | None = None, *, kind: str = "k_timesteps") -> None:
         super().__init__(config, kind=kind)
@@ -151,10 +152,11 @@ class NormalizedHistory(UpdateRule):
         self, meta_params: Mapping[str, Tensor], grad: Tensor, state: History, param: Tensor, context: StepContext
     ) -> tuple[Tensor, History]:
         """One step: remember, normalize, read, move."""
-        state = self._remember(state, grad, param)
-        move = partial(self._move, self._in_order(meta_params, state), self._eta_min(context, param.dtype))
-        delta = networks.coordinatewise(move, state.params, state.grads, state.squares, param.unsqueeze(0))
-        return delta[0], state
+        meta_params, written = self._in_order(meta_params, state.seen), self._written(state.seen, param.dtype)
+        move = partial(self._move, meta_params, self._eta_min(context, param.dtype), written)
+        channels = (*state[:3], grad.unsqueeze(0), param.unsqueeze(0))
+        delta, params, grads, squares = networks.coordinatewise(move, *channels)
+        return delta[0], History(params, grads, squares, state.seen + 1)
 
     @torch.no_grad()
     def step_map(self, grads: Tensor, params: Tensor | None = None, squares: Tensor | None = None) -> Tensor:
@@ -183,26 +185,21 @@ class NormalizedHistory(UpdateRule):
         meta_params = {name: value.to(grads.dtype) for name, value in self.meta_params().items()}
         return networks.coordinatewise(partial(self._step, meta_params), *rows)[0]
 
-    def _remember(self, state: History, grad: Tensor, param: Tensor) -> History:
-        k, timescales, first = self.config.k, self.config.timescales, state.seen == 0
-        if timescales:
-            # 1 - m in double precision: taken in float32, that of m = .9999 would be off by 2e-4.
-            rates = torch.tensor([1 - m for m in timescales], dtype=param.dtype, device=param.device)
-            rates = networks.column(torch.where(first, 1.0, rates), param.dim())
-            params, grads = torch.lerp(state.params, param, rates), torch.lerp(state.grads, grad, rates)
-            squares = torch.lerp(state.squares, grad * grad, rates) if len(state.squares) else state.squares
-            return History(params, grads, squares, state.seen + 1)
-        slots = torch.arange(k, device=state.seen.device)
-        written = networks.column(first | (slots == state.seen % k), param.dim())
-        params, grads = torch.where(written, param, state.params), torch.where(written, grad, state.grads)
-        return History(params, grads, state.squares, state.seen + 1)
+    def _written(self, seen: Tensor, dtype: torch.dtype) -> Tensor:
+        """(k, 1) how new values are remembered: the rates of the averages, or bool, the slots. All of it at first."""
+        first, timescales = (seen == 0).unsqueeze(0), self.config.timescales
+        if not timescales:
+            return (first | (torch.arange(self.config.k, device=seen.device) == seen % self.config.k)).unsqueeze(1)
+        # 1 - m in double precision: taken in float32, that of m = .9999 would be off by 2e-4.
+        rates = torch.tensor([1 - m for m in timescales], dtype=dtype, device=seen.device)
+        return torch.where(first, 1.0, rates).unsqueeze(1)
 
-    def _in_order(self, meta_params: Mapping[str, Tensor], state: History) -> Mapping[str, Tensor]:
+    def _in_order(self, meta_params: Mapping[str, Tensor], seen: Tensor) -> Mapping[str, Tensor]:
         """The meta-parameters with the first layer's rows in the order of the ring, which itself stays as it is."""
         c = self.config
         if c.timescales or "w0" not in meta_params:
             return meta_params
-        rows = (torch.arange(c.k, device=state.seen.device) - state.seen) % c.k
+        rows = (torch.arange(c.k, device=seen.device) - seen - 1) % c.k
         rows = torch.cat([rows, rows + c.k]) if c.parameter_inputs else rows
         return {**meta_params, "w0": meta_params["w0"][rows]}
 
@@ -210,17 +207,24 @@ class NormalizedHistory(UpdateRule):
         self,
         meta_params: Mapping[str, Tensor],
         eta_min: Tensor | float,
+        written: Tensor,
         params: Tensor,
         grads: Tensor,
         squares: Tensor,
+        grad: Tensor,
         param: Tensor,
-    ) -> Tensor:
-        """(k, n) histories and (1, n) parameters -> (1, n) the way to x'."""
+    ) -> tuple[Tensor, ...]:
+        """(k, n) histories, (1, n) gradients and parameters -> (1, n) the way to x', and the new histories."""
+        if written.dtype == torch.bool:
+            params, grads = torch.where(written, param, params), torch.where(written, grad, grads)
+        else:
+            params, grads = torch.lerp(params, param, written), torch.lerp(grads, grad, written)
+            squares = torch.lerp(squares, grad * grad, written) if len(squares) else squares
         high, low = params.amax(0), params.amin(0)
         delta = -self._step(meta_params, params, grads, squares) * (high - low + eta_min)
         if self.config.reference == "mid-range":
             delta = delta + 0.5 * (high - param) + 0.5 * (low - param)
-        return delta
+        return delta, params, grads, squares
 
     def _step(self, meta_params: Mapping[str, Tensor], params: Tensor, grads: Tensor, squares: Tensor) -> Tensor:
         """(k, n) histories -> (1, n) delta x."""

@@ -97,7 +97,7 @@ class MultiscaleAdamConfig(RuleConfig):
         inside = all(len(pair) == 2 and all(_is_decay(beta) for beta in pair) for pair in self.betas)
         self.check(inside, "betas", "pairs of numbers in [0, 1)")
         self.check_number("eta", 0.0)
-        self.check_number("eps", 1e-12, 1.0)  # below, derivatives at 0 leave float32
+        self.check_number("eps", 1e-9, 1.0)  # below, derivatives at 0 leave float32
         self.check_integer("hidden_size", 1, 1024)
         self.check_integer("recurrent_size", 1, 1024)
 
@@ -123,6 +123,7 @@ class MultiscaleAdam(UpdateRule):
 
     Config = MultiscaleAdamConfig
     config: MultiscaleAdamConfig
+    takes_parts = True
 
     def __init__(self, config: MultiscaleAdamConfig | None = None, *, kind: str = "multiscale_adam") -> None:
         super().__init__(config, kind=kind)
@@ -148,10 +149,9 @@ class MultiscaleAdam(UpdateRule):
         self, meta_params: Mapping[str, Tensor], grad: Tensor, state: Moments, param: Tensor, context: StepContext
     ) -> tuple[Tensor, Moments]:
         """One step: the moments, the k directions, their mixture."""
-        state = self._average(state, grad)
-        mix = partial(self._mix, self._prepared(meta_params), self._corrections(context.step, grad.dtype))
-        mixed = networks.coordinatewise(mix, *state)
-        return self.config.eta * mixed[0], state._replace(hidden=mixed[1:].clone())
+        step = partial(self._step, self._prepared(meta_params), self._corrections(context.step, grad.dtype))
+        delta, *moments = networks.coordinatewise(step, *state, grad.unsqueeze(0))
+        return delta[0], Moments(*moments)
 
     def directions(self, state: Moments, step: Tensor) -> Tensor:
         """(k, *shape) what each Adam would do with learning rate 1, from moments that already hold the gradient.
@@ -161,7 +161,7 @@ class MultiscaleAdam(UpdateRule):
             step: () updates made before the last gradient.
         """
         corrections = self._corrections(step, state.exp_avg.dtype)
-        return networks.coordinatewise(partial(self._directions, corrections), *state[:2])
+        return networks.coordinatewise(lambda m, v: torch.mul(*self._directions(corrections, m, v)), *state[:2])
 
     @torch.no_grad()
     def mixing_weights(self, directions: Tensor, hidden: Tensor | None = None) -> Tensor:
@@ -185,12 +185,6 @@ class MultiscaleAdam(UpdateRule):
             return meta_params
         return {"weights": linear_weights(self.config.mixer, meta_params["weights"])}
 
-    def _average(self, state: Moments, grad: Tensor) -> Moments:
-        rates = torch.tensor([[1 - beta for beta in pair] for pair in self.config.betas], dtype=grad.dtype)
-        first, second = (networks.column(rate, grad.dim()) for rate in rates.to(grad.device).unbind(1))
-        exp_avg = torch.lerp(state.exp_avg, grad, first)
-        return state._replace(exp_avg=exp_avg, exp_avg_sq=torch.lerp(state.exp_avg_sq, grad * grad, second))
-
     def _corrections(self, step: Tensor, dtype: torch.dtype) -> Tensor:
         """(2, k, 1) what the moments are divided by: 1 - beta^t."""
         # From the logarithm in double precision: taken in float32, that of .9999 is off by 2e-4 at first.
@@ -198,22 +192,43 @@ class MultiscaleAdam(UpdateRule):
         powers = (step.to(dtype) + 1) * torch.tensor(logs, dtype=dtype, device=step.device)
         return -torch.expm1(powers).mT.unsqueeze(2)
 
-    def _directions(self, corrections: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> Tensor:
-        """(k, n) moments -> (k, n) directions."""
-        return -exp_avg / corrections[0] * torch.rsqrt(exp_avg_sq / corrections[1] + self.config.eps**2)
-
-    def _mix(
+    def _step(
         self,
         meta_params: Mapping[str, Tensor],
         corrections: Tensor,
         exp_avg: Tensor,
         exp_avg_sq: Tensor,
         hidden: Tensor,
-    ) -> Tensor:
-        """(k, n) moments and (h, n) state -> (1 + h, n) the mixture, and the new state."""
-        directions = self._directions(corrections, exp_avg, exp_avg_sq)
-        weights, hidden = self._weights(meta_params, directions, hidden)
-        return torch.cat([(weights * directions).sum(0, keepdim=True), hidden])
+        grad: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """(k, n) moments, (h, n) state and (1, n) gradient -> (1, n) the step, and the new moments and state."""
+        # 1 - beta in double precision: taken in float32, that of .9999 would be off by 2e-4.
+        rates = torch.tensor([[1 - beta for beta in pair] for pair in self.config.betas], dtype=grad.dtype)
+        first, second = rates.to(grad.device).unsqueeze(2).unbind(1)
+        exp_avg, exp_avg_sq = torch.lerp(exp_avg, grad, first), torch.lerp(exp_avg_sq, grad * grad, second)
+        sizes, scales = self._directions(corrections, exp_avg, exp_avg_sq)
+        if self.config.mixer in LINEAR:
+            mixed = (meta_params["weights"] * scales.squeeze(1)).unsqueeze(0) @ sizes
+        else:
+            directions = scales * sizes
+            weights, hidden = self._weights(meta_params, directions, hidden)
+            mixed = (weights * directions).sum(0, keepdim=True)
+        return self.config.eta * mixed, exp_avg, exp_avg_sq, hidden
+
+    def _directions(self, corrections: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> tuple[Tensor, Tensor]:
+        """(k, n) moments -> (k, n) and (k, 1), whose product are the directions.
+
+            -m / c_1 / sqrt(v / c_2 + eps^2) = m / sqrt(v + c_2 eps^2) * (-sqrt(c_2) / c_1)
+
+        so that a linear mixer can multiply its weights and the latter before anything of size n.
+        """
+        offsets, factors = self.scales(corrections)
+        return exp_avg * torch.rsqrt(exp_avg_sq + offsets), factors
+
+    def scales(self, corrections: Tensor) -> tuple[Tensor, Tensor]:
+        """(k, 1) c_2 eps^2 and (k, 1) -sqrt(c_2) / c_1, from the bias corrections (2, k, 1)."""
+        first, second = corrections
+        return second * self.config.eps**2, -second.sqrt() / first
 
     def _weights(self, meta_params: Mapping[str, Tensor], directions: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """(k, n) directions and (h, n) state -> (k, n), or (k, 1) if the same for all, weights, and the new state."""

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lopt.rules import features as feats
 
-CHUNK = 1 << 13  # coordinates at a time: so 50 hidden units stay in the cache, and of an embedding are no gigabytes
+CHUNK = 1 << 12  # coordinates at a time: so 50 hidden units stay in the cache, and of an embedding are no gigabytes
 
 
-def coordinatewise(network: Callable[..., Tensor], *channels: Tensor) -> Tensor:
-    """Apply a network to every coordinate: tensors (c, *shape) -> (d, *shape).
+def coordinatewise(network: Callable[..., feats.Outputs], *channels: Tensor) -> feats.Outputs:
+    """Apply a network to every coordinate: tensors (c, *shape) -> (d, *shape), or several of these.
 
     Args:
-        network: of as many matrices (c, n) as there are tensors -> (d, n), each column alone. It is given at most
-            `CHUNK` columns at a time.
+        network: of as many matrices (c, n) as there are tensors -> (d, n) or a tuple of such, each column alone. It is
+            given at most `CHUNK` columns at a time.
         channels: plain or sharded tensors, equal but for their first dim.
 
     Example:
@@ -47,7 +49,7 @@ def mlp(meta_params: Mapping[str, Tensor], channels: Tensor) -> Tensor:
     """The layers `w0, b0, w1, b1, ...` with ReLU between them: (c, n) -> (outputs, n)."""
     channels, layer = _affine(meta_params["w0"], meta_params["b0"], channels), 1
     while f"w{layer}" in meta_params:
-        channels = _affine(meta_params[f"w{layer}"], meta_params[f"b{layer}"], torch.relu(channels))
+        channels = _affine(meta_params[f"w{layer}"], meta_params[f"b{layer}"], channels.relu_())
         layer += 1
     return channels
 
@@ -86,9 +88,32 @@ def _affine(weight: Tensor, bias: Tensor, channels: Tensor) -> Tensor:
     return torch.addmm(bias.unsqueeze(1), weight.mT, channels)
 
 
-def _in_chunks(network: Callable[..., Tensor], *channels: Tensor) -> Tensor:
-    size = channels[0][0].numel()
+def _in_chunks(network: Callable[..., feats.Outputs], *channels: Tensor) -> feats.Outputs:
+    size, shape = channels[0][0].numel(), channels[0].shape[1:]
     matrices = [each.reshape(each.shape[0], size) for each in channels]
+    if size <= CHUNK:
+        outputs = network(*matrices)
+        if isinstance(outputs, Tensor):
+            return outputs.reshape(outputs.shape[0], *shape)
+        return tuple(output.reshape(output.shape[0], *shape) for output in outputs)
     chunks = zip(*(torch.split(matrix, CHUNK, dim=1) for matrix in matrices), strict=True)
-    outputs = torch.cat([network(*chunk) for chunk in chunks], dim=1)
-    return outputs.reshape(outputs.shape[0], *channels[0].shape[1:])
+    pieces = (network(*chunk) for chunk in chunks)
+    first = next(pieces)
+    if isinstance(first, Tensor):
+        (joined,) = _joined((first,), ((piece,) for piece in pieces), size)
+        return joined.reshape(joined.shape[0], *shape)
+    return tuple(each.reshape(each.shape[0], *shape) for each in _joined(first, pieces, size))
+
+
+def _joined(first: tuple[Tensor, ...], others: Iterator[Any], size: int) -> tuple[Tensor, ...]:
+    """Matrices (d, n_1), (d, n_2), ... side by side, (d, size), for each place of the tuples."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return tuple(torch.cat(parts, dim=1) for parts in zip(first, *others, strict=True))
+    # Each part is put in its place as soon as it is there, while it is in the cache.
+    joined, start = tuple(part.new_empty(part.shape[0], size) for part in first), 0
+    for parts in itertools.chain([first], others):
+        end = start + parts[0].shape[1]
+        for whole, part in zip(joined, parts, strict=True):
+            whole[:, start:end].copy_(part)
+        start = end
+    return joined

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from lightning_lopt.tasks.analytic import LeastSquares, LogUniformQuadratic, NoisyQuadratic, Rosenbrock, SumOfSquares
 from lightning_lopt.tasks.base import Task
 from lightning_lopt.tasks.supervised import build
-from lightning_lopt.tasks.wrappers import ESGradient
+from lightning_lopt.tasks.wrappers import ESGradient, Reparametrized
 
 
 class Entry(NamedTuple):
@@ -99,6 +99,13 @@ def by_evolution_strategies(name: str, base: str, pairs: int = 1, std: float = 0
     return ESGradient(name=name, task=make(base, **options), pairs=pairs, std=std)
 
 
+def rescaled(
+    name: str, base: str, level: str = "global", scale_range: tuple[float, float] = (1e-3, 1e3), **options: Any
+) -> Task:
+    """The task `base`, with `options`, in other units (`wrappers.Reparametrized`): to Adam, at other step sizes."""
+    return Reparametrized(name=name, task=make(base, **options), level=level, scale_range=scale_range)
+
+
 def _mlp(name: str, dataset: str, hidden: tuple[int, ...], **options: Any) -> None:
     register(name, build, network="mlp", dataset=dataset, hidden=hidden, **options)
 
@@ -164,6 +171,16 @@ def _register_papers() -> None:
     _mlp("mnist-dmd", "mnist", (8,), **l2l)
     # DeepMind's own initialization; the multiscale-Adam thesis's MlpMnist.
     _mlp("mnist-mlp", "mnist", (20,), activation="sigmoid", scheme="normal", std=0.01)
+    # That thesis's further networks: ConvMnist large and small, ConvCifar 0 and 1. Of the latter it prints layers of
+    # 384 x 191, 576 x 96 and 96 x 46; its count of parameters needs 192, and 32 channels of 6 x 6 are 1152. Images are
+    # brought to 24 x 24 whole, where TensorFlow's tutorial crops them; decay is the tutorial's.
+    register("mnist-mlp-rescaled", rescaled, base="mnist-mlp", scale_range=(5e-3, 1e1))
+    register("mnist-convnet-large", build, network="pooled_conv", dataset="mnist")
+    register("mnist-convnet-small", build, network="pooled_conv", dataset="mnist", channels=(16, 32), hidden=(512,))
+    cifar = {"network": "pooled_conv", "dataset": "cifar10", "image_size": 24, "pool_size": 3, "local_norm": True}
+    decay = {"weight_decay": 4e-3, "decayed": ("layers.0.weight", "layers.1.weight")}
+    register("cifar-convnet-0", build, channels=(64, 64), hidden=(384, 192), **cifar, **decay)
+    register("cifar-convnet-1", build, channels=(32, 32), hidden=(96, 48), **cifar, **decay)
     # The LSTM thesis: sigmoid on the output as well.
     _mlp("mnist-mlp-thesis", "mnist", (32,), activation="sigmoid", objective="sigmoid_cross_entropy")
     # Reverse engineering (arXiv 2011.02159).

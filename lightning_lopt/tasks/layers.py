@@ -156,6 +156,17 @@ def max_pool_same(x: Tensor, kernel_size: int = 3, stride: int = 2) -> Tensor:
     return F.max_pool2d(pad_same(x, kernel_size, stride, -math.inf), kernel_size, stride)
 
 
+def local_response_norm(x: Tensor, size: int = 9, alpha: float = 1e-3, beta: float = 0.75) -> Tensor:
+    """Divide (b, c, h, w) by (1 + alpha / size sum of squares of the `size` nearest channels)^beta, fewer at the ends.
+
+    Krizhevsky et al. 2012, with the defaults of TensorFlow's CIFAR-10 tutorial.
+    """
+    reach = size // 2
+    padded = F.pad(x.square(), (0, 0, 0, 0, reach, reach))
+    total = torch.stack([padded[:, i : i + x.shape[1]] for i in range(size)]).sum(0)
+    return x * (1 + alpha / size * total).pow(-beta)
+
+
 def norm(params: Params, name: str, x: Tensor, kind: str) -> Tensor:
     """Normalize (b, c) or (b, c, h, w), then scale and shift per channel; "none" does nothing.
 

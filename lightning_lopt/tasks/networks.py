@@ -16,6 +16,7 @@ from lightning_lopt.tasks.layers import (
     conv_specs,
     linear,
     linear_specs,
+    local_response_norm,
     mask,
     max_pool_same,
     norm,
@@ -149,6 +150,68 @@ class ConvNet:
             lost = 0 if self.padding == "same" else self.kernel_size - 1
             height, width = math.ceil((height - lost) / stride), math.ceil((width - lost) / stride)
         return self.channels[-1] * height * width
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PooledConvNet:
+    """Convolutions, each followed by relu, local response norm where asked for, and max pooling; then hidden layers.
+
+    TensorFlow's tutorial networks for MNIST and, with `local_norm`, for CIFAR-10, on which the multiscale-Adam thesis
+    (section 2.3) experiments. There the first of the two CIFAR layers is pooled before it is normalized; here none is.
+
+    Parameters: `convs.<i>.weight, .bias`, `layers.<i>.weight, .bias`.
+
+    Example:
+        >>> net = PooledConvNet(in_shape=(3, 24, 24), channels=(64, 64), hidden=(384, 192), pool_size=3)
+        >>> sum(math.prod(spec.shape) for spec in net.specs().values())  # the thesis counts as many
+        1068298
+    """
+
+    in_shape: tuple[int, int, int]
+    channels: tuple[int, ...] = (32, 64)
+    hidden: tuple[int, ...] = (1024,)
+    outputs: int = 10
+    kernel_size: int = 5
+    pool_size: int = 2
+    """Side of the windows of max pooling, whose stride is 2."""
+    local_norm: bool = False
+    """Divide by (1 + .001 / 9 sum of squares of the nine nearest channels)^.75, as Krizhevsky et al. 2012 do."""
+
+    def __post_init__(self) -> None:
+        for size in (*self.in_shape, *self.channels, *self.hidden, self.outputs, self.kernel_size, self.pool_size):
+            check_positive("size", size)
+
+    @property
+    def dropout(self) -> float:
+        """None here."""
+        return 0.0
+
+    def specs(self) -> dict[str, Spec]:
+        """Name -> specification, in forward order."""
+        specs: dict[str, Spec] = {}
+        for i, (fan_in, fan_out) in enumerate(zip((self.in_shape[0], *self.channels), self.channels, strict=False)):
+            specs |= conv_specs(f"convs.{i}", fan_in, fan_out, self.kernel_size)
+        height, width = self.in_shape[1:]
+        for _ in self.channels:
+            height, width = math.ceil(height / 2), math.ceil(width / 2)
+        sizes = ((self.channels or self.in_shape)[-1] * height * width, *self.hidden, self.outputs)
+        for i, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+            specs |= linear_specs(f"layers.{i}", fan_in, fan_out)
+        return specs
+
+    def mask_shapes(self, batch_size: int) -> tuple[tuple[int, ...], ...]:
+        """No dropout."""
+        return ()
+
+    def apply(self, params: Params, x: Tensor, masks: tuple[Tensor, ...] = ()) -> Tensor:
+        """(b, c, h, w) -> (b, outputs)."""
+        for i in range(len(self.channels)):
+            x = conv(params, f"convs.{i}", x).relu()
+            x = max_pool_same(local_response_norm(x) if self.local_norm else x, self.pool_size)
+        x = x.flatten(1)
+        for i in range(len(self.hidden)):
+            x = linear(params, f"layers.{i}", x).relu()
+        return linear(params, f"layers.{len(self.hidden)}", x)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from lightning_lopt.tasks import draws, sources
 from lightning_lopt.tasks.base import Params, Start, Task, check_choice, check_positive, check_range
 from lightning_lopt.tasks.datasets import Dataset
 from lightning_lopt.tasks.layers import SCHEMES, Network, init_params
-from lightning_lopt.tasks.networks import MLP, ConvNet, ResNet
+from lightning_lopt.tasks.networks import MLP, ConvNet, PooledConvNet, ResNet
 from lightning_lopt.tasks.sequences import LSTMLanguageModel, TransformerLanguageModel, VisionTransformer
 
 MAX_EVAL_SIZE = 2048
@@ -106,6 +106,10 @@ class Supervised(Task):
     """Of the scheme "normal"."""
     l2: float = 0.0
     """Multiplies the norm (not its square) of all parameters, which is added to the loss."""
+    weight_decay: float = 0.0
+    """Half of it multiplies the squares of the `decayed` parameters, whose sum is added to the loss."""
+    decayed: tuple[str, ...] = ()
+    """Names of the parameters that decay."""
     subset: tuple[float, float] = (1.0, 1.0)
     """Range of the share of the training data that a member sees, uniform."""
     label_noise: tuple[float, float] = (0.0, 0.0)
@@ -116,6 +120,8 @@ class Supervised(Task):
         check_choice("scheme", self.scheme, SCHEMES)
         check_range("subset", self.subset, 0.0, 1.0)
         check_range("label_noise", self.label_noise, 0.0, 1.0)
+        for name in self.decayed:
+            check_choice("decayed", name, self.network.specs())
         if self.batch_size is not None:
             check_positive("batch_size", self.batch_size)
         elif self.subset != (1.0, 1.0):
@@ -163,6 +169,8 @@ class Supervised(Task):
         loss = OBJECTIVES[self.objective](self.network.apply(params, batch.x, batch.masks), batch)
         if self.l2:
             loss = loss + self.l2 * torch.stack([param.square().sum() for param in params.values()]).sum().sqrt()
+        for name in self.decayed:
+            loss = loss + 0.5 * self.weight_decay * params[name].square().sum()
         return loss
 
     def metrics(self, params: Params, batch: Batch) -> dict[str, Tensor]:
@@ -227,6 +235,7 @@ class Supervised(Task):
 _NETWORKS: dict[str, Any] = {
     "mlp": MLP,
     "conv": ConvNet,
+    "pooled_conv": PooledConvNet,
     "resnet": ResNet,
     "vit": VisionTransformer,
     "lstm": LSTMLanguageModel,
@@ -251,7 +260,7 @@ def build(
 
     Args:
         name: the task's.
-        network: mlp, conv, resnet, vit, lstm or transformer.
+        network: mlp, conv, pooled_conv, resnet, vit, lstm or transformer.
         dataset: a name for `datasets.load`, or a data set; a text for lstm and transformer.
         objective: one of `OBJECTIVES`, default cross entropy.
         image_size: side in pixels to bring images to by area averaging; None leaves them.
