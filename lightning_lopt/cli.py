@@ -4,7 +4,9 @@
     lopt show NAME                       a rule's card
     lopt push NAME OWNER/REPO            put a rule on the Hugging Face Hub
     lopt evaluate ...                    compare rules with tuned optimizers
+    lopt analyze NAME                    what a rule has learned
     lopt meta-train fit --config FILE    meta-train a rule
+    lopt reproduce CLAIM|--all|--list    the papers' results, each with its verdict
 
 Exit status 0 on success, and 2 with one line on stderr where the user can put something right.
 """
@@ -25,6 +27,11 @@ from lightning_lopt.hub.files import CARD
 # command -> its module, which is imported when asked for and has add_arguments(parser) and run(arguments); its help
 DELEGATED = {
     "evaluate": ("lightning_lopt.evaluation.cli", "Compare rules with tuned optimizers on tasks: a table and a plot."),
+    "analyze": ("lightning_lopt.analysis.cli", "What a rule has learned: figures, and a page in plain words."),
+    "reproduce": (
+        "lightning_lopt.evaluation.claims.cli",
+        "Measure what the papers claim: numbers, plots and verdicts.",
+    ),
 }
 UNSAID = "was not said when it was saved"  # in the card that save_rule writes by itself
 

@@ -61,12 +61,14 @@ class RuleCase(NamedTuple):
 
 RULES_UNDER_TEST = [
     RuleCase("star", {"nominal_stepsize": 1e-2, "step_mult": 1e-6}),
+    RuleCase("star", {"nominal_stepsize": 1e-2, "step_mult": 1e-6, "scheduler": True}),
     RuleCase("hyperparam", {"nominal_stepsize": 1e-2}),
     RuleCase("blackbox", {"step_mult": 1e-2}, pass_gradient_through),
     RuleCase("lstm", {"nominal_stepsize": 1e-2, "nominal_controller": True, "out_scale": 1e-6}),
     RuleCase(
         "lstm_dmd", {"nominal_stepsize": 1e-2, "out_scale": 1e-6, "rank": 2, "num_snapshots": 2, "scope": "tensor"}
     ),
+    RuleCase("gru", {"nominal_stepsize": 1e-2, "nominal_controller": True, "out_scale": 1e-6, "hidden_size": 8}),
     RuleCase("mng", {}),
     RuleCase("k_timesteps", {}, step_against_the_mean),
     RuleCase("k_momentums", {}, step_against_the_mean),

@@ -41,10 +41,24 @@ def test_quickstart_draws_both_curves(tmp_path):
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_bundled_rules_are_reproduced_bit_by_bit(tmp_path):
+def test_the_nominal_rule_is_reproduced_bit_by_bit(tmp_path):
     run(EXAMPLES / "nominal_rules.py", tmp_path)
-    for name in ("star", "hyperparam"):
-        made, bundled = lopt.load_rule(tmp_path / "rules" / name), lopt.load_rule(name)
-        assert made.config == bundled.config
-        for key, tensor in made.state_dict().items():
-            assert torch.equal(tensor, bundled.state_dict()[key])
+    made, bundled = lopt.load_rule(tmp_path / "rules" / "hyperparam"), lopt.load_rule("hyperparam")
+    assert made.config == bundled.config
+    for key, tensor in made.state_dict().items():
+        assert torch.equal(tensor, bundled.state_dict()[key])
+
+
+def test_the_recipe_of_star_runs_and_is_taken_up_again(tmp_path):
+    recipe = EXAMPLES / "recipes" / "star_scheduler.py"
+    ARGUMENTS[recipe.name] = ["--out", "star", "--points", "14", "12", "--tasks", "wine-mlp"]
+    first = run(recipe, tmp_path)
+    made = lopt.load_rule(tmp_path / "star" / "rule")
+    assert made.config == lopt.load_rule("star").config
+    assert made.state_dict()["schedule_fraction"].abs().sum() > 0
+    assert "wine-mlp" in first
+    (tmp_path / "star" / "10-0.json").unlink()
+    again = run(recipe, tmp_path)
+    assert again.count("wine-mlp") == 1
+    for key, tensor in lopt.load_rule(tmp_path / "star" / "rule").state_dict().items():
+        torch.testing.assert_close(tensor, made.state_dict()[key])

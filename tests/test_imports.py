@@ -26,9 +26,22 @@ class Arrows(NamedTuple):
 ARROWS = {  # the longest prefix of a module's name counts
     "rules": Arrows({"rules"}, {"torch"}),
     "kernels": Arrows({"rules", "kernels"}, {"torch", "triton"}),
-    "optimizer": Arrows({"rules", "kernels"}, {"torch"}),
+    "sharded": Arrows({"rules"}, {"torch"}),
+    "steps": Arrows({"measurements", "safeguard", "sharded"}, {"torch"}),
+    "inputs": Arrows({"rules"}, {"torch"}),
+    "measurements": Arrows({"sharded"}, {"torch"}),
+    "safeguard": Arrows({"rules", "sharded"}, {"torch"}),
+    "shell": Arrows({"rules", "kernels", "measurements", "trust"}, {"torch"}),
+    "trust": Arrows(set(), {"torch"}),
+    "state_dicts": Arrows({"rules"}, {"torch"}),
+    "optimizer": Arrows(
+        {"rules", "kernels", "inputs", "measurements", "safeguard", "sharded", "shell", "state_dicts", "steps"}
+        | {"trust"},
+        {"torch"},
+    ),
     "hub": Arrows({"rules", "hub"}, {"torch", "huggingface_hub", "safetensors"}),
-    "callback": Arrows({"rules", "optimizer", "hub"}, {"torch", "lightning"}),
+    "seam": Arrows({"optimizer"}, {"torch"}),
+    "callback": Arrows({"rules", "kernels", "optimizer", "hub", "seam"}, {"torch", "lightning"}),
     "strategies": Arrows({"rules", "optimizer", "hub", "callback"}, {"torch", "lightning"}),
     "tasks": Arrows({"tasks"}, {"torch", "numpy", "sklearn", "torchvision"}),
     "meta": Arrows({"rules", "tasks", "meta"}, {"torch"}, except_for=frozenset({"meta.trainer", "meta.cli"})),
@@ -36,9 +49,16 @@ ARROWS = {  # the longest prefix of a module's name counts
     "meta.cli": Arrows({"rules", "tasks", "meta", "hub"}, {"torch", "lightning", "jsonargparse", "omegaconf"}),
     "analysis": Arrows({"rules", "tasks", "meta.unroll", "analysis"}, {"torch", "numpy"}),
     "analysis.plots": Arrows({"rules", "tasks", "meta.unroll", "analysis"}, {"torch", "numpy", "matplotlib"}),
+    "analysis.report": Arrows({"analysis"}, {"matplotlib"}),
+    "analysis.cli": Arrows({"rules", "tasks", "hub", "analysis"}, {"torch", "matplotlib"}),
+    "monitor": Arrows({"rules"}, {"torch", "lightning"}),
     "evaluation": Arrows(
         {"rules", "optimizer", "hub", "tasks", "meta.unroll", "analysis.plots", "evaluation"},
         {"torch", "torchmetrics", "lightning", "numpy", "rich", "matplotlib"},
+    ),
+    "evaluation.claims": Arrows(
+        {"rules", "optimizer", "hub", "tasks", "meta", "analysis", "evaluation", "__version__"},
+        {"torch", "lightning", "numpy", "rich", "matplotlib"},
     ),
 }
 ANYTHING = {PACKAGE, "cli"}  # the package's __init__ and the command
