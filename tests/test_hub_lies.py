@@ -7,6 +7,7 @@ import logging
 
 import huggingface_hub
 import pytest
+import torch
 from hub_server import TOKEN, serve
 
 import lightning_lopt as lopt
@@ -94,7 +95,9 @@ def test_sizes_that_are_none(size, hub, tmp_path):
 
 def test_other_weights_than_the_configuration_names(hub, tmp_path):
     """The blob is another rule's, under the ETag of the true one."""
-    other = lopt.save_rule(lopt.rules.make("star", step_mult=1.0), tmp_path / "a" / "b" / "c" / "d" / "cache" / "x")
+    rule = lopt.rules.make("star", step_mult=1.0)
+    torch.nn.init.ones_(rule.w0)  # whatever the seed was: not the weights of the true one
+    other = lopt.save_rule(rule, tmp_path / "a" / "b" / "c" / "d" / "cache" / "x")
     for oid in hub.blobs:
         hub.sent_instead[oid] = (other / "model.safetensors").read_bytes()
     assert "is not the file that config.json was saved with" in refused(hub, tmp_path, ValueError)

@@ -189,6 +189,7 @@ class Watched:
         self.inside = folder
 
     def __enter__(self) -> None:
+        files.library_version()  # read once from the installed package, and named in refusals
         Watched.folder = self.inside
 
     def __exit__(self, *error: object) -> None:

@@ -11,6 +11,7 @@ configuration: config.json therefore names the sha256 of the weights that it bel
 from __future__ import annotations
 
 import hashlib
+import functools
 import importlib.metadata
 import json
 import math
@@ -45,6 +46,7 @@ class Template(NamedTuple):
     sha256: str | None  # of the weights that it was saved with; None in files of before there was one
 
 
+@functools.cache
 def library_version() -> str:
     """The installed package's version, which files and requests carry."""
     try:
