@@ -10,8 +10,8 @@ configuration: config.json therefore names the sha256 of the weights that it bel
 
 from __future__ import annotations
 
-import hashlib
 import functools
+import hashlib
 import importlib.metadata
 import json
 import math
