@@ -77,5 +77,5 @@ def test_no_part_of_a_checkpoint_is_taken_for_the_whole(tmp_path):
         cut.write_bytes(data[:length])
         with pytest.raises((RuntimeError, EOFError, OSError, pickle.UnpicklingError)):
             torch.load(cut, weights_only=True)
-    with pytest.raises(RuntimeError):
+    with pytest.raises((RuntimeError, OSError)):  # torch's own, which depends on where the file ends
         run(tmp_path, ckpt_path=cut)

@@ -34,6 +34,7 @@ CONFIGS = {
     "no network": {"step_mult": 0.0, "nominal_controller": False, "weight_decay": 0.1},
     "network alone": {"nominal_stepsize": 0.0, "step_mult": 0.1},
     "scheduler": {"scheduler": True, "step_mult": 0.1},
+    "eps": {"eps": 1e-10},
     "scheduler without network": {"scheduler": True, "step_mult": 0.0, "nominal_controller": False},
     "scheduler, SGDM": {"scheduler": True, "nominal_grad_estimator": "SGDM"},
     "decays": {"initial_momentum_decays": (0.1, 0.5, 0.9), "initial_rms_decays": (0.5,)},

@@ -50,6 +50,7 @@ OPTIONS = {
     "aggregate_reg_magnitude",
     "selfnormalize_blackbox",
     "scheduler",
+    "eps",
     "hidden_size",
     "hidden_layers",
     "num_heads",
@@ -81,7 +82,7 @@ def make(rule: UpdateRule) -> Kernel:
 
 def _library(rule: STAR) -> ctypes.CDLL | str:
     c = rule.config
-    shape = (f"HIDDEN={c.hidden_size}", f"LAYERS={c.hidden_layers}", f"HEADS={c.num_heads}")
+    shape = (f"HIDDEN={c.hidden_size}", f"LAYERS={c.hidden_layers}", f"HEADS={c.num_heads}", f"EPS={c.eps!r}f")
     return build.library(SOURCE, *shape)
 
 

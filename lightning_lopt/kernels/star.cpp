@@ -34,7 +34,7 @@ struct Coordinates {
     for (int k = 0; k < 3; k++)
       momentum[k] = get(t.exp_avg + k * t.size) * rule.momentum[k] + grad * (1 - rule.momentum[k]);
     second = get(t.exp_avg_sq) * rule.rms + grad * (1 - rule.rms) * grad;
-    root = inverse_root(second + 1e-6f);
+    root = inverse_root(second + EPS);
   }
 };
 

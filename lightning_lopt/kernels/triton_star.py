@@ -51,6 +51,8 @@ def supports(rule: UpdateRule) -> str | None:
     c = rule.config
     if (c.hidden_size, c.hidden_layers) != (4, 2):
         return f"hidden_size={c.hidden_size}, hidden_layers={c.hidden_layers}: the Triton kernel has two layers of 4"
+    if c.eps != feats.EPS:
+        return f"eps={c.eps}: the Triton kernel has {feats.EPS}"
     names = ("aggregate_magnitude", "aggregate_nom_magnitude", "aggregate_reg_magnitude", "selfnormalize_blackbox")
     if chosen := [name for name in names if getattr(c, name)]:
         return f"{chosen[0]}=True: the Triton kernel has no such mean over the tensor"

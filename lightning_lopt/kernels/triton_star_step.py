@@ -93,7 +93,7 @@ def _factors(
 @triton.jit
 def _add(total, x):
     """Sums of squares, one a lane."""
-    return total + tl.sum(tl.reshape(x * x, [LANES, PER_LANE], can_reorder=True), 1)
+    return total + tl.sum(tl.reshape(x * x, [LANES, PER_LANE]), 1)
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from lightning_lopt.rules.parts import Part, local, means, whole_shape
 
 TIMESCALES = (1, 3, 10, 30, 100, 300, 1000, 3000, 10000, 30000, 100000)
 NUM_CHANNELS = 28
+EPS = 1e-6  # what the authors' code adds to the second moment before its root
 NUM_FEATURES = NUM_CHANNELS + len(TIMESCALES)
 
 # Where the channels of `Features` stand in the reference's order of 28, also the order of the first layer's rows.
@@ -113,12 +114,12 @@ def update_moments(exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, decays: De
     return _average(exp_avg, grad, decays.momentum), exp_avg_sq
 
 
-def inverse_root(exp_avg_sq: Tensor) -> Tensor:
-    """1 / sqrt(second moment + 1e-6): STAR's preconditioner 1/v (eq. 22) and the scale of the Adam-like features."""
-    return torch.rsqrt(exp_avg_sq + 1e-6)
+def inverse_root(exp_avg_sq: Tensor, eps: float = EPS) -> Tensor:
+    """1 / sqrt(second moment + eps): STAR's preconditioner 1/v (eq. 22) and the scale of the Adam-like features."""
+    return torch.rsqrt(exp_avg_sq + eps)
 
 
-def features(state: Accumulators, grad: Tensor, param: Tensor, part: Part | None = None) -> Features:
+def features(state: Accumulators, grad: Tensor, param: Tensor, part: Part | None = None, eps: float = EPS) -> Features:
     """The 28 channels from accumulators that already hold `grad`; of a part of a tensor, with whole rows and columns.
 
     In the reference's order: gradient; parameter; 3 momenta; second moment; 3 momenta / sqrt(second moment); its
@@ -126,7 +127,7 @@ def features(state: Accumulators, grad: Tensor, param: Tensor, part: Part | None
     3 momenta preconditioned by the factored second moments. A tensor that is not factored has its diagonal moments in
     place of both rows and columns.
     """
-    inv_root = inverse_root(state.exp_avg_sq)
+    inv_root = inverse_root(state.exp_avg_sq, eps)
     dims = factored_dims(whole_shape(part, grad))
     if dims is None:
         row = col = torch.cat([state.diag, torch.rsqrt(state.diag + 1e-8)])

@@ -63,6 +63,9 @@ class STARConfig(RuleConfig):
     """One regulariser magnitude per tensor. The authors' code fails on this option; here it does what it says."""
     selfnormalize_blackbox: bool = False
     """Multiply the blackbox term by the tensor's signed mean gradient."""
+    eps: float = feats.EPS
+    """Added to the second moment before its root. The authors' 1e-6 hides gradients below 1e-3, as of losses that are
+    means over many outputs; a smaller one is not in the paper."""
     scheduler: bool = False
     """Not in the paper: a learned schedule, and a factor for each tensor, multiply both terms; see `scheduler`."""
     hidden_size: int = 4
@@ -94,6 +97,7 @@ class STARConfig(RuleConfig):
         )
         self.check_flags("aggregate_magnitude", "aggregate_nom_magnitude", "aggregate_reg_magnitude")
         self.check_flags("scheduler")
+        self.check_number("eps", 1e-20, 1.0)
         self.check_integer("hidden_size", 1, 1024)
         self.check_integer("hidden_layers", 1, 16)
         self.check(type(self.num_heads) is int and self.num_heads in (2, 4), "num_heads", "2 or 4")
@@ -220,9 +224,9 @@ class STAR(UpdateRule):
         context: StepContext,
     ) -> dict[str, Tensor]:
         c, part = self.config, context.part
-        inv_root, heads, features = feats.inverse_root(state.exp_avg_sq), torch.zeros(0), None
+        inv_root, heads, features = feats.inverse_root(state.exp_avg_sq, c.eps), torch.zeros(0), None
         if c.step_mult or c.nominal_controller or (c.weight_decay and c.regularization_controller):
-            features = feats.features(state, grad, param, part)
+            features = feats.features(state, grad, param, part, c.eps)
         whole = self._of_the_whole_tensor(grad, state, param, inv_root, features, part)
         if features is not None:
             time = feats.time_features(context.step, param.dtype)
@@ -321,7 +325,7 @@ class STAR(UpdateRule):
 
 
 _LAYOUT_ARGUMENTS = {"concat_weights", "make_separate_weights", "split_weights"}
-_NOT_IN_THE_REFERENCE = {"num_heads", "scheduler"}
+_NOT_IN_THE_REFERENCE = {"num_heads", "scheduler", "eps"}
 _FLAT = "Pass the flat mapping of w0, b0, w1, b1, w2, b2, momentum_decays, rms_decays, adafactor_decays"
 
 
