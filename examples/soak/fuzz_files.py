@@ -113,7 +113,9 @@ def header_values(rng: random.Random, kind: str) -> bytes:
         name = rng.choice([*header, *WORDS])
         entry, part = header.get(name), rng.choice(("dtype", "shape", "data_offsets"))
         if isinstance(entry, dict) and name != "__metadata__" and rng.random() < 0.8:
-            near = [n + rng.choice((-1, 0, 0, 1, 8)) for n in entry.get(part, ()) if isinstance(n, int)]
+            old = entry.get(part)  # no list any more where the same entry is drawn twice
+            numbers = [n for n in old if isinstance(n, int)] if isinstance(old, list) else []
+            near = [n + rng.choice((-1, 0, 0, 1, 8)) for n in numbers]
             entry[part] = rng.choice((any_value(rng), near, rng.choice(DTYPES)))
         else:
             header[name] = any_value(rng)

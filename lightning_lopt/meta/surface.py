@@ -58,7 +58,7 @@ def sample(
 def score(
     rule: UpdateRule, meta_params: Sequence[MetaParams], task: Task, steps: int, *, seed: int, tell: bool = True
 ) -> Scores:
-    """Run one point after the other's start and batches on a task, all at once.
+    """Run all points at once on a task, from the same start on the same batches.
 
     Args:
         rule: the update rule.
@@ -92,10 +92,6 @@ class Surface(NamedTuple):
     knobs: dict[str, Knob]
     coefficients: Tensor  # (1 + d + d (d + 1) / 2,) of the monomials of the knobs, each on [-1, 1]
     start: Tensor  # (d,) mean of the best points tried, on [-1, 1]: `center`
-
-    def __call__(self, points: Tensor) -> Tensor:
-        """(n, d) points -> (n,) predictions."""
-        return _monomials(_to_unit(self.knobs, points)) @ self.coefficients
 
     def center(self) -> dict[str, float]:
         """The mean of the best points that were tried."""

@@ -28,12 +28,12 @@ LOG_STEPS = (0.0, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0)
 NUM_TENSOR_FEATURES = 8
 SHAPES = {
     "schedule_fraction": (len(FRACTIONS),),  # log factor at these fractions of a run of 1,000 steps
-    "schedule_length": (len(FRACTIONS),),  # what ten times the length adds to it, from 100 to 3,000 steps
+    "schedule_length": (len(FRACTIONS),),  # what ten times the length adds to it
     "schedule_step": (len(LOG_STEPS),),  # log factor at 10^x steps, for runs of unknown length
     "tensor_powers": (2, 2, NUM_TENSOR_FEATURES),  # (vectors, matrices) x (start, end) x feature
     "momentum_mix": (2, 3),  # (start, end) x momentum: logits of the weights
 }
-LOG_LENGTHS = (-1.0, 0.5)  # log10(length / 1000) is held within these: what the curve was learned on
+LOG_LENGTHS = (-1.0, 0.5)  # log10(length / 1000) is held within these: no extrapolation to runs of a million steps
 LARGEST_POWER = 4.0  # a tensor's log factor stays within +-4
 
 
