@@ -161,13 +161,16 @@ def test_ratios_and_their_summary_by_hand():
     assert results.ratio(b, "adam", "adamw", "final").value == pytest.approx(1.0)  # both at the floor
     assert results.ratio(b, "rule", "adam", "final").value == pytest.approx((4.0 + 0.002) / 0.004)
     summary = {row.optimizer: row for row in results.summary()}
-    assert summary["rule"].ratios["final", "adam"] == pytest.approx(math.sqrt(1.0 * 4.002 / 0.004))
-    assert summary["rule"].ratios["final", DEFAULT_ADAM] == pytest.approx(math.sqrt(0.5 * 4.002 / 0.016))
-    assert (summary["rule"].not_worse, summary["rule"].diverged) == ({"final": 1, "mean": 1}, 1)
+    assert summary["rule"].ratios["final", "adam"].value == pytest.approx(math.sqrt(1.0 * 4.002 / 0.004))
+    assert summary["rule"].ratios["final", DEFAULT_ADAM].value == pytest.approx(math.sqrt(0.5 * 4.002 / 0.016))
+    assert (summary["rule"].not_worse, summary["rule"].diverged) == ({"final": 1, "mean": 1, "test": 2}, 1)
     assert (summary["rule"].num_cases, summary["rule"].num_runs) == (2, 4)
     assert summary["rule"].step_time == pytest.approx(3.0)
-    assert summary["adam"].ratios["final", "best"] == pytest.approx(1.0)
-    assert summary["adamw"].ratios["final", "best"] == pytest.approx(math.sqrt(1.5))
+    assert summary["adam"].ratios["test", "adam"] == (pytest.approx(1.0), pytest.approx(0.0))
+    of_tasks = [results.ratio(case, "rule", "adam", "final").spread for case in (a, b)]
+    assert summary["rule"].ratios["final", "adam"].spread == pytest.approx(math.hypot(*of_tasks) / 2)
+    assert summary["adam"].ratios["final", "best"].value == pytest.approx(1.0)
+    assert summary["adamw"].ratios["final", "best"].value == pytest.approx(math.sqrt(1.5))
 
 
 @pytest.mark.parametrize(("loss", "count"), [(0.408, 1), (0.4081, 0)])

@@ -6,7 +6,7 @@ import math
 import statistics
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lightning_lopt.evaluation.report import MEASURES, labels, main_reference
+from lightning_lopt.evaluation.report import TUNED, labels, main_reference
 from lightning_lopt.evaluation.results import DEFAULT_ADAM, REFERENCES, Results
 from lightning_lopt.evaluation.suites import Case
 
@@ -134,7 +134,7 @@ def ratios(results: Results) -> Figure:
     height = 0.34 * (len(results.cases) + 2) + 1.5
     figure = Figure(figsize=(11.5, max(height, 3.2)), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    for panel, measure in zip(panels, MEASURES, strict=True):
+    for panel, measure in zip(panels, TUNED, strict=True):
         _ratio_panel(panel, results, measure, reference, drawn)
     handles, texts = panels[0].get_legend_handles_labels()
     figure.legend(handles, texts, loc="outside upper center", ncols=min(len(texts), 5), frameon=False)
@@ -143,7 +143,7 @@ def ratios(results: Results) -> Figure:
 
 def _ratio_panel(panel: Axes, results: Results, measure: str, reference: str, drawn: list[str]) -> None:
     styles, names, cases = looks(results), labels(results), results.cases
-    means = {summary.optimizer: summary.ratios[measure, reference] for summary in results.summary()}
+    means = {summary.optimizer: summary.ratios[measure, reference].value for summary in results.summary()}
     for number, name in enumerate(drawn):
         look = styles[name]
         # Beside each other, so that equal values do not hide each other.

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_lopt.evaluation.results import DEFAULT_ADAM, REFERENCES, Entry, Results
+from lightning_lopt.evaluation.results import DEFAULT_ADAM, MEASURES, REFERENCES, Entry, Ratio, Results
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-MEASURES = ("final", "mean")
+TUNED = ("final", "mean")  # what settings are chosen for
+LOSSES = {"final": "final training loss", "mean": "mean training loss", "test": "test loss"}
 NEEDS = ("matplotlib", "rich")
 
 
@@ -53,7 +54,7 @@ def write(results: Results, directory: str | Path) -> list[Path]:
 
 def tables(results: Results) -> list[Table]:
     """Ratios task by task, for the final and for the mean loss, and the summary, for rich to print."""
-    return [*(_ratio_table(results, measure) for measure in MEASURES), _summary_table(results)]
+    return [*(_ratio_table(results, measure) for measure in TUNED), _summary_table(results)]
 
 
 def labels(results: Results) -> dict[str, str]:
@@ -75,13 +76,13 @@ def _row(results: Results, entry: Entry) -> dict[str, Any]:
         "seeds": results.seeds,
         "initial_loss": runs.scale,
     }
-    for measure in MEASURES:
+    for measure in TUNED:
         losses = getattr(trials[measure].runs, measure)
         row[f"{measure}_loss"] = statistics.fmean(losses)
         row[f"{measure}_loss_std"] = statistics.stdev(losses) if len(losses) > 1 else math.nan
     row |= {"test_loss": runs.average("test_loss"), "test_accuracy": runs.average("accuracy")}
     row |= {"diverged_runs": sum(runs.diverged), "settings_tried": entry.num_settings}
-    row |= {f"setting_for_{m}": json.dumps(trials[m].hyperparameters) for m in MEASURES}
+    row |= {f"setting_for_{m}": json.dumps(trials[m].hyperparameters) for m in TUNED}
     row["step_time_vs_adam"] = results.step_time(entry.case, entry.optimizer)
     for measure in MEASURES:
         for reference in results.references:
@@ -94,7 +95,8 @@ def _summary_rows(results: Results) -> list[dict[str, Any]]:
     rows = []
     for summary in results.summary():
         row: dict[str, Any] = {"optimizer": summary.optimizer, "tasks": summary.num_cases, "runs": summary.num_runs}
-        row |= {f"{m}_vs_{r}": summary.ratios[m, r] for m in MEASURES for r in results.references}
+        for (measure, reference), (value, spread) in summary.ratios.items():
+            row |= {f"{measure}_vs_{reference}": value, f"{measure}_vs_{reference}_spread": spread}
         row |= {f"{m}_at_most_2_percent_above_{DEFAULT_ADAM}": summary.not_worse[m] for m in MEASURES}
         rows.append({**row, "diverged_runs": summary.diverged, "step_time_vs_adam": summary.step_time})
     return rows
@@ -129,7 +131,7 @@ def _ratio_table(results: Results, measure: str) -> Table:
         cells = [f"{results.entry(case, reference).loss(measure):.4g}"]
         cells += [_cell(results, case, optimizer, reference, measure) for optimizer in others]
         table.add_row(case.task, f"{case.steps:,}", *cells)
-    means = {summary.optimizer: summary.ratios[measure, reference] for summary in results.summary()}
+    means = {summary.optimizer: summary.ratios[measure, reference].value for summary in results.summary()}
     table.add_section()
     table.add_row("geometric mean", "", "", *(f"{means[name]:.3f}" for name in others))
     return table
@@ -154,12 +156,17 @@ def _summary_table(results: Results) -> Table:
         table.add_column(names[row.optimizer], justify="right")
     for measure in MEASURES:
         for reference in results.references:
-            cells = [f"{row.ratios[measure, reference]:.3f}" for row in rows]
-            table.add_row(f"{measure} loss / {REFERENCES[reference]}", *cells)
+            cells = [_with_spread(row.ratios[measure, reference]) for row in rows]
+            table.add_row(f"{LOSSES[measure]} / {REFERENCES[reference]}", *cells)
     table.add_section()
     for measure in MEASURES:
         cells = [f"{row.not_worse[measure]} of {row.num_cases}" for row in rows]
-        table.add_row(f"{measure} loss at most 2 % above Adam 1e-3", *cells)
+        table.add_row(f"{LOSSES[measure]} at most 2 % above Adam 1e-3", *cells)
     table.add_row("runs that diverged", *(f"{row.diverged} of {row.num_runs}" for row in rows))
     table.add_row("time of a step / Adam", *(f"{row.step_time:.2f}" for row in rows))
     return table
+
+
+def _with_spread(ratio: Ratio) -> str:
+    """The ratio and, over seeds, its standard error."""
+    return f"{ratio.value:.3f}" + ("" if math.isnan(ratio.spread) else f" ± {ratio.value * ratio.spread:.3f}")

@@ -7,6 +7,7 @@ import math
 import statistics
 from typing import NamedTuple
 
+from lightning_lopt.evaluation.runs import Runs
 from lightning_lopt.evaluation.suites import Case
 from lightning_lopt.evaluation.tuning import Trial
 
@@ -15,6 +16,8 @@ BEST_OF = ("adam", "adamw", "sgdm")
 """The tuned baselines of which the best, task by task, is one of the references."""
 REFERENCES = {"adam": "tuned Adam", "best": "best tuned", DEFAULT_ADAM: "Adam 1e-3"}
 """What ratios are taken to: name -> in words."""
+MEASURES = {"final": "final", "mean": "mean", "test": "test_loss"}
+"""What is compared: name -> field of `Runs`. The test loss is that of the setting chosen for the final one."""
 SLACK = 1.02
 
 
@@ -23,7 +26,7 @@ class Ratio(NamedTuple):
 
     value: float
     spread: float
-    """Standard error of its logarithm, from the differences seed by seed; NaN with one seed."""
+    """Standard error of its logarithm over seeds, from the differences seed by seed; NaN with one seed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +44,16 @@ class Entry:
     """CPU seconds of a training step, `runs.step_seconds`."""
 
     def loss(self, measure: str) -> float:
-        """The final or mean training loss, mean over seeds, as it was."""
-        return self.best[measure].runs.average(measure)
+        """The final or mean training loss, or the test loss, mean over seeds, as it was."""
+        return self.runs(measure).average(MEASURES[measure])
 
     def bounded(self, measure: str) -> list[float]:
         """The same per seed and within bounds, `Runs.bounded`."""
-        return self.best[measure].runs.bounded(measure)
+        return self.runs(measure).bounded(MEASURES[measure])
+
+    def runs(self, measure: str) -> Runs:
+        """The runs that a measure is of."""
+        return self.best["mean" if measure == "mean" else "final"].runs
 
 
 class Summary(NamedTuple):
@@ -54,7 +61,7 @@ class Summary(NamedTuple):
 
     optimizer: str
     label: str
-    ratios: dict[tuple[str, str], float]
+    ratios: dict[tuple[str, str], Ratio]
     """(measure, reference) -> geometric mean over the cases; without the references that were not run."""
     not_worse: dict[str, int]
     """Measure -> cases where the loss is at most 2 % above that of Adam at 1e-3."""
@@ -121,19 +128,24 @@ class Results:
         return [self._summarize(optimizer) for optimizer in self.optimizers]
 
     def _summarize(self, optimizer: str) -> Summary:
-        rows = {(m, r): self._ratios(optimizer, r, m) for m in ("final", "mean") for r in self.references}
+        rows = {(m, r): self._ratios(optimizer, r, m) for m in MEASURES for r in self.references}
         entries = [self.entry(case, optimizer) for case in self.cases]
         diverged = [flag for entry in entries for flag in entry.best["final"].runs.diverged]
         return Summary(
             optimizer=optimizer,
             label=entries[0].label,
-            ratios={key: statistics.geometric_mean(ratios) for key, ratios in rows.items()},
-            not_worse={m: sum(r <= SLACK for r in rows[m, DEFAULT_ADAM]) for m in ("final", "mean")},
+            ratios={key: _geometric_mean(ratios) for key, ratios in rows.items()},
+            not_worse={m: sum(ratio.value <= SLACK for ratio in rows[m, DEFAULT_ADAM]) for m in MEASURES},
             diverged=sum(diverged),
             num_cases=len(entries),
             num_runs=len(diverged),
             step_time=statistics.geometric_mean(self.step_time(case, optimizer) for case in self.cases),
         )
 
-    def _ratios(self, optimizer: str, reference: str, measure: str) -> list[float]:
-        return [self.ratio(case, optimizer, reference, measure).value for case in self.cases]
+    def _ratios(self, optimizer: str, reference: str, measure: str) -> list[Ratio]:
+        return [self.ratio(case, optimizer, reference, measure) for case in self.cases]
+
+
+def _geometric_mean(ratios: list[Ratio]) -> Ratio:
+    spread = math.sqrt(sum(ratio.spread**2 for ratio in ratios)) / len(ratios)
+    return Ratio(statistics.geometric_mean(ratio.value for ratio in ratios), spread)
