@@ -31,12 +31,13 @@ def drawn(seed=0):
 
 @pytest.mark.parametrize("step", [0, 1, 7, 50, 99, 100, 5000])
 @pytest.mark.parametrize("num_steps", [101, 1000, 3000, 100_000])
-def test_the_curve_is_piecewise_linear_in_the_fraction_of_the_run(step, num_steps):
+def test_the_curve_is_piecewise_linear_in_the_fraction_of_the_run_and_in_the_steps_logarithm(step, num_steps):
     theta = drawn()
     values = theta["schedule_fraction"] + theta["schedule_length"] * np.clip(math.log10(num_steps) - 3, -1, 0.5)
     expected = np.interp(min(step / (num_steps - 1), 1), scheduler.FRACTIONS, values.numpy())
+    expected += np.interp(math.log10(step + 1), scheduler.LOG_STEPS, theta["schedule_early"].numpy())
     got = scheduler.log_factor(theta, torch.tensor(float(step)), num_steps)
-    np.testing.assert_allclose(got, expected, atol=1e-9)
+    np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("step", [0, 5, 300, 10**6])

@@ -22,21 +22,24 @@ from lightning_lopt.meta.surface import Knob, fit, sample, score
 from lightning_lopt.rules.scheduler import FRACTIONS, LOG_STEPS
 
 KNOBS = {
-    "peak": Knob(math.log(0.5), math.log(5.0)),  # log of the largest factor of the nominal step size 1e-2
-    "start": Knob(-3.0, 0.0),  # log of the first factor relative to the peak
-    "warmup": Knob(0.01, 0.3),  # fraction of the run until the peak
-    "anneal": Knob(0.4, 1.6),  # power of the cosine after it
-    "length": Knob(-0.5, 0.5),  # what ten times the length adds to the log factor
-    "start_length": Knob(0.0, 1.5),  # and to the first factor beyond that: a long run need not start as slowly
-    "depth": Knob(-1.0, 0.2),  # exponent of the number of tensors
-    "scale": Knob(0.0, 0.6),  # exponent of a matrix's root mean square
-    "fan": Knob(-0.7, 0.2),  # what ten times the fan-in adds to a matrix's log factor
-    "vectors": Knob(-1.0, 0.6),  # log factor of vectors
-    "strength_start": Knob(-0.4, 0.6),  # exponents of the momenta's strength
-    "strength_end": Knob(-0.5, 0.5),
-    "mix_start": Knob(-0.5, 1.5),  # the fastest momentum's logit; the slowest's is its negative
-    "mix_end": Knob(-0.5, 1.5),
-    "memory": Knob(-0.12, 0.12),  # offset of the second moment's decay
+    "peak": Knob(math.log(0.3), math.log(5.0)),  # log of the largest factor of the nominal step size 1e-2
+    "start": Knob(-2.0, 0.5),  # log of the first factor relative to the peak
+    "warmup": Knob(0.01, 0.5),  # fraction of the run until the peak
+    "anneal": Knob(0.2, 1.4),  # power of the cosine after it
+    "early": Knob(0.0, 1.3),  # 1: the second moment's bias correction; 0: none, which is the paper's form
+    "length": Knob(-1.0, 0.5),  # what ten times the length adds to the log factor
+    "start_length": Knob(-0.5, 1.0),  # and to the first factor beyond that: a long run need not start as slowly
+    "depth": Knob(-1.5, 0.0),  # exponent of the number of tensors
+    "scale": Knob(0.0, 1.0),  # exponent of a matrix's root mean square
+    "fan": Knob(-1.2, 0.0),  # what ten times the fan-in adds to a matrix's log factor
+    "vectors": Knob(-1.5, 0.5),  # log factor of vectors
+    "strength_start": Knob(-0.2, 1.0),  # exponents of the momenta's strength
+    "strength_end": Knob(-0.3, 0.7),
+    "mix_start": Knob(-0.7, 1.5),  # the fastest momentum's logit; the slowest's is its negative
+    "mix_end": Knob(-0.5, 2.0),
+    "memory": Knob(-0.05, 0.35),  # offset of the second moment's decay
+    "fast": Knob(-0.1, 0.08),  # offset of the fastest momentum's decay
+    "slow": Knob(-0.1, 0.2),  # offset of the slowest's; the middle one's is half of it
 }
 WITHOUT_LENGTH = {  # fitted second: the curve over steps, for runs whose length is not known
     "level": Knob(-1.5, 1.0),  # log factor at 300 steps
@@ -47,6 +50,8 @@ SIZES = {"width": 16, "depth": 2, "heads": 2}
 TASKS = [  # each is also run at a third of its steps
     *((f"digits-{name}-mlp", 600, {}) for name in ("deep", "sigmoid", "mse")),
     *((name, 600, {}) for name in ("digits-mlp", "digits-logreg", "digits-autoencoder", "diabetes-mlp", "wine-mlp")),
+    ("fashion-autoencoder", 300, {"dataset": "mnist", "image_size": 10, "hidden": (48, 12, 48)}),
+    ("fashion8-mlp", 300, {"dataset": "mnist", "hidden": (48, 48), "activation": "sigmoid"}),
     *((f"digits-{norm}-mlp", 300, {}) for norm in ("layernorm", "batchnorm")),
     *(("digits-mlp", 450, {"hidden": hidden}) for hidden in ((24,) * 6, (64, 64), (128,))),
     ("digits-mlp", 450, {"hidden": (96, 48), "activation": "tanh"}),
@@ -80,6 +85,10 @@ def theta(rule: lopt.rules.UpdateRule, knob: dict[str, float]) -> Theta:
     for row, name in enumerate(("mix_start", "mix_end")):
         params["momentum_mix"][row] = torch.tensor([knob[name], 0.0, -knob[name]])
     params["rms_decays"] += knob["memory"]
+    params["momentum_decays"] += torch.tensor([knob["fast"], knob["slow"] / 2, knob["slow"]])
+    decay = 1 - 1e-3 * math.exp(10 * knob["memory"])
+    bias = torch.tensor([math.log(1 - decay ** (10**x)) for x in LOG_STEPS])
+    params["schedule_early"] += knob["early"] / 2 * bias
     return params
 
 
@@ -151,10 +160,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/star"))
     parser.add_argument("--points", type=int, nargs="+", default=[128, 96], help="of each round")
     parser.add_argument("--tasks", nargs="+", help="only these, for a quick look")
+    parser.add_argument("--eps", type=float, default=1e-10, help="added to the second moment before its root")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    rule = lopt.rules.make("star", nominal_stepsize=1e-2, step_mult=0.0, nominal_controller=False, scheduler=True)
+    rule = lopt.rules.make(
+        "star", nominal_stepsize=1e-2, step_mult=0.0, nominal_controller=False, scheduler=True, eps=arguments.eps
+    )
     study, seed = Study(rule, arguments.out, arguments.tasks), 10 * arguments.seed
     found = study.search(KNOBS, lambda knob: theta(rule, knob), arguments.points, seed, True)
     count = [max(arguments.points[0] // 4, 4)]

@@ -6,7 +6,7 @@ step size does not fit a LayerNorm's gain and a matrix alike. Learned schedulers
 (Metz et al. 2022, arXiv 2211.09760) and Celo's; theirs are LSTMs, this is a curve of a few points and a power law that
 can be drawn and read:
 
-    log factor(tensor, t) = curve(t / run) + sum_i a_i(t / run) x_i,        x = `tensor_features`
+    log factor(tensor, t) = curve(t / run) + early(log t) + sum_i a_i(t / run) x_i,        x = `tensor_features`
 
 with the exponents a_i going linearly from their start to their end over the run, of one kind for matrices and another
 for vectors and scalars. Steps relative to a tensor's scale are Adafactor's (Shazeer and Stern 2018, arXiv 1804.04235,
@@ -29,7 +29,8 @@ NUM_TENSOR_FEATURES = 8
 SHAPES = {
     "schedule_fraction": (len(FRACTIONS),),  # log factor at these fractions of a run of 1,000 steps
     "schedule_length": (len(FRACTIONS),),  # what ten times the length adds to it
-    "schedule_step": (len(LOG_STEPS),),  # log factor at 10^x steps, for runs of unknown length
+    "schedule_early": (len(LOG_STEPS),),  # what is added to it at 10^x steps, as a bias correction is
+    "schedule_step": (len(LOG_STEPS),),  # instead of all three at 10^x steps, for runs of unknown length
     "tensor_powers": (2, 2, NUM_TENSOR_FEATURES),  # (vectors, matrices) x (start, end) x feature
     "momentum_mix": (2, 3),  # (start, end) x momentum: logits of the weights
 }
@@ -119,7 +120,7 @@ def progress(step: Tensor, num_steps: Tensor | int | None) -> Tensor:
 
 
 def log_factor(meta_params: Mapping[str, Tensor], step: Tensor, num_steps: Tensor | int | None) -> Tensor:
-    """The whole net's log factor, piecewise linear in the fraction of the run, or in log10(step) where that is unknown.
+    """The whole net's log factor, piecewise linear in the fraction of the run and in log10(step).
 
     Args:
         meta_params: with the names and shapes of `SHAPES`.
@@ -132,7 +133,8 @@ def log_factor(meta_params: Mapping[str, Tensor], step: Tensor, num_steps: Tenso
     length = torch.as_tensor(num_steps, dtype=step.dtype, device=step.device)
     log_length = (torch.log10(length) - 3).clamp(*LOG_LENGTHS)
     curve = meta_params["schedule_fraction"] + meta_params["schedule_length"] * log_length
-    return interpolate(progress(step, num_steps), FRACTIONS, curve)
+    early = interpolate(torch.log10(step + 1), LOG_STEPS, meta_params["schedule_early"])
+    return interpolate(progress(step, num_steps), FRACTIONS, curve) + early
 
 
 def interpolate(x: Tensor, knots: tuple[float, ...], values: Tensor) -> Tensor:
