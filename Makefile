@@ -1,6 +1,7 @@
 # make demo       a learned optimizer and AdamW on the same model; saves demo.png
 # make test       the whole test suite
 # make lint types examples clean
+# make compat     the tests that lean on Lightning and torch, with all their versions that are supported
 #
 # Needs Python >= 3.10, git and make. Variables: PYTHON, VENV, TORCH (e.g. TORCH="torch>=2.4"), JOBS, PYTEST_ARGS.
 
@@ -11,7 +12,7 @@ JOBS ?= 2
 PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types examples clean
+.PHONY: demo test lint types examples compat clean
 
 demo: $(VENV)/.installed-demo
 	MPLBACKEND=Agg $(BIN)/python examples/quickstart.py
@@ -34,6 +35,9 @@ examples: $(VENV)/.installed-test
 		(cd "$$folder" && PATH="$(abspath $(BIN)):$$PATH" python "$$root/$$example"); \
 		rm -rf "$$folder"; \
 	done
+
+compat:
+	bash .ci/compat $(COMBINATIONS)
 
 clean:
 	rm -rf "$(VENV)" build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

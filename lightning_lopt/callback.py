@@ -10,10 +10,11 @@ exception.
 from __future__ import annotations
 
 import copy
-import errno
 import hashlib
+import importlib
+import importlib.util
 import json
-import os
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,13 +24,11 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from torch import Tensor
 
-from lightning_lopt import kernels
+from lightning_lopt import disk, kernels
 from lightning_lopt.hub import load_rule
 from lightning_lopt.optimizer import RuleOptimizer
 from lightning_lopt.rules import UpdateRule, compute_dtype
 from lightning_lopt.seam import LossTap, Seam, rebind
-
-_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 _REFUSED_STRATEGIES = {
     "DeepSpeedStrategy": "DeepSpeed owns the optimizer and flattens the parameters; "
@@ -39,7 +38,15 @@ _REFUSED_STRATEGIES = {
 }
 
 
-class LearnedOptimizer(Callback):
+def _also_of() -> tuple[type, ...]:
+    """The Callback of pytorch_lightning before 2.6, whose Trainer takes no callbacks of another class than its own."""
+    major, minor = metadata.version("lightning").split(".")[:2]
+    if (int(major), int(minor)) >= (2, 6) or importlib.util.find_spec("pytorch_lightning") is None:
+        return ()
+    return (importlib.import_module("pytorch_lightning").Callback,)
+
+
+class LearnedOptimizer(Callback, *_also_of()):  # type: ignore[misc]
     """Trains the module by a learned update rule in place of the optimizers that its `configure_optimizers` returns.
 
     Everything else stays the user's: parameter groups, schedulers (they go on ticking and being logged), checkpoints
@@ -181,8 +188,7 @@ class LearnedOptimizer(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Tell the optimizers how long the run is, now that the data is set up; look where checkpoints will go."""
-        for saves in trainer.checkpoint_callbacks if trainer.is_global_zero else ():
-            _check_writable(getattr(saves, "dirpath", None))
+        disk.check_writable(trainer)
         self._share_num_steps(trainer)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
@@ -220,14 +226,7 @@ class LearnedOptimizer(Callback):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Put the strategy's own methods back; Lightning calls no teardown on exceptions."""
         self._detach()
-        if isinstance(exception, OSError) and exception.errno in _UNWRITABLE:
-            kept = [path for saves in trainer.checkpoint_callbacks for path in Path(saves.dirpath or "").glob("*.ckpt")]
-            newest = max(kept, key=lambda path: path.stat().st_mtime, default=None)
-            todo = f"goes on from {newest}, which is whole" if newest else "has to begin anew: no checkpoint is there"
-            rank_zero_warn(
-                f"Training stopped because a file could not be written ({exception}). Make room, or pass a directory "
-                f"that can be written to. With ckpt_path= the run {todo}."
-            )
+        disk.explain(trainer, exception)
 
     def state_dict(self) -> dict[str, Any]:
         """Which rule this is, where it came from, and its weights (kilobytes), as tensors and plain types."""
@@ -334,18 +333,6 @@ class LearnedOptimizer(Callback):
             f"trains {count:,} parameters, {optimizers[0].backend} backend; {state_bytes / max(count, 1):.1f} bytes of "
             "state per parameter. "
             f"The module's own lr {use}."
-        )
-
-
-def _check_writable(directory: str | None) -> None:
-    """Raise for a local directory that cannot be written to: Lightning leaves such checkpoints out without a word."""
-    if directory is None or "://" in str(directory):
-        return
-    nearest = next(path for path in (Path(directory).absolute(), *Path(directory).absolute().parents) if path.exists())
-    if not os.access(nearest, os.W_OK):
-        raise MisconfigurationException(
-            f"Checkpoints cannot be written to {directory}: {nearest} is read-only. Pass another directory, as "
-            "ModelCheckpoint(dirpath=...) or Trainer(default_root_dir=...), or enable_checkpointing=False."
         )
 
 

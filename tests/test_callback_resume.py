@@ -1,7 +1,9 @@
 """A run that was stopped and resumed is equal, to the bit, to one that was not."""
 
 import copy
+import inspect
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -54,6 +56,8 @@ SETTINGS = {
 @pytest.mark.parametrize("name", SETTINGS)
 def test_resume_is_equal_to_the_bit(tmp_path, name):
     arguments, options = SETTINGS[name]
+    if name == "weights_only" and name not in inspect.signature(L.Trainer.fit).parameters:
+        pytest.skip("Lightning of before 2.6")
     whole = run(tmp_path, learned(**options), arguments)
     extra = {"weights_only": True} if name == "weights_only" else {}
     resumed = run(tmp_path, learned(**options), arguments, ckpt_path=tmp_path / "epoch=1.ckpt", **extra)

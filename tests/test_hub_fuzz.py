@@ -25,8 +25,8 @@ def fuzz():
 @pytest.fixture(scope="module")
 def folder(fuzz, tmp_path_factory):
     folder = tmp_path_factory.mktemp("rule")
-    for kind in fuzz.KINDS:  # what the first load imports does not count
-        assert fuzz.attempt(folder, fuzz.SOUND[kind]) == "loaded"
+    for sound in (*fuzz.SOUND.values(), *({"theta.state": theta} for theta in fuzz.THETAS)):
+        assert fuzz.attempt(folder, sound) == "loaded"  # and what the first load imports does not count below
     return folder
 
 

@@ -9,6 +9,8 @@ from fsspec.implementations.local import LocalFileOpener
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_cases import KNOWN_WARNINGS, fit, learned, weights
+from meta_cases import fit as fit_meta
+from meta_cases import meta
 from optimizer_cases import assert_equal
 
 pytestmark = [*KNOWN_WARNINGS, pytest.mark.filterwarnings("ignore:Training stopped because a file could not be")]
@@ -17,6 +19,14 @@ pytestmark = [*KNOWN_WARNINGS, pytest.mark.filterwarnings("ignore:Training stopp
 def run(path, **arguments):
     saves = ModelCheckpoint(path / "saved", filename="{epoch}", save_top_k=-1)
     return fit(path, learned(), saves, enable_checkpointing=True, max_epochs=3, **arguments)
+
+
+def run_meta(path, **arguments):
+    saves = ModelCheckpoint(path / "saved", filename="{epoch}", save_top_k=-1)
+    return fit_meta(path, meta(), saves, enable_checkpointing=True, max_epochs=3, **arguments)
+
+
+KINDS = pytest.mark.parametrize("run", [run, run_meta], ids=["inner training", "meta-training"])
 
 
 def fill_the_disk(monkeypatch, after):
@@ -34,7 +44,8 @@ def fill_the_disk(monkeypatch, after):
     monkeypatch.setattr(LocalFileOpener, "write", full)
 
 
-def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(tmp_path, monkeypatch):
+@KINDS
+def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(run, tmp_path, monkeypatch):
     (tmp_path / "whole").mkdir()
     whole = run(tmp_path / "whole")
     with monkeypatch.context() as patch:
@@ -47,7 +58,8 @@ def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(tmp_path, monkeypatc
     assert_equal(weights(resumed), weights(whole))
 
 
-def test_a_disk_that_took_nothing_is_told_apart(tmp_path, monkeypatch):
+@KINDS
+def test_a_disk_that_took_nothing_is_told_apart(run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         fill_the_disk(patch, after=0)
         with (
@@ -58,8 +70,9 @@ def test_a_disk_that_took_nothing_is_told_apart(tmp_path, monkeypatch):
     assert list((tmp_path / "saved").iterdir()) == []
 
 
+@KINDS
 @pytest.mark.parametrize("exists", [False, True])
-def test_a_read_only_directory_is_refused_before_training(exists, tmp_path, monkeypatch):
+def test_a_read_only_directory_is_refused_before_training(run, exists, tmp_path, monkeypatch):
     """Lightning itself leaves such checkpoints out without a word."""
     if exists:
         (tmp_path / "saved").mkdir()
@@ -68,7 +81,8 @@ def test_a_read_only_directory_is_refused_before_training(exists, tmp_path, monk
         run(tmp_path)
 
 
-def test_no_part_of_a_checkpoint_is_taken_for_the_whole(tmp_path):
+@KINDS
+def test_no_part_of_a_checkpoint_is_taken_for_the_whole(run, tmp_path):
     run(tmp_path)
     data = (tmp_path / "saved" / "epoch=1.ckpt").read_bytes()
     torch.load(tmp_path / "saved" / "epoch=1.ckpt", weights_only=True)

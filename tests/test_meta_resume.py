@@ -1,5 +1,6 @@
 """MetaTrainer's checkpoints: a resumed run is equal to the bit to one that was not stopped; on two processes too."""
 
+import lightning as L
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -34,12 +35,12 @@ class Report(Callback):
         torch.save(report, self.path / f"rank{trainer.global_rank}.pt")
 
 
-def run(path, folder, module, *, every=None, ranks=1, **arguments):
+def run(path, folder, module, *, every=None, ranks=1, callbacks=(), **arguments):
     """Meta-train for four epochs with a checkpoint after each, or every so many steps; each process's report."""
     (path / folder).mkdir()
     saves = ModelCheckpoint(path, filename="{step}", save_top_k=-1, every_n_train_steps=every)
     report = Report(path / folder)
-    runner = fit(path, module, saves, report, enable_checkpointing=True, max_epochs=4, **arguments)
+    runner = fit(path, module, saves, *callbacks, report, enable_checkpointing=True, max_epochs=4, **arguments)
     return [torch.load(path / folder / f"rank{rank}.pt", weights_only=True) for rank in range(ranks)], runner
 
 
@@ -82,6 +83,9 @@ def test_resume_is_equal_to_the_bit(tmp_path, name):
     assert_reports_equal(whole, resumed)
 
 
+@pytest.mark.skipif(
+    L.__version__.startswith("2.4."), reason="Lightning 2.4 counts the batches of a resumed epoch otherwise"
+)
 def test_resume_within_an_epoch_is_equal_to_the_bit(tmp_path):
     whole, _ = run(tmp_path, "whole", meta(tasks=[NOISY]), every=3)
     resumed, _ = run(tmp_path, "resumed", meta(tasks=[NOISY]), every=3, ckpt_path=tmp_path / "step=6.ckpt")

@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning_cases import KNOWN_WARNINGS, Report, Sharded, learned, reports, trainer
 from optimizer_cases import assert_close, assert_equal, star
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -29,6 +30,16 @@ class FullySharded(Sharded):
                 if isinstance(layer, nn.Linear):
                     fully_shard(layer, mesh=mesh)
             fully_shard(self.net, mesh=mesh)
+
+
+class Replicated(Sharded):
+    """Two replicas, each split between two processes: a mesh of two dims."""
+
+    def configure_model(self):
+        if not isinstance(self.net[0].weight, DTensor):
+            mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+            for layer in (self.net[0], self.net[2], self.net):
+                fully_shard(layer, mesh=mesh)
 
 
 class Looks(Report):
@@ -51,7 +62,18 @@ def on_processes(number, work, *arguments):
     torch.multiprocessing.start_processes(in_process, (port, work, arguments), nprocs=number, start_method="fork")
 
 
-def sharded_fit(path, checkpoints, distributed, options, more=(), rule=None, ckpt_path=None, number=2, **arguments):
+def sharded_fit(
+    path,
+    checkpoints,
+    distributed,
+    options,
+    more=(),
+    rule=None,
+    ckpt_path=None,
+    number=2,
+    module=FullySharded,
+    **arguments,
+):
     strategy = ModelParallelStrategy(number, 1, save_distributed_checkpoint=distributed, process_group_backend="gloo")
     saves = ModelCheckpoint(checkpoints, filename="{epoch}", save_top_k=-1)
     runner = trainer(
@@ -66,7 +88,7 @@ def sharded_fit(path, checkpoints, distributed, options, more=(), rule=None, ckp
         enable_checkpointing=True,
         **arguments,
     )
-    runner.fit(FullySharded(), ckpt_path=ckpt_path)
+    runner.fit(module(), ckpt_path=ckpt_path)
 
 
 def run(path, checkpoints, distributed=False, options=None, number=2, **arguments):
@@ -121,6 +143,17 @@ def test_what_two_processes_saved_goes_on_on_one_and_on_four(tmp_path, distribut
             for rank in resumed:
                 assert_equal(rank[key], resumed[0][key])
             assert_close(resumed[0][key], whole[0][key], 1e-5)
+
+
+def test_replicas_of_shards_go_on_from_what_two_processes_saved(tmp_path):
+    """The checkpoint is one of plain shards; examples/soak/sharded.py does so with every rule."""
+    whole = run(tmp_path / "whole", tmp_path)
+    arguments = {"number": 4, "module": Replicated, "ckpt_path": tmp_path / "epoch=0.ckpt"}
+    resumed = run(tmp_path / "on 2 x 2", tmp_path, **arguments)
+    for key in ("weights", "state"):
+        for rank in resumed:
+            assert_equal(rank[key], resumed[0][key])
+        assert_close(resumed[0][key], whole[0][key], 1e-5)
 
 
 class SpoilsAShard(L.Callback):

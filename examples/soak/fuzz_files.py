@@ -3,13 +3,17 @@
     python examples/soak/fuzz_files.py --cases 100000
     python examples/soak/fuzz_files.py --cases 100000 --atheris     # coverage-guided; pip install atheris
 
-A case must load as a sound rule or be refused by a ValueError of one line. No file beside the two may be opened, no
-process started, nothing imported and no address looked up; memory may not grow by 100 MB.
+Our own files, PyLO's, and learned_optimization's theta.state. A case must load as a sound rule or be refused by a
+ValueError of one line. No file beside its own may be opened, no process started, nothing imported and no address looked
+up; memory may not grow by 100 MB.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import inspect
+import itertools
 import json
 import os
 import random
@@ -18,18 +22,62 @@ import struct
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
+from torch import Tensor
 
 import lightning_lopt as lopt
-from lightning_lopt.hub import files
-from lightning_lopt.rules import REGISTRY
+from lightning_lopt.hub import files, foreign
+from lightning_lopt.rules import REGISTRY, RuleConfig
+
+
+def packed(value: Any) -> bytes:
+    """Nested dicts of tensors as flax.serialization.to_bytes has them in msgpack."""
+    if isinstance(value, dict):
+        items = b"".join(packed(name) + packed(entry) for name, entry in value.items())
+        return bytes([0x80 + len(value)]) + items
+    if isinstance(value, str):
+        return bytes([0xA0 + len(value)]) + value.encode()
+    if isinstance(value, Tensor):
+        data = value.detach().numpy().tobytes()
+        array = bytes([0x93, 0x90 + value.dim(), *value.shape]) + packed(str(value.dtype).removeprefix("torch."))
+        array += (
+            b"\xc4" + struct.pack("B", len(data)) if len(data) < 256 else b"\xc5" + struct.pack(">H", len(data))
+        ) + data
+        head = b"\xc7" + struct.pack("B", len(array)) if len(array) < 256 else b"\xc8" + struct.pack(">H", len(array))
+        return head + b"\x01" + array
+    return bytes([value])  # a small number
+
+
+def theta_of(rule: Any) -> dict[str, Any]:
+    """The tree of learned_optimization: the network's layers in a module without a name."""
+    values = dict(rule.named_parameters())
+    decays = {name: values[name] for name in ("momentum_decays", "rms_decays", "adafactor_decays")}
+    return {**decays, "nn": {"~": {name: values[name] for name in sorted(values) if name not in decays}}}
+
+
+def pylo_files(hidden_size: int = 32, hidden_layers: int = 1) -> dict[str, bytes]:
+    """A MetaMLP as PyLO saves it."""
+    sizes = [39, *[hidden_size] * (hidden_layers + 1), 2]
+    places = ["input", *(f"linear_{n}" for n in range(hidden_layers)), "output"]
+    layers = {place: torch.nn.Linear(*pair) for place, pair in zip(places, itertools.pairwise(sizes), strict=True)}
+    tensors = {
+        f"network.{place}.{n}": p.detach() for place, layer in layers.items() for n, p in layer.named_parameters()
+    }
+    spec = {"hidden_layers": hidden_layers, "hidden_size": hidden_size, "input_size": 39}
+    weights = safetensors.torch.save(tensors)
+    return {"config.json": json.dumps(spec, indent=2, sort_keys=True).encode(), "model.safetensors": weights}
+
 
 KINDS = sorted(REGISTRY)
 SOUND = {kind: files.serialize(lopt.rules.make(kind)) for kind in KINDS}
+SOUND["PyLO"] = pylo_files()
+THETAS = [packed(theta_of(lopt.rules.make(kind))) for kind in ("star", "blackbox")]
 PIECES = (
     b'"',
     b"{",
@@ -75,7 +123,7 @@ def any_value(rng: random.Random, depth: int = 0) -> Any:
     if choice < 6:
         return rng.choice((None, True, False, *WORDS))
     if choice == 6:
-        return [any_value(rng, depth + 1)] * rng.choice((0, 1, 2, 3, 4, 500))
+        return [any_value(rng, depth + 1)] * rng.choice((0, 1, 2, 3, 4, 5 if depth else 500))
     if choice == 7:
         return [any_value(rng, depth + 1) for _ in range(rng.randrange(5))]
     return {rng.choice(WORDS): any_value(rng, depth + 1) for _ in range(rng.randrange(4))}
@@ -94,21 +142,21 @@ def mutated(rng: random.Random, sound: bytes) -> bytes:
     return bytes(data)
 
 
-def config_values(rng: random.Random, kind: str) -> bytes:
-    """A config.json whose values are any."""
-    spec = json.loads(SOUND[kind]["config.json"])
-    spec.pop("sha256")
+def config_values(rng: random.Random, config: bytes) -> bytes:
+    """A config.json with any values in some places."""
+    spec = json.loads(config)
+    spec.pop("sha256", None)
     for _ in range(rng.randrange(1, 4)):
-        inside = spec["config"] if isinstance(spec["config"], dict) and rng.random() < 0.8 else spec
+        inside = spec["config"] if isinstance(spec.get("config"), dict) and rng.random() < 0.8 else spec
         inside[rng.choice((*list(inside), *WORDS))] = any_value(rng)
     return json.dumps(spec).encode()
 
 
-def header_values(rng: random.Random, kind: str) -> bytes:
-    """A weights file with any values in its header."""
-    length = struct.unpack("<Q", SOUND[kind]["model.safetensors"][:8])[0]
-    data = SOUND[kind]["model.safetensors"][8 + length :]
-    header = json.loads(SOUND[kind]["model.safetensors"][8 : 8 + length])
+def header_values(rng: random.Random, weights: bytes) -> bytes:
+    """A weights file with any values in some places of its header."""
+    length = struct.unpack("<Q", weights[:8])[0]
+    data = weights[8 + length :]
+    header = json.loads(weights[8 : 8 + length])
     for _ in range(rng.randrange(1, 4)):
         name = rng.choice([*header, *WORDS])
         entry, part = header.get(name), rng.choice(("dtype", "shape", "data_offsets"))
@@ -123,42 +171,59 @@ def header_values(rng: random.Random, kind: str) -> bytes:
     return struct.pack("<Q", len(text) + rng.choice((0, 0, 0, -1, 1))) + text + data
 
 
+def large(rng: random.Random, size: int) -> bytes:
+    """JSON of about that many bytes, of which a parser makes as many objects as can be."""
+    piece = rng.choice((b"[]", b"{}", b"1e9", b'"a"', b"123456789", b"[[[]]]", b'{"":{}}'))
+    return b'{"a":[' + b",".join([piece] * (size // (len(piece) + 1))) + b"]}"
+
+
 def case(rng: random.Random) -> tuple[str, dict[str, bytes]]:
-    """What is tried, and the two files."""
-    kind = rng.choice(KINDS)
+    """What is tried, and the files."""
+    forms = ("config bytes", "config values", "weights bytes", "header bytes", "header values", "theta")
+    form = "large" if rng.random() < 0.01 else rng.choice(forms)
+    if form == "theta":
+        return form, {"theta.state": mutated(rng, rng.choice(THETAS))}
+    kind = rng.choice((*KINDS, "PyLO", "PyLO"))
     config, weights = SOUND[kind]["config.json"], SOUND[kind]["model.safetensors"]
     if rng.random() < 0.5:  # else the digest refuses most changed weights
         spec = json.loads(config)
-        spec.pop("sha256")
+        spec.pop("sha256", None)
         config = json.dumps(spec).encode()
-    form = rng.choice(("config bytes", "config values", "weights bytes", "header bytes", "header values"))
     if form == "config bytes":
         config = mutated(rng, config)
     elif form == "config values":
-        config = config_values(rng, kind)
+        config = config_values(rng, config)
     elif form == "weights bytes":
         weights = mutated(rng, weights)
     elif form == "header bytes":
         length = struct.unpack("<Q", weights[:8])[0]
         header = mutated(rng, weights[8 : 8 + length])
         weights = struct.pack("<Q", len(header)) + header + weights[8 + length :]
+    elif form == "header values":
+        weights = header_values(rng, weights)
+    elif rng.random() < 0.5:
+        config = large(rng, rng.choice((60_000, 70_000)))
     else:
-        weights = header_values(rng, kind)
+        header = large(rng, rng.choice((1_000_000, 1_100_000)))
+        weights = struct.pack("<Q", len(header)) + header + bytes(rng.choice((0, 15_000_000, 17_000_000)))
     return form, {"config.json": config, "model.safetensors": weights}
 
 
 def attempt(folder: Path, contents: dict[str, bytes]) -> str:
     """ "loaded" or "refused"; an AssertionError, or whatever it was, for anything else."""
+    for path in folder.iterdir():
+        path.unlink()
     for name, data in contents.items():
         (folder / name).write_bytes(data)
-    with Watched(folder):
+    with Watched(folder), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what other people's files leave out
         try:
             rule = lopt.load_rule(folder)
         except ValueError as error:
             message = str(error)
             assert message.isprintable(), message
             assert len(message) < 300, message
-            assert "config.json: " in message or "model.safetensors: " in message, message
+            assert any(f"{name}: " in message for name in contents), message
             return "refused"
     assert all(tensor.isfinite().all() for tensor in rule.state_dict().values())
     return "loaded"
@@ -221,26 +286,42 @@ def run_random(cases: int, seed: int, folder: Path) -> Counter[str]:
 
 
 def run_atheris(cases: int, seed: int, folder: Path, counts: Counter[str]) -> None:
-    """Bytes that libFuzzer makes, which seeks new branches in our modules; ends the process."""
+    """Cases that libFuzzer makes, which seeks new branches in what reads the files; ends the process."""
     import atheris
 
-    for name in ("lightning_lopt.hub.files", "lightning_lopt.rules.base"):
-        module = sys.modules[name]
-        for value in list(vars(module).values()):
-            if callable(value) and getattr(value, "__module__", "") == name and hasattr(value, "__code__"):
-                setattr(module, value.__name__, atheris.instrument_func(value))
+    for place in (files, foreign, foreign._Tree, RuleConfig, *{kind.rule.Config for kind in REGISTRY.values()}):
+        for value in list(vars(place).values()):
+            function = getattr(value, "__func__", value)
+            if inspect.isfunction(function) and function.__code__.co_filename == inspect.getfile(place):
+                atheris.instrument_func(function)  # changes the function itself
+
+    def mutate(data: bytes, max_size: int, seed: int) -> bytes:
+        """Changed bytes alone would rarely be JSON again."""
+        rng = random.Random(seed)
+        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error):
+            made = config_values(rng, data) if data[:1] == b"{" else header_values(rng, data)
+            if rng.random() < 0.5 and len(made) <= max_size:
+                return made
+        return bytes(atheris.Mutate(data, max_size))
 
     corpus = folder.parent / "corpus"
     corpus.mkdir()
-    for kind in KINDS:
-        bare = json.dumps({k: v for k, v in json.loads(SOUND[kind]["config.json"]).items() if k != "sha256"}).encode()
-        for name, data in {"config.json": bare, "model.safetensors": SOUND[kind]["model.safetensors"][:4096]}.items():
-            (corpus / f"{kind}-{name}").write_bytes(data)
+    bare = {kind: json.loads(sound["config.json"]) for kind, sound in SOUND.items()}
+    configs = {kind: json.dumps({k: v for k, v in spec.items() if k != "sha256"}) for kind, spec in bare.items()}
+    for kind, sound in SOUND.items():
+        (corpus / f"{kind}-config").write_text(configs[kind])
+        (corpus / f"{kind}-weights").write_bytes(sound["model.safetensors"][:12_000])
+    for number, theta in enumerate(THETAS):
+        (corpus / f"theta-{number}").write_bytes(theta)
 
     def one(data: bytes) -> None:
-        contents = dict(SOUND["star"])
-        contents["config.json"] = corpus.joinpath("star-config.json").read_bytes()
-        contents["config.json" if data[:1] in (b"{", b"[") else "model.safetensors"] = data
+        first = data[:1] or b"{"
+        kind = "PyLO" if b"input" in data else "star"
+        contents = {"config.json": configs[kind].encode(), "model.safetensors": SOUND[kind]["model.safetensors"]}
+        if 0x80 <= first[0] <= 0x8F:  # a map in msgpack
+            contents = {"theta.state": data}
+        else:
+            contents["config.json" if first in b"{[" else "model.safetensors"] = data
         try:
             counts[attempt(folder, contents)] += 1
         except BaseException as error:
@@ -249,8 +330,8 @@ def run_atheris(cases: int, seed: int, folder: Path, counts: Counter[str]) -> No
         if sum(counts.values()) >= cases:
             report(counts, STARTED)
 
-    options = [f"-runs={cases + 10**6}", f"-seed={seed + 1}", "-max_len=8192", "-rss_limit_mb=4096", "-verbosity=0"]
-    atheris.Setup([sys.argv[0], str(corpus), *options], one)
+    options = [f"-runs={cases + 10**6}", f"-seed={seed + 1}", "-max_len=12000", "-rss_limit_mb=4096", "-verbosity=0"]
+    atheris.Setup([sys.argv[0], str(corpus), *options], one, custom_mutator=mutate)
     atheris.Fuzz()
 
 
@@ -280,8 +361,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, "rule")
         folder.mkdir()
-        for kind in KINDS:  # what is imported and cached at the first load does not count
-            attempt(folder, SOUND[kind])
+        for sound in (*SOUND.values(), {"theta.state": THETAS[0]}):  # what the first load imports does not count
+            assert attempt(folder, sound) == "loaded"
         STARTED.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         counts: Counter[str] = Counter()
         if arguments.atheris:

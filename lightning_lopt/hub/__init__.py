@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from pathlib import Path
 
+from torch import Tensor
+
+from lightning_lopt.hub import files, foreign
 from lightning_lopt.hub.bundle import bundled_dir, find_dir, list_pretrained
 from lightning_lopt.hub.files import (
     CARD,
@@ -22,12 +26,12 @@ from lightning_lopt.hub.files import (
     read_config,
     replace_files,
     serialize,
-    show,
 )
+from lightning_lopt.hub.refusals import clip, show
 from lightning_lopt.hub.remote import Access, check_arguments, fetch, hub_errors
 from lightning_lopt.rules import Source, UpdateRule
 
-__all__ = ["bundled_dir", "list_pretrained", "load_rule", "push_to_hub", "save_rule"]
+__all__ = ["bundled_dir", "list_pretrained", "load_rule", "push_to_hub", "read_theta", "save_rule"]
 
 
 def load_rule(
@@ -40,6 +44,10 @@ def load_rule(
     endpoint: str | None = None,
 ) -> UpdateRule:
     """Load a rule; `rule.source` tells from where.
+
+    Files of two other formats are read too: PyLO's of small_fc_lopt networks (MetaMLP), and a directory with the
+    `theta.state` of learned_optimization (small_fc_lopt, STAR). What these leave out is taken as their authors have it,
+    with a warning; `save_rule` then keeps it.
 
     Args:
         name_or_path: an existing directory, a bundled name, or a Hub repo id `owner/name`; tried in this order. A
@@ -75,8 +83,26 @@ def load_rule(
         raise ValueError(
             f"revision={show(revision)} is not allowed for {show(name)}: only Hub repos have revisions. Leave it out."
         )
+    if not (directory / CONFIG).exists() and (directory / foreign.THETA).is_file():
+        file = f"{name}/{foreign.THETA}"
+        rule = foreign.from_theta(files.read_theta(directory / foreign.THETA, file), file)
+        warnings.warn(f"{clip(file, 80)}: {foreign.CONSTRUCTOR}.", stacklevel=2)
+        rule.source = Source(name, None)
+        return rule
     template = read_config(directory / CONFIG, f"{name}/{CONFIG}")
     return build(template, directory / WEIGHTS, f"{name}/{WEIGHTS}", Source(name, None))
+
+
+def read_theta(path: str | Path) -> dict[str, Tensor]:
+    """The arrays of a `theta.state` of learned_optimization, to be passed to `rules.STAR.from_jax` with its arguments.
+
+    Args:
+        path: the file.
+
+    Raises:
+        ValueError: for a file that is none, or too large.
+    """
+    return files.read_theta(Path(path), os.fspath(path))
 
 
 def save_rule(rule: UpdateRule, directory: str | Path, *, card: str | None = None) -> Path:
@@ -103,9 +129,9 @@ def save_rule(rule: UpdateRule, directory: str | Path, *, card: str | None = Non
         ...     sorted(path.name for path in lopt.save_rule(lopt.rules.make("star"), folder).iterdir())
         ['README.md', 'config.json', 'model.safetensors']
     """
-    files = serialize(rule)
-    files[CARD] = model_card(rule, os.fspath(directory), card).encode()
-    replace_files(Path(directory), files)
+    contents = serialize(rule)
+    contents[CARD] = model_card(rule, os.fspath(directory), card).encode()
+    replace_files(Path(directory), contents)
     return Path(directory)
 
 
@@ -151,8 +177,8 @@ def push_to_hub(
     check_arguments(repo_id, {"revision": revision, "tag": tag}, token, endpoint)
     api = HfApi(endpoint=endpoint, token=token, library_name="lightning_lopt", library_version=library_version())
     with tempfile.TemporaryDirectory() as folder:
-        files = {**serialize(rule), CARD: model_card(rule, repo_id, card).encode()}
-        replace_files(Path(folder), files)  # what is wrong with the rule is found before anything is made on the Hub
+        contents = {**serialize(rule), CARD: model_card(rule, repo_id, card).encode()}
+        replace_files(Path(folder), contents)  # what is wrong with the rule is found before anything is made on the Hub
         with hub_errors(repo_id, revision, api.endpoint):
             api.create_repo(repo_id, private=private, exist_ok=True)
             if private and not api.model_info(repo_id).private:

@@ -17,9 +17,9 @@ import json
 import math
 import os
 import re
-import reprlib
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,11 +29,17 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from lightning_lopt.hub import foreign
+from lightning_lopt.hub.refusals import clip, refusal, show
 from lightning_lopt.rules import REGISTRY, Source, UpdateRule
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-MAX_BYTES = {CONFIG: 64 << 10, WEIGHTS: 16 << 20}  # while it loads a rule takes some five times its weights
+MAX_BYTES = {
+    CONFIG: 64 << 10,
+    WEIGHTS: 16 << 20,
+    foreign.THETA: 4 << 20,
+}  # while it loads a rule takes some five times its weights
 MAX_HEADER_BYTES = 1 << 20
 DTYPES = ("F16", "BF16", "F32", "F64")
 _STAGING = ".saving-"  # begins the name of the folder in which save_rule lays out its files
@@ -44,6 +50,7 @@ class Template(NamedTuple):
 
     rule: UpdateRule  # on the meta device: shapes at no memory
     sha256: str | None  # of the weights that it was saved with; None in files of before there was one
+    names: dict[str, str] | None = None  # meta-parameter -> tensor of a file that is PyLO's, see `foreign`
 
 
 @functools.cache
@@ -56,49 +63,56 @@ def library_version() -> str:
 
 
 @contextmanager
-def _open(path: Path, file: str) -> Iterator[BinaryIO]:
+def _open(path: Path, file: str, name: str) -> Iterator[BinaryIO]:
     if not path.is_file():  # a named pipe would block for ever
-        todo = "Only safetensors are read" if path.name == WEIGHTS else "save_rule writes one"
-        raise _refusal(file, "is missing or is no regular file", f"{todo}; check the directory.")
+        todo = "Only safetensors are read" if name == WEIGHTS else "save_rule writes one"
+        raise refusal(file, "is missing or is no regular file", f"{todo}; check the directory.")
     with path.open("rb") as stream:
-        check_size(os.fstat(stream.fileno()).st_size, path.name, file)
+        check_size(os.fstat(stream.fileno()).st_size, name, file)
         yield stream
 
 
 def check_size(size: int, name: str, file: str) -> None:
     """Refuse a file of that name which is larger than a rule's can be."""
     if size > MAX_BYTES[name]:
-        raise _refusal(file, f"has {size} bytes; at most {MAX_BYTES[name]} are allowed", "It is no rule's file.")
+        raise refusal(file, f"has {size} bytes; at most {MAX_BYTES[name]} are allowed", "It is no rule's file.")
 
 
 def read_config(path: Path, file: str) -> Template:
     """What a config.json describes. `file` is its name in errors."""
-    with _open(path, file) as stream:
+    with _open(path, file, CONFIG) as stream:
         return _parse_config(stream.read(), file)
 
 
 def _parse_config(data: bytes, file: str) -> Template:
     spec = _parse_json(data, file)
+    if "format_version" not in spec and (sizes := foreign.pylo_values(spec, file)) is not None:
+        rule = _described("blackbox", sizes, file)
+        return Template(rule, None, foreign.pylo_names(rule))
     version, kind, values, sha256 = (spec.get(key) for key in ("format_version", "kind", "config", "sha256"))
     if type(version) is not int or version < 1:
-        raise _refusal(file, f"format_version={show(version)}; allowed is {FORMAT_VERSION}", "It is no rule's file.")
+        raise refusal(file, f"format_version={show(version)}; allowed is {FORMAT_VERSION}", "It is no rule's file.")
     if version > FORMAT_VERSION:
         what = (
             f"format_version={version} is newer than {FORMAT_VERSION}, which lightning_lopt {library_version()} reads"
         )
-        raise _refusal(file, what, "Upgrade: pip install -U lightning_lopt.")
+        raise refusal(file, what, "Upgrade: pip install -U lightning_lopt.")
     if not isinstance(kind, str) or kind not in REGISTRY:
         what = f"kind={show(kind)} is unknown; known are {', '.join(sorted(REGISTRY))}"
-        raise _refusal(file, what, "Upgrade lightning_lopt, or register your own kind first.")
+        raise refusal(file, what, "Upgrade lightning_lopt, or register your own kind first.")
     if not isinstance(values, dict):
-        raise _refusal(file, f"config={show(values)}; allowed is an object", "It is no rule's file.")
+        raise refusal(file, f"config={show(values)}; allowed is an object", "It is no rule's file.")
     if sha256 is not None and not (isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256)):
-        raise _refusal(file, f"sha256={show(sha256)}; allowed are 64 hexadecimal digits", "Take another copy.")
+        raise refusal(file, f"sha256={show(sha256)}; allowed are 64 hexadecimal digits", "Take another copy.")
+    return Template(_described(kind, values, file), sha256)
+
+
+def _described(kind: str, values: dict[str, Any], file: str) -> UpdateRule:
     rule, defaults = REGISTRY[kind]
     try:
-        return Template(_make(kind, rule.Config.from_dict({**defaults, **values}), "meta"), sha256)
+        return _make(kind, rule.Config.from_dict({**defaults, **values}), "meta")
     except Exception as error:  # the values are untrusted: whatever a rule's own checks trip over is the file's fault
-        raise _refusal(file, f"config of kind {kind!r}: {error}", "Correct or remove the key.") from error
+        raise refusal(file, f"config of kind {kind!r}: {error}", "Correct or remove the key.") from error
 
 
 def _make(kind: str, config: Any, device: str) -> UpdateRule:
@@ -128,24 +142,27 @@ def _parse_json(data: bytes, file: str) -> dict[str, Any]:
             data.decode(), object_pairs_hook=pairs, parse_float=number, parse_constant=number, parse_int=integer
         )
     except (ValueError, RecursionError) as error:
-        raise _refusal(file, f"is no valid JSON ({error})", "The file is damaged; take another copy.") from None
+        raise refusal(file, f"is no valid JSON ({error})", "The file is damaged; take another copy.") from None
     if not isinstance(value, dict):
-        raise _refusal(file, f"holds {show(value)}; allowed is a JSON object", "It is no rule's file.")
+        raise refusal(file, f"holds {show(value)}; allowed is a JSON object", "It is no rule's file.")
     return value
 
 
 def build(template: Template, weights: Path, file: str, source: Source) -> UpdateRule:
     """The rule of a template, with the weights of a file that holds exactly its tensors."""
-    with _open(weights, file) as stream:
+    with _open(weights, file, WEIGHTS) as stream:
         data = stream.read(MAX_BYTES[WEIGHTS] + 1)  # not more, even of a file that grows
     check_size(len(data), WEIGHTS, file)
     mixed = template.sha256 is not None and hashlib.sha256(data).hexdigest() != template.sha256
     what = f"is not the file that {CONFIG} was saved with: its sha256 is another"
     if mixed and (before := _files_of_before(weights.parent)):
-        raise _refusal(file, what, f"A save was killed: copy back what lies in {before}, or save again.")
-    tensors = _parse_weights(data, template.rule, file)  # whose own refusals say more than that the file is another
+        raise refusal(file, what, f"A save was killed: copy back what lies in {before}, or save again.")
+    tensors = _parse_weights(data, template, file)  # whose own refusals say more than that the file is another
     if mixed:
-        raise _refusal(file, what, "Take both files from the same save, or save the rule again.")
+        raise refusal(file, what, "Take both files from the same save, or save the rule again.")
+    if template.names is not None:
+        tensors = foreign.from_pylo(tensors, template.rule)
+        warnings.warn(f"{clip(file, 80)}: {foreign.LEFT_OUT}.", stacklevel=3)
     rule = _make(template.rule.kind, template.rule.config, "cpu")
     rule.load_state_dict(tensors, strict=True, assign=True)  # assign: keep the file's dtype
     rule.source = source
@@ -158,64 +175,54 @@ def _files_of_before(directory: Path) -> str | None:
     return clip(left[-1].relative_to(directory).as_posix(), 60) if left else None
 
 
-def _parse_weights(data: bytes, template: UpdateRule, file: str) -> dict[str, Tensor]:
+def read_theta(path: Path, file: str) -> dict[str, Tensor]:
+    """The arrays of a theta.state of learned_optimization."""
+    with _open(path, file, foreign.THETA) as stream:
+        return foreign.parse_theta(stream.read(MAX_BYTES[foreign.THETA]), file)
+
+
+def _parse_weights(data: bytes, template: Template, file: str) -> dict[str, Tensor]:
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > min(MAX_HEADER_BYTES, len(data) - 8):
-        raise _refusal(
-            file, "is truncated or no safetensors file", "Only safetensors are read, no pickle, .bin or .pt."
-        )
+        raise refusal(file, "is truncated or no safetensors file", "Only safetensors are read, no pickle, .bin or .pt.")
     _check_header(_parse_json(data[8 : 8 + length], file), template, file)
     try:
         tensors = safetensors.torch.load(data)
     except Exception as error:  # SafetensorError, or what torch makes of the file; the library names no common class
-        raise _refusal(file, f"is no valid safetensors file ({error})", "It is damaged; take another copy.") from error
+        raise refusal(file, f"is no valid safetensors file ({error})", "It is damaged; take another copy.") from error
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise _refusal(
+            raise refusal(
                 file, f"tensor {name!r} holds NaN or infinity", "Its meta-training diverged; take another one."
             )
     return tensors
 
 
-def _check_header(header: dict[str, Any], template: UpdateRule, file: str) -> None:
+def _check_header(header: dict[str, Any], template: Template, file: str) -> None:
     """Compare kind, names, shapes and dtypes with the rule's."""
-    metadata = header.pop("__metadata__", {})
-    found_kind = metadata.get("lopt_kind", template.kind) if isinstance(metadata, dict) else metadata
-    if found_kind != template.kind:
-        what = f"is of kind {show(found_kind)}, {CONFIG} of kind {template.kind!r}"
-        raise _refusal(file, what, "Take both files from the same rule.")
-    expected = {name: list(tensor.shape) for name, tensor in template.state_dict().items()}
+    metadata, kind = header.pop("__metadata__", {}), template.rule.kind
+    found_kind = metadata.get("lopt_kind", kind) if isinstance(metadata, dict) else metadata
+    if found_kind != kind:
+        what = f"is of kind {show(found_kind)}, {CONFIG} of kind {kind!r}"
+        raise refusal(file, what, "Take both files from the same rule.")
+    expected = {name: list(tensor.shape) for name, tensor in template.rule.state_dict().items()}
+    if template.names is not None:
+        expected = {theirs: expected[name][::-1] for name, theirs in template.names.items()}
     for problem, names in (
         ("missing", expected.keys() - header.keys()),
         ("unexpected", header.keys() - expected.keys()),
     ):
         if names:
             what = f"tensor {show(min(names))} is {problem}; the rule has {clip(', '.join(expected), 70)}"
-            raise _refusal(file, what, "Take both files from the same rule.")
+            raise refusal(file, what, "Take both files from the same rule.")
     for name, shape in expected.items():
         entry = header[name] if isinstance(header[name], dict) else {}
         if entry.get("shape") != shape:
             what = f"tensor {name!r} has shape {show(entry.get('shape'))}, {CONFIG} asks for {shape}"
-            raise _refusal(file, what, "Take both files from the same rule.")
+            raise refusal(file, what, "Take both files from the same rule.")
         if not isinstance(dtype := entry.get("dtype"), str) or dtype not in DTYPES:
             what = f"tensor {name!r} has dtype {show(dtype)}; allowed are {', '.join(DTYPES)}"
-            raise _refusal(file, what, "Convert it to F32.")
-
-
-def show(value: object) -> str:
-    """A value for an error message: short, on one line."""
-    return clip(reprlib.repr(value), 60)
-
-
-def clip(text: str, limit: int) -> str:
-    """One printable line of at most `limit` characters: part of it may come from a file or a server."""
-    line = "".join(char if char.isprintable() else " " for char in text)
-    return line if len(line) <= limit else line[: limit - 3] + "..."
-
-
-def _refusal(file: str, what: str, todo: str) -> ValueError:
-    place = file if len(file) <= 80 else "..." + file[-77:]
-    return ValueError(f"{clip(place, 80)}: {clip(what, 140)}. {todo}")
+            raise refusal(file, what, "Convert it to F32.")
 
 
 def serialize(rule: UpdateRule) -> dict[str, bytes]:
@@ -237,8 +244,8 @@ def serialize(rule: UpdateRule) -> dict[str, bytes]:
         raise ValueError(
             f"{CONFIG}: the configuration is no JSON ({error}). Use numbers, strings and tuples."
         ) from error
-    template = _parse_config(config.encode(), CONFIG).rule
-    if template.config != rule.config:
+    template = _parse_config(config.encode(), CONFIG)
+    if template.rule.config != rule.config:
         raise ValueError(f"{CONFIG}: JSON does not give the configuration back. Use numbers, strings and flat tuples.")
     for name, data in ((CONFIG, config), (WEIGHTS, weights)):
         check_size(len(data), name, name)
