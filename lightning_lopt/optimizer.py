@@ -185,7 +185,8 @@ class RuleOptimizer(Optimizer):
     @property
     def backend(self) -> str:
         """What runs: "fused" if a kernel takes any of the parameters, "reference" if not."""
-        reference = self._backend == "reference" or all(self._kernel(p) is None for p in self._parameters())
+        kinds = (self._shell.kernel(self.rule, p.device.type) for p in self._parameters() if self._kernel(p))
+        reference = self._backend == "reference" or all(isinstance(kernel, str) for kernel in kinds)
         return "reference" if reference else "fused"
 
     def measure_next_step(self) -> None:
@@ -296,6 +297,7 @@ class RuleOptimizer(Optimizer):
             raise ValueError(f"backend='fused' is missing for {self._name(param)}: {why}. Use 'auto' or 'reference'.")
         if kernels.exists(self.rule, param.device.type):
             kernels.warn_once(why)
+            return self._shell.torch_kernel(self.rule, param) if isinstance(found, str) else None
         return None
 
     def _share(self, moving: list[tuple[Tensor, dict[str, Any]]], loss: Tensor | None) -> _Shared:

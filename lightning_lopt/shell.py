@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from lightning_lopt import kernels
+from lightning_lopt.kernels import torch_star
 from lightning_lopt.measurements import Measurements, Totals
-from lightning_lopt.rules import UpdateRule
+from lightning_lopt.rules import STAR, UpdateRule
 from lightning_lopt.trust import Trust
 
 
@@ -38,6 +39,7 @@ class Shell:
         self.trust: Trust | None = None  # after this step's loss, with safeguard="fallback"
         self._meta_params: dict[Any, tuple[Any, list[Tensor], dict[str, Tensor]]] = {}
         self._kernels: dict[str, kernels.Kernel | str] = {}
+        self._torch_kernel: kernels.Kernel | None = None
         self._state_class: Any = None
 
     def kernel(self, rule: UpdateRule, device_type: str) -> kernels.Kernel | str:
@@ -45,6 +47,14 @@ class Shell:
         if device_type not in self._kernels:
             self._kernels[device_type] = kernels.find(rule, device_type)
         return self._kernels[device_type]
+
+    def torch_kernel(self, rule: UpdateRule, param: Tensor) -> kernels.Kernel | None:
+        """Faster torch code than the rule's own, if there is any for a parameter."""
+        if param.device.type != "cpu" or not torch_star.supports(rule):
+            return None
+        if self._torch_kernel is None:
+            self._torch_kernel = torch_star.TorchStar(cast(STAR, rule))
+        return None if self._torch_kernel.refuses(param) else self._torch_kernel
 
     def state_class(self, rule: UpdateRule) -> Any:
         """The NamedTuple type of the rule's state."""

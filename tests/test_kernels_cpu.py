@@ -307,18 +307,3 @@ def test_auto_is_quiet_where_no_kernel_was_ever_written():
         optimizer = RuleOptimizer(parameters([(3,)]), AdamRule())
         run(optimizer, 1)
     assert optimizer.backend == "reference"
-
-
-def test_an_error_in_the_scheduler_comes_through_and_moves_nothing(monkeypatch):
-    params = parameters([(4, 3), (3,)])
-    optimizer = RuleOptimizer(params, star(scheduler=True), backend="fused")
-    run(optimizer, 1)
-    before = snapshot(optimizer)
-
-    def fails(*_):
-        raise FloatingPointError("no schedule")
-
-    monkeypatch.setattr(cpu.scheduler, "multipliers", fails)
-    with pytest.raises(FloatingPointError, match="no schedule"):
-        run(optimizer, 1)
-    assert_equal(before, snapshot(optimizer))

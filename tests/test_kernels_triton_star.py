@@ -120,6 +120,7 @@ def test_steps_are_those_of_the_rule():
         ("star", {"nominal_grad_estimator": "Adam", "weight_decay": 0.02}),
         ("star", {"nominal_grad_estimator": "SGDM", "weight_decay": 0.02, "regularization_controller": True}),
         ("star", {"scheduler": True, "exp_mult": (1e-2, 1e-1, 1e-1)}),
+        ("star", {"eps": 1e-10}),
     ],
 )
 def test_kinds_and_options(kind, config):
@@ -134,6 +135,18 @@ def test_kinds_and_options(kind, config):
     assert float(squares.change) == pytest.approx(change, rel=1e-3)
     expected = {"hyperparam": {"nominal"}, "blackbox": {"blackbox"}, "star": {"blackbox", "nominal"}}[kind]
     assert set(squares.terms) == expected | ({"decay"} if config.get("weight_decay") else set())
+
+
+def test_a_scheduled_step_after_the_first_makes_no_tensor_on_the_host(monkeypatch):
+    run = Run(make_rule("hyperparam", scheduler=True), [(5, 3)])
+    run.draw()
+    run.step(num_steps=10)
+
+    def refuse(*_, **__):
+        raise AssertionError("a CUDA graph cannot capture a copy from the host")
+
+    monkeypatch.setattr(torch, "tensor", refuse)
+    run.step(num_steps=10)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

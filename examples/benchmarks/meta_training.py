@@ -9,12 +9,14 @@ and perturbations, resets and the estimate's own arithmetic are in the time, com
              images of 28 x 28. The JAX reference does 196 to 205 inner steps/s there, on two busy cores; whether that
              counts pairs or both their sides is not recorded, and so both counts are printed.
 
-Run: python examples/benchmarks/meta_training.py [--rounds 5] [--threads 1] [--out FILE.json]
+Run: python examples/benchmarks/meta_training.py [--rounds 5] [--threads 1] [--out FILE.json] [--without-compiled]
+     python examples/benchmarks/meta_training.py --populations 1 4 16 64 256 1024 [--out NAME]     NAME.csv, NAME.png
 Two minutes on one core. Eager and compiled take turns; times are CPU time of the process (so that other programs hardly
 matter), except with several threads: wall time then.
 """
 
 import argparse
+import csv
 import json
 import statistics
 import time
@@ -55,10 +57,10 @@ class Bench:
         return clock() - start
 
 
-def measure(case: str, rounds: int, clock) -> dict[str, object]:
+def measure(case: str, rounds: int, clock, compiled: bool) -> dict[str, object]:
     make, pairs = CASES[case]
     task = make()
-    benches = {name: Bench(task, pairs, name == "compiled") for name in ("eager", "compiled")}
+    benches = {name: Bench(task, pairs, name == "compiled") for name in ("eager", "compiled")[: 1 + compiled]}
     first = {name: bench.seconds(clock) for name, bench in benches.items()}  # compiles
     times = {name: [] for name in benches}
     for _ in range(rounds):
@@ -70,9 +72,46 @@ def measure(case: str, rounds: int, clock) -> dict[str, object]:
         found[name] = {"member_steps_per_s": statistics.median(rates), "lowest": rates[0], "highest": rates[-1]}
         found[name]["pair_steps_per_s"] = found[name]["member_steps_per_s"] / 2
         found[name]["first_s"] = first[name]
-    ratios = [slow / fast for slow, fast in zip(times["eager"], times["compiled"], strict=True)]
-    found["compiled_over_eager"] = statistics.median(ratios)
+    if compiled:
+        ratios = [slow / fast for slow, fast in zip(times["eager"], times["compiled"], strict=True)]
+        found["compiled_over_eager"] = statistics.median(ratios)
     return found
+
+
+def measure_populations(sizes: list[int], rounds: int, clock) -> list[dict[str, float]]:
+    """The small case without an estimator around it, each run with meta-parameters of its own; sizes take turns."""
+    torch.manual_seed(0)
+    rule, generator = lopt.rules.make("star"), torch.Generator().manual_seed(0)
+    unroll, rows, states = Unroll(rule, CASES["small"][0](), "raw"), [], {}
+    rates = {size: [] for size in sizes}
+    for size in sizes:
+        meta = {name: p.detach().expand(size, *p.shape).contiguous() for name, p in rule.named_parameters()}
+        states[size] = meta, unroll.start(generator, torch.full((size,), 10**6))
+    for number in range(rounds + 1):
+        for size, (meta, inner) in states.items():
+            steps, start = max(2, 128 // size), clock()
+            with torch.no_grad():
+                inner, _ = unroll.run(meta, inner, steps, generator, lambda n: torch.full((n,), 10**6), batched=True)
+            states[size] = meta, inner
+            rates[size] += [size * steps / (clock() - start)] if number else []  # the first warms up
+    for size, found in rates.items():
+        rows.append({"runs": size, "member_steps_per_s": statistics.median(found), "lowest": min(found), "highest": max(found)})  # fmt: skip # noqa: E501
+        print("{runs:5d} runs {member_steps_per_s:9,.0f} member-steps/s ({lowest:,.0f} to {highest:,.0f})".format(**rows[-1]))  # fmt: skip # noqa: E501
+    return rows
+
+
+def draw(rows: list[dict[str, float]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
+    low, middle, high = ([row[key] for row in rows] for key in ("lowest", "member_steps_per_s", "highest"))
+    axes.fill_between([row["runs"] for row in rows], low, high, alpha=0.2)
+    axes.loglog([row["runs"] for row in rows], middle, "o-")
+    axes.set(xlabel="inner runs at once", ylabel="training steps of inner runs a second")
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
@@ -80,23 +119,35 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--case", choices=CASES, nargs="+", default=list(CASES))
+    parser.add_argument("--populations", type=int, nargs="+", help="numbers of inner runs, instead of the cases")
+    parser.add_argument("--without-compiled", action="store_true", help="compilation takes a minute or more")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     clock = time.process_time if arguments.threads == 1 else time.perf_counter
+    if arguments.populations:
+        rows = measure_populations(arguments.populations, arguments.rounds, clock)
+        if arguments.out:
+            with arguments.out.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
+            draw(rows, arguments.out.with_suffix(".png"))
+        return
     results = []
     for case in arguments.case:
-        found = measure(case, arguments.rounds, clock)
+        found = measure(case, arguments.rounds, clock, not arguments.without_compiled)
         results.append({**found, "threads": arguments.threads, "torch": torch.__version__})
         print(f"{case}: {found['parameters']:,} parameters, {2 * found['pairs']} runs of {found['pairs']} pairs")
-        for name in ("eager", "compiled"):
+        for name in ("eager", "compiled")[: 1 if arguments.without_compiled else 2]:
             row = found[name]
             print(
                 f"  {name:<9}{row['member_steps_per_s']:9,.0f} member-steps/s "
                 f"({row['lowest']:,.0f} to {row['highest']:,.0f}), {row['pair_steps_per_s']:,.0f} pair-steps/s; "
                 f"the first truncation took {row['first_s']:.1f} s"
             )
-        print(f"  compiled / eager {found['compiled_over_eager']:.2f}x, median of {arguments.rounds} paired rounds")
+        if not arguments.without_compiled:
+            print(f"  compiled / eager {found['compiled_over_eager']:.2f}x, median of {arguments.rounds} paired rounds")
     if arguments.out:
         arguments.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 import lightning_lopt as lopt
+from lightning_lopt.kernels.torch_star import TorchStar
 
 
 def dense(*widths):
@@ -56,12 +57,21 @@ CASES = {
     **{f"grow {n:g}": 8 * [(round((n / 8) ** 0.5),) * 2] for n in (1e4, 1e5, 1e6, 1e7)},
     **{f"split {t}": t * [(round(1e6 / t / 32), 32)] for t in (1, 10, 100, 1000)},
 }
+SLOW = ("STAR torch", "STAR scheduled, torch", "STAR reference")  # a step a round
 LARGE = {"grow 1e+08": 8 * [(3536, 3536)]}  # 16 GB of memory
 
 
 def contenders(params):
     """name -> a function that makes the optimizer."""
     star = lopt.rules.make("star", nominal_stepsize=1e-2)
+    # As the bundled one: the nominal term with a scheduler, and no network.
+    scheduled = lopt.rules.make("hyperparam", nominal_stepsize=1e-2, nominal_controller=False, scheduler=True)
+
+    def in_torch(rule):  # as where there is no compiler
+        optimizer = lopt.RuleOptimizer(params, rule, safeguard=True, num_steps=1000)
+        optimizer._shell._kernels["cpu"] = TorchStar(rule)
+        return optimizer
+
     torch_optimizers = {
         "AdamW foreach": lambda: torch.optim.AdamW(params, foreach=True),
         "AdamW for-loop": lambda: torch.optim.AdamW(params, foreach=False),
@@ -69,6 +79,9 @@ def contenders(params):
         "SGD momentum": lambda: torch.optim.SGD(params, lr=1e-3, momentum=0.9),
         "Adafactor": lambda: torch.optim.Adafactor(params),
         "STAR": lambda: lopt.RuleOptimizer(params, star, safeguard=True),
+        "STAR scheduled": lambda: lopt.RuleOptimizer(params, scheduled, safeguard=True, num_steps=1000),
+        "STAR torch": lambda: in_torch(star),
+        "STAR scheduled, torch": lambda: in_torch(scheduled),
         "STAR reference": lambda: lopt.RuleOptimizer(params, star, safeguard=True, backend="reference"),
     }
     if hasattr(torch.optim, "Muon") and all(p.dim() == 2 for p in params):  # Muon takes matrices alone
@@ -112,9 +125,10 @@ def measure(name, shapes, rounds, clock, without):
     for _ in range(rounds):
         for label, optimizer in optimizers.items():
             start = clock()
-            for _ in range(1 if label == "STAR reference" else repeats):
+            times = 1 if label in SLOW else repeats
+            for _ in range(times):
                 optimizer.step()
-            seconds[label].append((clock() - start) / (1 if label == "STAR reference" else repeats))
+            seconds[label].append((clock() - start) / times)
     for label, optimizer in optimizers.items():
         state = {t.data_ptr(): t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values()}
         ratios = sorted(a / b for a, b in zip(seconds[label], seconds["AdamW foreach"], strict=True))
@@ -124,7 +138,7 @@ def measure(name, shapes, rounds, clock, without):
             "lowest ratio": ratios[0], "highest ratio": ratios[-1], "state bytes/parameter": sum(state.values()) / size,
             "peak bytes/parameter": peak_of(optimizer.step) / size,
         })  # fmt: skip
-        print("{case:16s} {optimizer:15s} {milliseconds:9.3f} ms {ratio:7.2f}x ({lowest ratio:.2f} to "
+        print("{case:16s} {optimizer:21s} {milliseconds:9.3f} ms {ratio:7.2f}x ({lowest ratio:.2f} to "
               "{highest ratio:.2f}), {state bytes/parameter:5.1f} B state, {peak bytes/parameter:6.1f} B peak".format(**rows[-1]), flush=True)  # fmt: skip # noqa: E501
     return rows
 

@@ -35,6 +35,11 @@ DIRECTIONS = {
     "Adam": ((0.0, 0.0, 0.0, 1.0), True),
     "AdamAggMo": ((0.0, 1 / 3, 1 / 3, 1 / 3), True),
 }
+# The scheduler's meta-parameters, in the order of star_schedule.h
+SCHEDULE = (
+    *("schedule_fraction", "schedule_length", "schedule_early", "schedule_step"),
+    *("tensor_powers", "momentum_mix"),
+)
 # Options that the kernel has, or that the rule puts into a tensor's multipliers or the decays. Any other must be off.
 OPTIONS = {
     "nominal_stepsize",
@@ -68,6 +73,8 @@ def supports(rule: UpdateRule) -> str | None:
         return f"the kernel does not have the option {others[0]!r}"
     if rule.config.hidden_size > LARGEST_HIDDEN:
         return f"the kernel takes networks of up to {LARGEST_HIDDEN} units, this one has {rule.config.hidden_size}"
+    if rule.config.scheduler and set(SCHEDULE) != set(scheduler.SHAPES):
+        return f"the kernel's scheduler has other meta-parameters: {', '.join(SCHEDULE)}"
     library = _library(rule)
     return library if isinstance(library, str) else None
 
@@ -83,10 +90,8 @@ def make(rule: UpdateRule) -> Kernel:
 def _library(rule: STAR) -> ctypes.CDLL | str:
     c = rule.config
     shape = (f"HIDDEN={c.hidden_size}", f"LAYERS={c.hidden_layers}", f"HEADS={c.num_heads}", f"EPS={c.eps!r}f")
-    return build.library(SOURCE, *shape)
-
-
-_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int)
+    knots = (f"FRACTIONS={len(scheduler.FRACTIONS)}", f"LOG_STEPS={len(scheduler.LOG_STEPS)}")
+    return build.library(SOURCE, *shape, *knots)
 
 
 class _Rule(ctypes.Structure):
@@ -94,6 +99,7 @@ class _Rule(ctypes.Structure):
 
     _fields_ = [
         ("weights", ctypes.c_void_p),
+        ("schedule", ctypes.c_void_p),
         ("momentum", ctypes.c_float * 3),
         ("rms", ctypes.c_float),
         ("adafactor", ctypes.c_float * 3),
@@ -101,13 +107,16 @@ class _Rule(ctypes.Structure):
         ("nominal", ctypes.c_float),
         ("weight_decay", ctypes.c_float),
         ("exp_mult", ctypes.c_float * 3),
-        ("direction", ctypes.c_float),
+        ("direction", ctypes.c_float * 4),
+        ("num_steps", ctypes.c_float),
         ("nominal_root", ctypes.c_int32),
         ("blackbox_root", ctypes.c_int32),
         ("selfnormalize", ctypes.c_int32),
         ("aggregate", ctypes.c_int32 * 3),
+        ("heads", ctypes.c_int32 * 4),
         ("needs_heads", ctypes.c_int32),
         ("scheduled", ctypes.c_int32),
+        ("mixed", ctypes.c_int32),
         ("safeguard", ctypes.c_int32),
         ("measure", ctypes.c_int32),
         ("threads", ctypes.c_int32),
@@ -122,6 +131,8 @@ class _Entry(NamedTuple):
     counters: tuple[int, int]
     geometry: tuple[int, ...]  # of star.cpp's Part: size to left_is_row
     kept: tuple[Tensor, ...]  # the state's tensors
+    num_tensors: int | None
+    shape: tuple[float, ...]  # what the scheduler knows of the tensor
 
 
 class StarKernel:
@@ -131,8 +142,7 @@ class StarKernel:
         self.rule = rule
         self.function = function
         self.entries: dict[int, _Entry] = {}  # by the parameter's id
-        self.mixes = rule.config.nominal_grad_estimator in ("AggMo", "AdamAggMo")
-        self.packed: tuple[Mapping[str, Tensor], Tensor, _Rule] | None = None
+        self.packed: tuple[Mapping[str, Tensor], tuple[Tensor, Tensor], _Rule] | None = None
 
     def refuses(self, param: Tensor) -> str | None:
         """Anything but strided float32, bfloat16 and float16."""
@@ -155,45 +165,27 @@ class StarKernel:
         """See `Kernel`."""
         settings = self._settings(meta_params)
         settings.safeguard, settings.measure, settings.threads = safeguard, measure, torch.get_num_threads()
+        settings.num_steps = 0 if num_steps is None else num_steps
         addresses, scalars = array("q"), array("f")
         values, grads = [], []  # held until the kernel is done
-        momenta = DIRECTIONS[self.rule.config.nominal_grad_estimator][0][1:]
         for part in parts:
             param = part.param
             value = param if param.dtype is torch.float32 and param.is_contiguous() else _plain(param)
             grad = part.grad if part.grad.dtype is torch.float32 and part.grad.is_contiguous() else _plain(part.grad)
             values.append(value)
             grads.append(grad)
-            entry = self._entry(part, safeguard)
+            entry = self._entry(part, safeguard, num_tensors)
             addresses.extend((value.data_ptr(), grad.data_ptr(), *entry.moments, *entry.counters, *entry.geometry))
             sign = -1.0 if part.maximize else 1.0
-            scalars.extend((float(part.scale), float(part.decay), sign, LIMITS[param.dtype], 1.0, *momenta))
+            scalars.extend((float(part.scale), float(part.decay), sign, LIMITS[param.dtype], *entry.shape))
         squares = torch.zeros(len(parts) if measure else 1, 4, dtype=torch.float64)
-        means = torch.empty(len(parts) if settings.scheduled else 0, 5)
-        failures: list[Exception] = []
-
-        def schedule() -> int:
-            try:
-                factors, weights = self._multipliers(parts, meta_params, means, num_steps, num_tensors)
-                table = torch.frombuffer(scalars, dtype=torch.float32).view(len(parts), -1)
-                table[:, 4] = factors
-                if self.mixes:
-                    table[:, 5:] = weights
-            except Exception as error:  # it must not be lost on its way through C++
-                failures.append(error)
-            return len(failures)
-
         self.function(
             ctypes.byref(settings),
             ctypes.c_void_p(addresses.buffer_info()[0]),
             ctypes.c_void_p(scalars.buffer_info()[0]),
             ctypes.c_void_p(squares.data_ptr()),
-            ctypes.c_void_p(means.data_ptr()),
-            _CALLBACK(schedule) if settings.scheduled else _CALLBACK(),
             ctypes.c_int64(len(parts)),
         )
-        if failures:
-            raise failures[0]
         for part, value in zip(parts, values, strict=True):
             if value is not part.param:
                 part.param.copy_(value)
@@ -201,41 +193,29 @@ class StarKernel:
                 torch.autograd.graph.increment_version(value)  # so that autograd notices, as after any step
         return self._squares(squares.sum(0).float()) if measure else None
 
-    def _multipliers(
-        self,
-        parts: Sequence[Part],
-        meta_params: Mapping[str, Tensor],
-        means: Tensor,
-        num_steps: int | None,
-        num_tensors: int | None,
-    ) -> scheduler.Multipliers:
-        """Each tensor's factor and weights of the momenta, by the rule's own function."""
-        shapes = torch.tensor([scheduler.shape_features(part.param.shape, num_tensors) for part in parts])
-        return scheduler.multipliers(meta_params, means[:, :4], shapes, means[:, 4], num_steps)
-
     def _squares(self, sums: Tensor) -> Squares:
         c = self.rule.config
         there = {"blackbox": c.step_mult, "nominal": c.nominal_stepsize, "decay": c.weight_decay}
         return Squares(sums[0], {name: sums[i] for i, name in enumerate(there, 1) if there[name]})
 
-    def _entry(self, part: Part, safeguard: bool) -> _Entry:
+    def _entry(self, part: Part, safeguard: bool, num_tensors: int | None) -> _Entry:
         state, entry = part.state, self.entries.get(id(part.param))
         if (
             entry is None
             or entry.param is not part.param
+            or entry.num_tensors != num_tensors
             or len(entry.kept) != len(state)
             or not all(map(operator.is_, entry.kept, state.values()))
             # `tensor.data = other` leaves the tensor what it was
             or entry.moments[0] != state["exp_avg"].data_ptr()
             or entry.moments[1] != state["exp_avg_sq"].data_ptr()
         ):
-            entry = self.entries[id(part.param)] = _make_entry(part, safeguard)
+            entry = self.entries[id(part.param)] = _make_entry(part, safeguard, num_tensors)
         return entry
 
     def _settings(self, meta_params: Mapping[str, Tensor]) -> _Rule:
         if self.packed is None or self.packed[0] is not meta_params:
-            weights, rule = _pack(self.rule, meta_params)
-            self.packed = meta_params, weights, rule
+            self.packed = meta_params, *_pack(self.rule, meta_params)
         return self.packed[2]
 
 
@@ -243,7 +223,7 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.float32, memory_format=torch.contiguous_format).contiguous()
 
 
-def _make_entry(part: Part, safeguard: bool) -> _Entry:
+def _make_entry(part: Part, safeguard: bool, num_tensors: int | None) -> _Entry:
     state, shape = part.state, part.param.shape
     for name in FIELDS:
         state[name] = _plain(state[name])  # as it is, unless it came from elsewhere
@@ -262,25 +242,35 @@ def _make_entry(part: Part, safeguard: bool) -> _Entry:
         (state["skipped"].data_ptr(), state["skipped_in_row"].data_ptr()) if safeguard else (0, 0),
         (part.param.numel(), *geometry),
         tuple(state.values()),
+        num_tensors,
+        scheduler.shape_features(shape, num_tensors),
     )
 
 
-def _pack(rule: STAR, meta_params: Mapping[str, Tensor]) -> tuple[Tensor, _Rule]:
-    """The rule's meta-parameters and configuration as star.cpp reads them; the tensor holds the weights."""
+def _pack(rule: STAR, meta_params: Mapping[str, Tensor]) -> tuple[tuple[Tensor, Tensor], _Rule]:
+    """The rule's meta-parameters and configuration as star.cpp reads them; the tensors hold weights and schedule."""
     c, packed = rule.config, _Rule()
     layers = [meta_params[f"{name}{layer}"].flatten() for layer in range(c.hidden_layers + 1) for name in "wb"]
-    weights = torch.cat(layers).contiguous()
-    packed.weights = weights.data_ptr()
+    weights, schedule = torch.cat(layers), _schedule(meta_params) if c.scheduler else torch.empty(0)
+    packed.weights, packed.schedule = weights.data_ptr(), schedule.data_ptr()
     decays = rule.decays(meta_params)
     packed.momentum[:], packed.adafactor[:] = decays.momentum.tolist(), decays.adafactor.tolist()
     packed.rms = float(decays.rms)
-    (packed.direction, *_), packed.nominal_root = DIRECTIONS[c.nominal_grad_estimator]
+    packed.direction[:], packed.nominal_root = DIRECTIONS[c.nominal_grad_estimator]
     controlled = (bool(c.step_mult), c.nominal_controller, bool(c.weight_decay) and c.regularization_controller)
     aggregate = (c.aggregate_magnitude, c.aggregate_nom_magnitude, c.aggregate_reg_magnitude)
     packed.exp_mult[:] = [mult if on else 0.0 for mult, on in zip(c.exp_mult, controlled, strict=True)]
     packed.aggregate[:] = [whole and on for whole, on in zip(aggregate, controlled, strict=True)]
+    packed.heads[:] = (controlled[0], *controlled)  # direction and magnitude of the blackbox go together
     packed.step_mult, packed.weight_decay = c.step_mult, c.weight_decay
     packed.nominal = c.nominal_stepsize * (1.0 if c.nominal_controller else math.exp(c.exp_mult[1]))
     packed.blackbox_root, packed.selfnormalize = c.normalize_blackbox, c.selfnormalize_blackbox
     packed.needs_heads, packed.scheduled = any(controlled), c.scheduler
-    return weights, packed
+    packed.mixed = c.nominal_grad_estimator in ("AggMo", "AdamAggMo")
+    return (weights, schedule), packed
+
+
+def _schedule(meta_params: Mapping[str, Tensor]) -> Tensor:
+    """As in star_schedule.h."""
+    knots = (*scheduler.FRACTIONS, *scheduler.LOG_STEPS, *scheduler.LOG_LENGTHS, scheduler.LARGEST_POWER)
+    return torch.cat([torch.tensor(knots), *(meta_params[name].flatten() for name in SCHEDULE)])

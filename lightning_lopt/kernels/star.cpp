@@ -20,77 +20,100 @@
 #include <thread>
 #include <vector>
 
-#include "star_vectors.h"
+#include "star_schedule.h"
 
 namespace {
 
-// LANES coordinates: what they are given, what their accumulators become, and their features.
-struct Coordinates {
-  V grad, param, momentum[3], second, root;
+// The bits that change a gradient's sign where it is to be negated.
+inline VI flipping(float sign) { return VI{} + (sign < 0 ? INT32_MIN : 0); }
 
-  inline Coordinates(const Rule& rule, const Part& t, float sign, int64_t at, int n) {
-    auto get = [&](const float* p) { return n == LANES ? load(p + at) : load(p + at, n); };
-    grad = get(t.grad) * sign, param = get(t.param);
+// LANES coordinates: what they are given, and what their accumulators become.
+struct Coordinates {
+  V grad, param, momentum[3], second;
+
+  inline Coordinates(const Rule& rule, const Part& t, VI flip, int64_t at, int n) {
+    auto get = [&](const float* p) { return n == LANES ? load(p + at) : some(p + at, n); };
+    grad = (V)((VI)get(t.grad) ^ flip), param = get(t.param);
     for (int k = 0; k < 3; k++)
       momentum[k] = get(t.exp_avg + k * t.size) * rule.momentum[k] + grad * (1 - rule.momentum[k]);
     second = get(t.exp_avg_sq) * rule.rms + grad * (1 - rule.rms) * grad;
-    root = inverse_root(second + EPS);
   }
 };
 
-inline void dense(const Coordinates& c, const Expanded& e, const float (*momentum_root)[CHUNK], int i, V* x) {
-  x[0] = c.grad, x[1] = c.param, x[5] = c.second, x[9] = c.root;
-  for (int k = 0; k < 3; k++) {
-    V g = load(e.grad_root[k] + i), m = load(momentum_root[k] + i);
-    x[2 + k] = c.momentum[k], x[6 + k] = c.momentum[k] * c.root;
-    x[10 + k] = c.grad * g, x[13 + k] = c.momentum[k] * m;
-  }
-}
-
+// Sums of squares of the dense features; without heads those that the scheduler reads, and the second moment's, which
+// tell whether all is finite. Products of squares are less work than squares of products, and need no root.
+template <bool heads>
 void moments(Work& w, int64_t block) {
-  Expanded e;
-  auto momentum_root = w.part.A ? e.grad_root : e.momentum_root;
+  Expanded room;
   const Rule rule = w.rule;
-  double* total = w.partial.data() + block * DENSE;
-  float* largest = w.largest.data() + block * DENSE;
-  int64_t end = std::min(w.part.size, (block + 1) * BLOCK);
-  for (int64_t start = block * BLOCK; start < end; start += CHUNK) {
-    int n = (int)std::min<int64_t>(CHUNK, end - start);
-    expand(w, start, n, e, false);
-    V sums[DENSE] = {}, x[DENSE];
-    for (int i = 0; i < n; i += LANES) {
-      int m = std::min(LANES, n - i);
-      Coordinates c(rule, w.part, w.scalars.sign, start + i, m);
-      for (int lane = m; lane < LANES; lane++) c.root[lane] = 0;  // the one feature that zeros do not make zero
-      dense(c, e, momentum_root, i, x);
-      for (int f = 0; f < DENSE; f++) sums[f] += x[f] * x[f];
+  const Part t = w.part;
+  const VI flip = flipping(w.scalars.sign);
+  V totals[DENSE] = {};
+  int64_t end = std::min(t.size, (block + 1) * BLOCK);
+  for (Run run{block * BLOCK, 0, {}, {}, {}}; run.at < end; run.at += run.n) {
+    if (heads)
+      run = run_at(w, run.at, end, room, false);
+    else
+      run.n = (int)std::min<int64_t>(CHUNK, end - run.at);
+    V sums[DENSE] = {};
+    auto add = [&](int i, int n) {
+      Coordinates c(rule, t, flip, run.at + i, n);
+      V root = 1.0f / (c.second + EPS);  // its square
+      sums[1] += c.param * c.param;
+      if (!heads) sums[5] += c.second;
+      for (int k = 0; !heads && k < 3; k++) sums[6 + k] += c.momentum[k] * c.momentum[k] * root;
+      if (!heads) return;
+      if (n < LANES) root = head_of(root, n);  // the one feature that zeros do not make zero
+      V square = c.grad * c.grad;
+      sums[0] += square, sums[5] += c.second * c.second, sums[9] += root;
+      for (int k = 0; k < 3; k++) {
+        auto get = [&](const float* p) { return n == LANES ? load(p + i) : some(p + i, n); };
+        V g = get(run.grad_root[k]), m = t.A ? g : get(run.momentum_root[k]), moment = c.momentum[k] * c.momentum[k];
+        V of_g = g * g, of_m = t.A ? of_g : m * m;
+        sums[2 + k] += moment, sums[6 + k] += moment * root;
+        sums[10 + k] += square * of_g, sums[13 + k] += moment * of_m;
+      }
+    };
+    int i = 0;
+    for (; i + LANES <= run.n; i += LANES) add(i, LANES);
+    if (i < run.n) add(i, run.n - i);
+    for (int k = 0; heads && k < 3; k++) {
+      float square = run.left_root[k] * run.left_root[k];
+      sums[10 + k] *= square, sums[13 + k] *= square;
     }
-    for (int f = 0; f < DENSE; f++) {
-      float s = sum(sums[f]);
-      total[f] += s;
-      largest[f] = s > largest[f] || s != s ? s : largest[f];
-    }
+    for (int f = 0; f < DENSE; f++) totals[f] += sums[f];
   }
+  for (int f = 0; f < DENSE; f++) w.partial[block * DENSE + f] = sum(totals[f]);
 }
 
 constexpr int DEEPER = (LAYERS - 1) * (HIDDEN + 1) * HIDDEN + (HIDDEN + 1) * HEADS;  // weights after the first layer's
 
 const float* deeper(const Rule& rule) { return rule.weights + (FEATURES + 1) * HIDDEN; }
 
-// Whether no new value can leave the range: no coordinate is larger than the root of its chunk's sum of squares, and
+// Whether no new value can leave the range: no coordinate is larger than the root of its block's sum of squares, and
 // from there on the network is bounded layer by layer. Where this cannot be told, pass C is run once without writing.
 bool proves_finite(const Work& w) {
   double x[DENSE], h[HIDDEN], next[HIDDEN], head[HEADS];
   const Rule& rule = w.rule;
+  const bool adaptive = rule.nominal_root && rule.direction[0] == 0;
+  if (!rule.needs_heads && !(rule.scheduled && adaptive)) return false;
   for (int f = 0; f < DENSE; f++) {
-    float high = 0;
+    double high = 0;
     for (int64_t b = 0; b < w.blocks; b++) {
-      float s = w.largest[b * DENSE + f];
+      double s = w.partial[b * DENSE + f];
       if (!(s < INFINITY)) return false;
       high = std::max(high, s);
     }
-    x[f] = 1.01 * std::sqrt((double)high) + 1e-22;  // squares below the smallest float are lost
+    x[f] = 1.01 * std::sqrt(high) + 1e-22;  // squares below the smallest float are lost
   }
+  double direction = std::fabs(rule.direction[0]) * x[0];
+  for (int k = 0; k < 3; k++)
+    direction += std::fabs(w.momenta[k]) * (adaptive ? x[6 + k] : x[2 + k] * (rule.nominal_root ? x[9] : 1));
+  const Scalars& s = w.scalars;
+  auto bounded = [&](double change) {
+    return 1.01 * (x[1] + std::fabs(s.scale) * change + std::fabs(s.decay) * x[1]) < std::min<double>(s.limit, 1e38);
+  };
+  if (!rule.needs_heads) return bounded(std::fabs(w.factor) * rule.nominal * direction + rule.weight_decay * x[1]);
   for (int j = 0; j < HIDDEN; j++) {
     h[j] = w.widest[j];
     for (int f = 0; f < DENSE; f++) h[j] += std::fabs((double)w.weights[f][j]) * x[f];
@@ -106,45 +129,62 @@ bool proves_finite(const Work& w) {
     if (number < LAYERS) std::copy(next, next + HIDDEN, h);
   }
   auto magnitude = [&](int k) { return k + 1 < HEADS ? std::exp(std::fabs(rule.exp_mult[k]) * head[k + 1]) : 1.0; };
-  const Scalars& s = w.scalars;
-  double direction = std::fabs(rule.direction) * x[0];
-  for (int k = 0; k < 3; k++) direction += std::fabs(s.momenta[k]) * x[2 + k];
   double blackbox = rule.step_mult * head[0] * magnitude(0) * (rule.selfnormalize ? std::fabs(w.mean_grad) : 1);
-  double change = std::fabs(s.factor) * blackbox * (rule.blackbox_root ? x[9] : 1) +
-                  std::fabs(s.factor) * rule.nominal * magnitude(1) * direction * (rule.nominal_root ? x[9] : 1) +
-                  rule.weight_decay * magnitude(2) * x[1];
-  double bound = x[1] + std::fabs(s.scale) * change + std::fabs(s.decay) * x[1];
-  return 1.01 * bound < std::min<double>(s.limit, 1e38);  // false for NaN
+  return bounded(std::fabs(w.factor) * blackbox * (rule.blackbox_root ? x[9] : 1) +
+                 std::fabs(w.factor) * rule.nominal * magnitude(1) * direction + rule.weight_decay * magnitude(2) * x[1]);
 }
 
 void fold(Work& w) {
+  float means[4];
   for (int f = 0; f < DENSE; f++) {
     double total = 0;
     for (int64_t b = 0; b < w.blocks; b++) total += w.partial[b * DENSE + f];
-    if (f == 1) w.means[0] = (float)(total / w.part.size);
-    if (f >= 6 && f < 9) w.means[f - 5] = (float)(total / w.part.size);
+    if (f == 1) means[0] = (float)(total / w.part.size);
+    if (f >= 6 && f < 9) means[f - 5] = (float)(total / w.part.size);
     float scale = inverse_rms(total, w.part.size);
-    for (int j = 0; j < HIDDEN; j++) w.weights[f][j] = w.rule.weights[DENSE_ROWS[f] * HIDDEN + j] * scale;
+    for (int j = 0; w.rule.needs_heads && j < HIDDEN; j++)
+      w.weights[f][j] = w.rule.weights[DENSE_ROWS[f] * HIDDEN + j] * scale;
+  }
+  if (w.rule.scheduled) schedule(w, means);
+}
+
+// The first layer, feature by feature. Features that are products, such as momentum * root, are multiplied out only
+// once: momentum * (weight + weight * root + ...).
+inline void first_layer(const Coordinates& c, V root, const V* of_g, const V* of_m, const float* weights, V* h) {
+  for (int j = 0; j < HIDDEN; j++) {
+    const float* weight = weights + j;  // of feature f at f * HIDDEN
+    V by_grad = each(weight[0]);
+    for (int k = 0; k < 3; k++) by_grad += of_g[k] * weight[(10 + k) * HIDDEN];
+    h[j] += c.grad * by_grad;
+    h[j] += c.param * weight[HIDDEN];
+    for (int k = 0; k < 3; k++) {
+      V by_momentum = each(weight[(2 + k) * HIDDEN]);
+      by_momentum += root * weight[(6 + k) * HIDDEN];
+      by_momentum += of_m[k] * weight[(13 + k) * HIDDEN];
+      h[j] += c.momentum[k] * by_momentum;
+    }
+    h[j] += c.second * weight[5 * HIDDEN];
+    h[j] += root * weight[9 * HIDDEN];
   }
 }
 
-inline void network(const float (&weights)[DENSE][HIDDEN], const float (&later)[DEEPER], const V* x, const Expanded& e,
-                    int i, V* head) {
-  V h[HIDDEN], next[HIDDEN];
-  for (int j = 0; j < HIDDEN; j++) h[j] = load(e.hidden[j] + i);
-  for (int f = 0; f < DENSE; f++)
-    for (int j = 0; j < HIDDEN; j++) h[j] += x[f] * weights[f][j];
-  for (int number = 1; number <= LAYERS; number++) {
-    int outputs = number < LAYERS ? HIDDEN : HEADS;
+inline void later_layers(const float* later, const int32_t (&heads)[4], V* h, V* head) {
+  for (int number = 1; number < LAYERS; number++) {
     const float* weight = later + (number - 1) * (HIDDEN + 1) * HIDDEN;
-    V* out = number < LAYERS ? next : head;
-    for (int o = 0; o < outputs; o++) out[o] = each(weight[HIDDEN * outputs + o]);
+    V next[HIDDEN];
+    for (int o = 0; o < HIDDEN; o++) next[o] = each(weight[HIDDEN * HIDDEN + o]);
     for (int j = 0; j < HIDDEN; j++) {
-      V r = relu(h[j]);
-      for (int o = 0; o < outputs; o++) out[o] += r * weight[j * outputs + o];
+      V r = positive(h[j]);
+      for (int o = 0; o < HIDDEN; o++) next[o] += r * weight[j * HIDDEN + o];
     }
-    if (number < LAYERS)
-      for (int j = 0; j < HIDDEN; j++) h[j] = next[j];
+    for (int j = 0; j < HIDDEN; j++) h[j] = next[j];
+  }
+  const float* weight = later + (LAYERS - 1) * (HIDDEN + 1) * HIDDEN;
+  for (int j = 0; j < HIDDEN; j++) h[j] = positive(h[j]);
+  for (int o = 0; o < HEADS; o++) {
+    if (!heads[o]) continue;  // nobody reads it
+    head[o] = each(weight[HIDDEN * HEADS + o]);
+    for (int j = 0; j < HIDDEN; j++) head[o] += h[j] * weight[j * HEADS + o];
   }
 }
 
@@ -152,8 +192,7 @@ enum Mode { WRITE, MEASURE, CHECK, AVERAGE };  // write; the same and sum square
 
 template <Mode mode, bool heads>
 void apply(Work& w, int64_t block) {
-  Expanded e;
-  auto momentum_root = w.part.A ? e.grad_root : e.momentum_root;
+  Expanded room;
   const Rule rule = w.rule;
   const Part t = w.part;
   const Scalars s = w.scalars;
@@ -163,58 +202,88 @@ void apply(Work& w, int64_t block) {
   float exp_mult[3];  // a magnitude of the whole tensor is a factor
   float constant[3] = {rule.step_mult, rule.nominal, rule.weight_decay};
   for (int k = 0; k < 3; k++) {
-    exp_mult[k] = rule.aggregate[k] ? 0 : rule.exp_mult[k];
+    exp_mult[k] = rule.aggregate[k] || k + 1 >= HEADS ? 0 : rule.exp_mult[k];
     if (heads && rule.aggregate[k] && k + 1 < HEADS) constant[k] *= std::exp(rule.exp_mult[k] * w.head_means[k + 1]);
   }
   if (rule.selfnormalize) constant[0] *= w.mean_grad;
-  constant[0] *= s.factor, constant[1] *= s.factor;
+  constant[0] *= w.factor, constant[1] *= w.factor;
+  for (int j = 0; mode != AVERAGE && j <= HIDDEN; j++) {  // factors of the heads go into the last layer
+    float* weight = later + DEEPER - (HIDDEN + 1) * HEADS + j * HEADS;
+    weight[0] *= constant[0];
+    for (int o = 1; o < HEADS; o++) weight[o] *= exp_mult[o - 1];
+  }
+  const VI flip = flipping(s.sign);
+  const bool both_by_root = mode == WRITE && rule.blackbox_root && rule.nominal_root;
+  float by_grad = rule.direction[0] * constant[1], by_momentum[3];
+  for (int k = 0; k < 3; k++) by_momentum[k] = w.momenta[k] * constant[1];
   V outside = {}, sums[4] = {}, head_sums[HEADS] = {};
   int64_t end = std::min(t.size, (block + 1) * BLOCK);
-  for (int64_t start = block * BLOCK; start < end; start += CHUNK) {
-    int n = (int)std::min<int64_t>(CHUNK, end - start);
-    if (heads) expand(w, start, n, e, true);
-    for (int i = 0; i < n; i += LANES) {
-      int m = std::min(LANES, n - i);
-      int64_t at = start + i;
-      Coordinates c(rule, t, s.sign, at, m);
-      V head[HEADS] = {};
+  for (Run run{block * BLOCK, 0, {}, {}, {}}; run.at < end; run.at += run.n) {
+    if (heads)
+      run = run_at(w, run.at, end, room, true);
+    else
+      run.n = (int)std::min<int64_t>(CHUNK, end - run.at);
+    for (int k = 0; heads && k < 3; k++)  // what is constant along the run goes into the weights
+      for (int j = 0; j < HIDDEN; j++) {
+        weights[10 + k][j] = w.weights[10 + k][j] * run.left_root[k];
+        weights[13 + k][j] = w.weights[13 + k][j] * run.left_root[k];
+      }
+    auto move = [&](int i, int n) {
+      int64_t at = run.at + i;
+      Coordinates c(rule, t, flip, at, n);
+      V root = inverse_root(c.second + EPS), head[4] = {};
       if (heads) {
-        V x[DENSE];
-        dense(c, e, momentum_root, i, x);
-        network(weights, later, x, e, i, head);
+        auto get = [&](const float* p) { return n == LANES ? load(p + i) : some(p + i, n); };
+        V of_g[3], of_m[3], h[HIDDEN];
+        for (int k = 0; k < 3; k++)
+          of_g[k] = get(run.grad_root[k]), of_m[k] = t.A ? of_g[k] : get(run.momentum_root[k]);
+        for (int j = 0; j < HIDDEN; j++) h[j] = get(run.hidden[j]) + run.left_hidden[j];
+        first_layer(c, root, of_g, of_m, reread(weights[0]), h);
+        later_layers(reread(later), rule.heads, h, head);
       }
       if (mode == AVERAGE) {
-        for (int lane = m; lane < LANES; lane++)
-          for (int o = 0; o < HEADS; o++) head[o][lane] = 0;
-        for (int o = 0; o < HEADS; o++) head_sums[o] += head[o];
-        continue;
+        for (int o = 0; o < HEADS; o++) head_sums[o] += n == LANES ? head[o] : head_of(head[o], n);
+        return;
       }
-      V magnitude[3];
-      for (int k = 0; k < 3; k++)
-        magnitude[k] = heads && k + 1 < HEADS && exp_mult[k] != 0 ? exponential(head[k + 1] * exp_mult[k]) : each(1);
-      V direction = c.grad * rule.direction;
-      for (int k = 0; k < 3; k++) direction += c.momentum[k] * s.momenta[k];
-      V blackbox = head[0] * magnitude[0] * constant[0] * (rule.blackbox_root ? c.root : each(1));
-      V nominal = direction * magnitude[1] * constant[1] * (rule.nominal_root ? c.root : each(1));
-      V decay = c.param * magnitude[2] * constant[2];
-      V value = c.param - (blackbox + nominal + decay) * s.scale - c.param * s.decay;
+      V blackbox = {}, decay = {}, nominal = c.momentum[0] * by_momentum[0];
+      nominal += c.momentum[1] * by_momentum[1];
+      nominal += c.momentum[2] * by_momentum[2];
+      if (by_grad != 0) nominal += c.grad * by_grad;
+      if (heads && rule.heads[0]) {
+        blackbox = head[0];
+        if (exp_mult[0] != 0) blackbox *= magnitude_of(head[1]);
+        if (rule.blackbox_root && !both_by_root) blackbox *= root;
+      }
+      if (heads && exp_mult[1] != 0) nominal *= magnitude_of(head[2]);
+      if (rule.nominal_root && !both_by_root) nominal *= root;
+      V change = blackbox + nominal;
+      if (both_by_root) change *= root;
+      if (rule.weight_decay != 0) {
+        decay = c.param * constant[2];
+        if (heads && exp_mult[2] != 0) decay *= magnitude_of(head[3]);
+        change += decay;
+      }
+      V value = c.param - change * s.scale;
+      if (s.decay != 0) value -= c.param * s.decay;
       if (mode == CHECK) {
         V far = value > 0 ? value : -value;
         V rest = (c.second + c.momentum[0] + c.momentum[1] + c.momentum[2]) * 0.0f;
         outside += (far < s.limit ? V{} : each(1)) + rest;
-        continue;
+        return;
       }
-      auto put = [&](float* p, V v) { if (m == LANES) store(p + at, v); else store(p + at, v, m); };
-      put(t.param, value), put(t.exp_avg_sq, c.second);
-      for (int k = 0; k < 3; k++) put(t.exp_avg + k * t.size, c.momentum[k]);
+      auto set = [&](float* p, V v) { if (n == LANES) store(p + at, v); else put(p + at, v, n); };
+      set(t.param, value), set(t.exp_avg_sq, c.second);
+      for (int k = 0; k < 3; k++) set(t.exp_avg + k * t.size, c.momentum[k]);
       if (mode == MEASURE) {
-        V change = value - c.param;
-        // The network does not make zeros of zeros.
-        for (int lane = m; lane < LANES; lane++) blackbox[lane] = change[lane] = 0;
+        change = value - c.param;
+        if (n < LANES) blackbox = head_of(blackbox, n), change = head_of(change, n);  // of zeros it does not make zeros
         sums[0] += change * change;
         sums[1] += blackbox * blackbox, sums[2] += nominal * nominal, sums[3] += decay * decay;
       }
-    }
+    };
+    int i = 0;
+    for (; i + LANES <= run.n; i += LANES) move(i, LANES);
+    if (i < run.n) move(i, run.n - i);
   }
   if (mode == CHECK) w.block_finite[block] = sum(outside) == 0;
   for (int k = 0; mode == MEASURE && k < 4; k++) w.squares[block * 4 + k] = sum(sums[k]);
@@ -264,7 +333,7 @@ void look(Team& team, int member, Work& w) {
   if (w.part.A) team.each(member, w.row_blocks, [&](int64_t i) { sum_squares(w, i); });
   team.once(member, [&] { vectors(w); });
   if (!w.rule.needs_heads && !w.rule.scheduled) return;
-  team.each(member, w.blocks, [&](int64_t i) { moments(w, i); });
+  team.each(member, w.blocks, [&](int64_t i) { w.rule.needs_heads ? moments<true>(w, i) : moments<false>(w, i); });
   team.once(member, [&] { fold(w); });
 }
 
@@ -284,7 +353,7 @@ void move(Team& team, int member, Work& w, double* squares) {
   }
   bool skip = rule.safeguard && !w.finite;
   if (rule.safeguard && !skip) {
-    team.once(member, [&] { w.proven = rule.needs_heads && proves_finite(w); });
+    team.once(member, [&] { w.proven = proves_finite(w); });
     if (!w.proven) {
       team.each(member, w.blocks, [&](int64_t i) { apply<CHECK>(w, i); });
       skip = !std::all_of(w.block_finite.begin(), w.block_finite.end(), [](uint8_t ok) { return ok; });
@@ -303,44 +372,27 @@ void move(Team& team, int member, Work& w, double* squares) {
 
 }  // namespace
 
-// Moves `count` tensors; with `measure` adds up the squares of change, blackbox, nominal and decay, 4 for each tensor.
-// Each is taken through all passes while it lies in the cache; where the rule is `scheduled`, all are looked at first,
-// `multipliers` turns `means` (4 mean squares and the step of each) into their scalars, and then all are moved.
-extern "C" int star_step(const Rule* rule, const Part* parts, const Scalars* scalars, double* squares, float* means,
-                         Multipliers multipliers, int64_t count) {
+// Moves `count` tensors, each through all passes while it lies in the cache; with `measure` adds up the squares of
+// change, blackbox, nominal and decay, 4 for each tensor.
+extern "C" void star_step(const Rule* rule, const Part* parts, const Scalars* scalars, double* squares, int64_t count) {
   std::vector<int64_t> alone, shared;
   int64_t total = 0;
   for (int64_t i = 0; i < count; i++) (parts[i].size <= ALONE ? alone : shared).push_back(i), total += parts[i].size;
   Team team, solo;
   team.size = (int)std::max<int64_t>(1, std::min<int64_t>(rule->threads, total / ALONE)), solo.size = 1;
   std::vector<std::unique_ptr<Work>> works(count);
-  int failed = 0;
-  auto begin = [&](Team& by, int member, int64_t i) {
+  auto step = [&](Team& by, int member, int64_t i) {
     by.once(member, [&] { works[i] = std::make_unique<Work>(*rule, parts[i], scalars[i]); });
     look(by, member, *works[i]);
-  };
-  auto end = [&](Team& by, int member, int64_t i) {
     move(by, member, *works[i], squares + 4 * i);
     by.once(member, [&] { works[i].reset(); });
   };
-  auto all = [&](int member, auto task) {
-    team.each(member, (int64_t)alone.size(), [&](int64_t k) { task(solo, 0, alone[k]); });
-    for (int64_t i : shared) task(team, member, i);
-  };
   auto run = [&](int member) {
-    if (!rule->scheduled)
-      return all(member, [&](Team& by, int m, int64_t i) { begin(by, m, i), end(by, m, i); });
-    all(member, begin);
-    team.once(member, [&] {
-      for (int64_t i = 0; i < count; i++)
-        std::copy_n(works[i]->means, 4, means + 5 * i), means[5 * i + 4] = *parts[i].step;
-      failed = multipliers();
-    });
-    if (!failed) all(member, end);
+    team.each(member, (int64_t)alone.size(), [&](int64_t k) { step(solo, 0, alone[k]); });
+    for (int64_t i : shared) step(team, member, i);
   };
   std::vector<std::thread> others;
   for (int member = 1; member < team.size; member++) others.emplace_back(run, member);
   run(0);
   for (auto& other : others) other.join();
-  return failed;
 }

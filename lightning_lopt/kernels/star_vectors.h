@@ -12,6 +12,35 @@
 
 namespace {
 
+#ifdef __AVX512F__
+inline __mmask16 first(int n) { return (__mmask16)((1u << n) - 1); }
+inline V some(const float* p, int n) { return (V)_mm512_maskz_loadu_ps(first(n), p); }
+inline void put(float* p, V v, int n) { _mm512_mask_storeu_ps(p, first(n), (__m512)v); }
+inline V head_of(V v, int n) { return (V)_mm512_maskz_mov_ps(first(n), (__m512)v); }
+inline V positive(V x) { return (V)_mm512_max_epi32((__m512i)x, _mm512_setzero_si512()); }  // not by the units that add
+
+
+// e^x; most magnitudes are next to 1, where a short series is exact.
+inline V magnitude_of(V x) {
+  __m512 size = _mm512_abs_ps((__m512)x);
+  if (_mm512_cmp_ps_mask(size, _mm512_set1_ps(0.008f), _CMP_NLT_UQ)) return exponential(x);
+  return ((x * (1 / 6.0f) + 0.5f) * x + 1.0f) * x + 1.0f;
+}
+#else
+inline V some(const float* p, int n) { return load(p, n); }
+inline void put(float* p, V v, int n) { store(p, v, n); }
+inline V head_of(V v, int n) { for (int i = n; i < LANES; i++) v[i] = 0; return v; }
+inline V positive(V x) { return relu(x); }
+inline V magnitude_of(V x) { return exponential(x); }
+#endif
+
+// Weights that are to be read from memory wherever they are used: a processor does that beside its arithmetic, while
+// copies of each in all lanes, which the compiler would make before the loop, cost sixteen times the traffic.
+inline const float* reread(const float* p) {
+  asm volatile("" : "+r"(p));
+  return p;
+}
+
 constexpr int DENSE = 16, FEATURES = 39, CHANNELS = 28;
 constexpr int CHUNK = 1024;            // coordinates whose expanded vectors lie in the first-level cache
 constexpr int64_t BLOCK = 16 * CHUNK;  // coordinates of one task of a thread
@@ -20,11 +49,14 @@ constexpr int DENSE_ROWS[DENSE] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 25,
 constexpr float TIMESCALES[11] = {1, 3, 10, 30, 100, 300, 1000, 3000, 10000, 30000, 100000};
 
 struct Rule {  // as in cpu.py
-  const float* weights;  // w0, b0, w1, b1, ..., one after the other
+  const float* weights;   // w0, b0, w1, b1, ..., one after the other
+  const float* schedule;  // of a scheduled rule, see star_schedule.h
   float momentum[3], rms, adafactor[3];
   float step_mult, nominal, weight_decay, exp_mult[3];  // exp_mult 0 where nothing is controlled
-  float direction;                                      // the gradient's weight in the nominal direction
-  int32_t nominal_root, blackbox_root, selfnormalize, aggregate[3], needs_heads, scheduled, safeguard, measure, threads;
+  float direction[4];                                   // weights of gradient and momenta in the nominal direction
+  float num_steps;                                      // 0 where it is not known
+  int32_t nominal_root, blackbox_root, selfnormalize, aggregate[3], heads[4], needs_heads, scheduled, mixed;
+  int32_t safeguard, measure, threads;
 };
 
 struct Part {  // as in cpu.py
@@ -37,11 +69,8 @@ struct Part {  // as in cpu.py
 
 struct Scalars {  // as in cpu.py
   float scale, decay, sign, limit;
-  float factor, momenta[3];  // of blackbox and nominal term; the momenta's weights in the nominal direction
+  float shape[4];  // what the scheduler knows of the tensor
 };
-
-// Tells factor and momenta of each tensor from 4 mean squares and the step of each; other than 0 is a failure.
-typedef int (*Multipliers)();
 
 inline float clamped_rsqrt(float x) { return 1.0f / std::sqrt(x < 1e-9f ? 1e-9f : x); }
 
@@ -58,9 +87,8 @@ struct Work {
   std::vector<float> left_hidden, right_hidden;  // HIDDEN first-layer sums; the bias is in the left ones
   std::vector<float> right_sums;                 // one row for each row block
   std::vector<double> grad_sums, partial, head_sums, squares;  // one row for each block
-  std::vector<float> largest;                    // (blocks, DENSE) of the chunks' sums of squares
   float weights[DENSE][HIDDEN], head_means[HEADS], mean_grad = 0, widest[HIDDEN];
-  float means[4] = {};  // of the squares of the parameter and of momenta * root
+  float factor = 1, momenta[3];  // of blackbox and nominal term; the momenta's weights in the nominal direction
   bool finite = true, proven = false;
   std::vector<uint8_t> block_finite;
   VI inner[LANES];  // (c + lane) % C for each c, where C > 1 fits
@@ -75,11 +103,14 @@ struct Work {
     // Each row block sums columns in a row of its own; there must not be too many of these.
     lines_per_row_block = diagonal ? 1 : (std::max(4 * BLOCK, 16 * n_right) + length - 1) / length;
     row_blocks = (lines + lines_per_row_block - 1) / lines_per_row_block;
-    left.resize(3 * n_left), left_root.resize((diagonal ? 6 : 3) * n_left), left_hidden.resize(HIDDEN * n_left);
-    right.resize(3 * n_right), right_root.resize(3 * n_right), right_hidden.resize(HIDDEN * n_right);
+    left.resize(3 * n_left), right.resize(3 * n_right);
+    if (rule.needs_heads) {
+      left_root.resize((diagonal ? 6 : 3) * n_left), left_hidden.resize(HIDDEN * n_left);
+      right_root.resize(3 * n_right), right_hidden.resize(HIDDEN * n_right);
+    }
     right_sums.resize(row_blocks * n_right), grad_sums.resize(row_blocks);
     partial.resize(blocks * DENSE), head_sums.resize(blocks * HEADS), squares.resize(blocks * 4);
-    largest.resize(blocks * DENSE), block_finite.assign(blocks, 1);
+    block_finite.assign(blocks, 1), std::copy_n(rule.direction + 1, 3, momenta);
     for (int c = 0; c < p.C && p.C <= LANES; c++)
       for (int lane = 0, i = c; lane < LANES; lane++, i = i + 1 == p.C ? 0 : i + 1) inner[c][lane] = i;
   }
@@ -172,7 +203,7 @@ void vectors(Work& w) {
   const Part& t = w.part;
   const Rule& rule = w.rule;
   float bias[HIDDEN], step = *t.step;
-  for (int j = 0; j < HIDDEN; j++) {
+  for (int j = 0; rule.needs_heads && j < HIDDEN; j++) {
     bias[j] = rule.weights[FEATURES * HIDDEN + j], w.widest[j] = 0;
     for (int i = 0; i < 11; i++)
       bias[j] += std::tanh(step / TIMESCALES[i] - 1) * rule.weights[(CHANNELS + i) * HIDDEN + j];
@@ -185,10 +216,11 @@ void vectors(Work& w) {
     for (int64_t i = 0; i < nl; i++) left[i] = t.grad[i] * t.grad[i] + 1e-30f, total += t.grad[i];
     w.mean_grad = w.scalars.sign * (float)(total / t.size);
     w.finite = average(rule, t.left, left, nl);
+    if (!rule.needs_heads) return;
     float* roots = w.left_root.data();
     for (int64_t i = 0; i < 3 * nl; i++) roots[i] = clamped_rsqrt(left[i] + 1e-9f);
     for (int64_t i = 0; i < 3 * nl; i++) roots[3 * nl + i] = 1 / std::sqrt(left[i] + 1e-6f);
-    if (rule.needs_heads) add_hidden(w, left, nl, w.left_hidden.data(), 13, 16);
+    add_hidden(w, left, nl, w.left_hidden.data(), 13, 16);
     return;
   }
   double total = 0;
@@ -201,6 +233,7 @@ void vectors(Work& w) {
   for (int64_t i = 0; i < nl; i++) left[i] = left[i] / t.Y + 1e-30f;
   for (int64_t i = 0; i < nr; i++) right[i] = right[i] / t.X + 1e-30f;
   w.finite = average(rule, t.left, left, nl) & average(rule, t.right, right, nr);
+  if (!rule.needs_heads) return;
   std::copy(left, left + 3 * nl, w.left_root.begin());
   std::copy(right, right + 3 * nr, w.right_root.begin());
   // The row moments are divided by their mean over the other factored dim.
@@ -217,15 +250,13 @@ void vectors(Work& w) {
     }
   for (float& x : w.left_root) x = clamped_rsqrt(x);
   for (float& x : w.right_root) x = clamped_rsqrt(x);
-  if (rule.needs_heads) {
-    add_hidden(w, left, nl, w.left_hidden.data(), t.left_is_row ? 13 : 16, 0);
-    add_hidden(w, right, nr, w.right_hidden.data(), t.left_is_row ? 16 : 13, 0);
-  }
+  add_hidden(w, left, nl, w.left_hidden.data(), t.left_is_row ? 13 : 16, 0);
+  add_hidden(w, right, nr, w.right_hidden.data(), t.left_is_row ? 16 : 13, 0);
 }
 
 // A chunk's left and right vectors, one value for each coordinate.
 struct Expanded {
-  float grad_root[3][CHUNK], momentum_root[3][CHUNK], hidden[HIDDEN][CHUNK];
+  float root[3][CHUNK], hidden[HIDDEN][CHUNK];
 };
 
 // out = combine(left, right) for K pairs of vectors, along `run` coordinates of a line, the first of which is number
@@ -262,34 +293,59 @@ inline void along_line(const float* left, int64_t nl, const float* right, int64_
   }
 }
 
-void expand(const Work& w, int64_t start, int n, Expanded& out, bool with_hidden) {
-  int64_t nl = w.n_left, nr = w.n_right, C = w.part.C;
+// Coordinates that follow each other, with their vectors: what is constant along them apart.
+struct Run {
+  int64_t at;
+  int n;
+  const float *grad_root[3], *momentum_root[3], *hidden[HIDDEN];  // n numbers each
+  float left_root[3] = {1, 1, 1}, left_hidden[HIDDEN] = {};       // beside these: a factor, and what is added
+};
+
+constexpr int64_t LONG = 4 * LANES;  // lines from here on are runs of their own, with nothing copied
+
+// The run that begins at a coordinate and does not go beyond `end`; vectors that must be made are put into `room`.
+Run run_at(const Work& w, int64_t start, int64_t end, Expanded& room, bool with_hidden) {
+  const Part& t = w.part;
+  int64_t nl = w.n_left, nr = w.n_right, C = t.C;
+  Run run{start, (int)std::min<int64_t>(CHUNK, end - start), {}, {}, {}};
+  auto right_of = [&](int64_t line) { return (line / (t.X * t.B) * t.B + line % t.B) * w.length; };
+  if (!t.A) {
+    for (int k = 0; k < 3; k++) {
+      run.grad_root[k] = &w.left_root[k * nl + start];
+      run.momentum_root[k] = &w.left_root[(3 + k) * nl + start];
+    }
+    for (int j = 0; j < HIDDEN; j++) run.hidden[j] = &w.left_hidden[j * nl + start];
+    return run;
+  }
+  if (C == 1 && w.length >= LONG) {
+    int64_t line = start / w.length, offset = start % w.length, r = right_of(line) + offset;
+    run.n = (int)std::min<int64_t>(run.n, w.length - offset);
+    for (int k = 0; k < 3; k++) {
+      run.grad_root[k] = run.momentum_root[k] = &w.right_root[k * nr + r];
+      run.left_root[k] = w.left_root[k * nl + line];
+    }
+    for (int j = 0; j < HIDDEN; j++) {
+      run.hidden[j] = &w.right_hidden[j * nr + r];
+      run.left_hidden[j] = w.left_hidden[j * nl + line];
+    }
+    return run;
+  }
   auto times = [](auto a, auto b) { return a * b; };
   auto plus = [](auto a, auto b) { return a + b; };
-  for (int64_t at = start; w.part.A && at < start + n;) {
-    int64_t line = at / w.length, offset = at % w.length, run = std::min(w.length - offset, start + n - at);
-    int64_t l = line * C, r = (line / (w.part.X * w.part.B) * w.part.B + line % w.part.B) * w.length + offset;
+  for (int64_t at = start; at < start + run.n;) {
+    int64_t line = at / w.length, offset = at % w.length, n = std::min(w.length - offset, start + run.n - at);
+    int64_t l = line * C, r = right_of(line) + offset, to = at - start;
     int c = (int)(offset % C);
     VI index = {};
     if (1 < C && C <= LANES) index = w.inner[c];
-    int64_t to = at - start;
-    along_line<3>(&w.left_root[l], nl, &w.right_root[r], nr, out.grad_root[0] + to, run, C, c, index, times);
+    along_line<3>(&w.left_root[l], nl, &w.right_root[r], nr, room.root[0] + to, n, C, c, index, times);
     if (with_hidden)
-      along_line<HIDDEN>(&w.left_hidden[l], nl, &w.right_hidden[r], nr, out.hidden[0] + to, run, C, c, index, plus);
-    at += run;
+      along_line<HIDDEN>(&w.left_hidden[l], nl, &w.right_hidden[r], nr, room.hidden[0] + to, n, C, c, index, plus);
+    at += n;
   }
-  if (!w.part.A) {
-    for (int k = 0; k < 3; k++) {
-      std::memcpy(out.grad_root[k], &w.left_root[k * nl + start], 4 * n);
-      std::memcpy(out.momentum_root[k], &w.left_root[(3 + k) * nl + start], 4 * n);
-    }
-    for (int j = 0; with_hidden && j < HIDDEN; j++) std::memcpy(out.hidden[j], &w.left_hidden[j * nl + start], 4 * n);
-  }
-  int padded = (n + LANES - 1) / LANES * LANES;  // nothing left over from before gets into the last vector
-  for (int i = n; i < padded; i++) {
-    for (int k = 0; k < 3; k++) out.grad_root[k][i] = out.momentum_root[k][i] = 0;
-    for (int j = 0; j < HIDDEN; j++) out.hidden[j][i] = 0;
-  }
+  for (int k = 0; k < 3; k++) run.grad_root[k] = run.momentum_root[k] = room.root[k];
+  for (int j = 0; j < HIDDEN; j++) run.hidden[j] = room.hidden[j];
+  return run;
 }
 
 }  // namespace

@@ -51,8 +51,6 @@ def supports(rule: UpdateRule) -> str | None:
     c = rule.config
     if (c.hidden_size, c.hidden_layers) != (4, 2):
         return f"hidden_size={c.hidden_size}, hidden_layers={c.hidden_layers}: the Triton kernel has two layers of 4"
-    if c.eps != feats.EPS:
-        return f"eps={c.eps}: the Triton kernel has {feats.EPS}"
     names = ("aggregate_magnitude", "aggregate_nom_magnitude", "aggregate_reg_magnitude", "selfnormalize_blackbox")
     if chosen := [name for name in names if getattr(c, name)]:
         return f"{chosen[0]}=True: the Triton kernel has no such mean over the tensor"
@@ -77,7 +75,7 @@ def pack(rule: STAR, meta_params: Mapping[str, Tensor]) -> Tensor:
     rows, cols = (first[list(channels)] for channels in (feats.ROW, feats.COL))
     timescales = first.new_tensor(feats.TIMESCALES)
     control = 1.0 if c.nominal_controller else math.exp(c.exp_mult[1])
-    settings = (c.step_mult, *c.exp_mult, c.nominal_stepsize, c.weight_decay, control)
+    settings = (c.step_mult, *c.exp_mult, c.nominal_stepsize, c.weight_decay, control, c.eps)
     parts = [
         pad(torch.cat([first[list(feats.DENSE)], rows + cols]), (0, 0, 0, 10)),  # a flat tensor's rows are its columns
         *(rows, cols, pad(first[feats.NUM_CHANNELS :], (0, 0, 0, 5)), pad(timescales, (0, 5), value=1.0)),
@@ -258,6 +256,7 @@ class StarKernel:
         """(tensors, 4): the factor of both terms and the weights of the momenta, by the rule's own function."""
         if not self.rule.config.scheduler:
             return plan.multipliers
+        scheduler.keep_constants(torch.float32, plan.effective.device)
         shapes = plan.shapes.update([scheduler.shape_features(part.param.shape, num_tensors) for part in parts])
         length = None if num_steps is None else plan.num_steps.update([(num_steps,)]).reshape(())
         step = plan.effective[:, factored.AT_STEP.value]

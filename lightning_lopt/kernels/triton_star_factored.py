@@ -14,7 +14,7 @@ from lightning_lopt.kernels.triton_tensors import LINE, PATCH, STRIP_ROWS, STRIP
 
 # Where the weights lie in the packed meta-parameters, see `triton_star.pack`.
 FIRST, ROW, COL, TIME, TIMESCALES, B0, W1, B1, W2, B2, DECAYS, SETTINGS, PACKED = (
-    tl.constexpr(n) for n in (0, 128, 152, 176, 240, 256, 260, 276, 280, 296, 300, 307, 314)
+    tl.constexpr(n) for n in (0, 128, 152, 176, 240, 256, 260, 276, 280, 296, 300, 307, 315)
 )
 # Addresses of a tensor, and numbers of it that may change at every step.
 PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, AT_X, AT_Y, STEP, SKIPPED, IN_ROW, ALIGNED, ADDRESSES = (

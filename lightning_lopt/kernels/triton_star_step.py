@@ -60,7 +60,7 @@ def _read(
     m2 = tm.average(tm.load_state(first, 2 * numel + offsets, mask, BF16, ALIGN), g, tl.load(theta + ts.DECAYS + 2))
     rms = tl.load(theta + ts.DECAYS + 3)
     v = rms * tm.load_state(second, offsets, mask, BF16, ALIGN) + (1 - rms) * g * g
-    return g, p, m0, m1, m2, v, tl.rsqrt(v + 1e-6)
+    return g, p, m0, m1, m2, v, tl.rsqrt(v + tl.load(theta + ts.SETTINGS + 7))
 
 
 @triton.jit

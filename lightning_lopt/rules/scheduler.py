@@ -137,6 +137,20 @@ def log_factor(meta_params: Mapping[str, Tensor], step: Tensor, num_steps: Tenso
     return interpolate(progress(step, num_steps), FRACTIONS, curve) + early
 
 
+_KEPT: dict[tuple[tuple[float, ...], torch.dtype, torch.device], Tensor] = {}
+
+
+def keep_constants(dtype: torch.dtype, device: torch.device) -> None:
+    """Put the knots on a device once and for all: a CUDA graph cannot capture a copy from the host.
+
+    `interpolate` does not do it: a transform of `torch.func` may be at work there, whose tensors must not be kept.
+    """
+    for knots in (FRACTIONS, LOG_STEPS):
+        if (knots, dtype, device) not in _KEPT:
+            with torch.inference_mode(False):
+                _KEPT[knots, dtype, device] = torch.tensor(knots, dtype=dtype, device=device)
+
+
 def interpolate(x: Tensor, knots: tuple[float, ...], values: Tensor) -> Tensor:
     """Piecewise linear through (knots, values), constant beyond the ends; x of any shape -> the same.
 
@@ -144,7 +158,8 @@ def interpolate(x: Tensor, knots: tuple[float, ...], values: Tensor) -> Tensor:
         >>> interpolate(torch.tensor([0.5, 3.0]), (0.0, 1.0), torch.tensor([1.0, 3.0]))
         tensor([2., 3.])
     """
-    at = torch.tensor(knots, dtype=values.dtype, device=values.device)
+    at = _KEPT.get((knots, values.dtype, values.device))
+    at = torch.tensor(knots, dtype=values.dtype, device=values.device) if at is None else at
     x = x.clamp(knots[0], knots[-1]).unsqueeze(-1)
     # Each knot's hat falls from 1 at the knot to 0 at its neighbors: no indexing by data, so it runs under vmap.
     slopes = (x - at[:-1]) / (at[1:] - at[:-1])

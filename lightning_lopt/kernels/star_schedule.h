@@ -1,0 +1,55 @@
+// The learned scheduler: a tensor's factor and the weights of its momenta; rules/scheduler.py, from where the names are.
+
+#pragma once
+
+#include "star_vectors.h"
+
+// FRACTIONS and LOG_STEPS, numbers of knots, are set by cpu.py.
+
+namespace {
+
+struct Schedule {  // as packed by cpu.py: the scheduler's constants and meta-parameters
+  float fractions[FRACTIONS], log_steps[LOG_STEPS], log_lengths[2], largest_power;
+  float schedule_fraction[FRACTIONS], schedule_length[FRACTIONS];
+  float schedule_early[LOG_STEPS], schedule_step[LOG_STEPS];
+  float tensor_powers[2][2][8], momentum_mix[2][3];
+};
+
+inline float clamp(float x, float low, float high) { return x < low ? low : x > high ? high : x; }  // NaN stays
+
+inline float lerp(float start, float end, float fraction) { return start + fraction * (end - start); }
+
+float interpolate(float x, const float* knots, const float* values, int n) {
+  x = clamp(x, knots[0], knots[n - 1]);
+  int i = 0;
+  while (i < n - 2 && x > knots[i + 1]) i++;
+  return lerp(values[i], values[i + 1], (x - knots[i]) / (knots[i + 1] - knots[i]));
+}
+
+// means: of the squares of the parameter and of the three momenta / sqrt(second moment)
+void schedule(Work& w, const float (&means)[4]) {
+  const Schedule& s = *reinterpret_cast<const Schedule*>(w.rule.schedule);
+  const float* shape = w.scalars.shape;
+  float step = *w.part.step, length = w.rule.num_steps, curve[FRACTIONS], log_factor;
+  float log_step = std::log10(step + 1);
+  float fraction = length ? std::min(1.0f, step / std::max(1.0f, length - 1)) : 0.5f;
+  if (length) {
+    float log_length = clamp(std::log10(length) - 3, s.log_lengths[0], s.log_lengths[1]);
+    for (int i = 0; i < FRACTIONS; i++) curve[i] = s.schedule_fraction[i] + s.schedule_length[i] * log_length;
+    log_factor = interpolate(fraction, s.fractions, curve, FRACTIONS);
+    log_factor += interpolate(log_step, s.log_steps, s.schedule_early, LOG_STEPS);
+  } else {
+    log_factor = interpolate(log_step, s.log_steps, s.schedule_step, LOG_STEPS);
+  }
+  float x[8] = {1, std::log(clamp(means[0], 1e-4f, INFINITY) / 1e-2f) / 4, shape[1], shape[2], shape[3]}, own = 0;
+  for (int k = 0; k < 3; k++) x[5 + k] = std::log(clamp(means[1 + k], 1e-6f, INFINITY)) / 4 + 1;
+  const float(*powers)[8] = s.tensor_powers[shape[0] > 0 ? 0 : 1];
+  for (int i = 0; i < 8; i++) own += lerp(powers[0][i], powers[1][i], fraction) * x[i];
+  w.factor = std::exp(log_factor + clamp(own, -s.largest_power, s.largest_power));
+  if (!w.rule.mixed) return;
+  float total = 0;
+  for (int k = 0; k < 3; k++) total += w.momenta[k] = std::exp(lerp(s.momentum_mix[0][k], s.momentum_mix[1][k], fraction));
+  for (float& m : w.momenta) m /= total;
+}
+
+}  // namespace
