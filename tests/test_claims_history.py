@@ -38,6 +38,17 @@ def test_rules_that_are_the_same_are_run_side_by_side_and_alike():
     assert not torch.allclose(together["a"][0], together["b"][0])
 
 
+def test_a_piece_of_one_rate_is_not_found_for_another(tmp_path):
+    rule = multiscale.Annealed(make("multiscale_adam", mixer="la_b", eta=1.0), "constant")
+    cached = Lab(seeds=1, quick=True, cache_dir=tmp_path)
+    rows = []
+    for rate in (0.1, 0.01, 0.1):
+        setting = {**rule.meta_params(), "lr": torch.tensor(rate, dtype=torch.float64)}
+        rows += history.curves(cached, {"a": (rule, setting)}, "sum-of-squares", 5)["a"]
+    assert torch.equal(rows[0], rows[2])
+    assert not torch.allclose(rows[0], rows[1])
+
+
 def test_mng_is_below_adam_on_the_sum_of_squares():
     """From step 50 to 200, and in summed loss over 1,000 steps; three seeds."""
     rules = history.adams({f"{rate:g}": {"lr": rate} for rate in history.RATES})
@@ -55,6 +66,24 @@ def test_the_bundled_linear_mixer_has_the_two_extremes():
     assert weights[0] + weights[-1] >= 0.95
     assert weights.argmax() == 0
     assert weights[1:-1].max() < weights[-1] < weights[0]
+
+
+def test_the_bundled_timesteps_vote():
+    rule = lopt.load_rule("k-timesteps")
+    assert (rule.kind, rule.config.k) == ("k_timesteps", 5)
+    votes = rule.step_map(torch.tensor([row for row, _ in history.TABLE[:6]]))
+    assert (votes.diff() < 0).all()  # from five positive gradients to five negative ones
+    assert votes[0] > 0.9
+    assert votes[-1] < -0.9
+
+
+def test_the_bundled_mixer_takes_one_adam_where_all_agree_and_the_extremes_where_none_goes_far():
+    rule = lopt.load_rule("multiscale-adam")
+    assert (rule.kind, rule.config.mixer, rule.config.k) == ("multiscale_adam", "rnn2", 6)
+    far, near = rule.mixing_weights(torch.tensor([[-1.0] * 6, [0.0] * 6]).mT).unbind(1)
+    assert far[1] > 0.9
+    assert near[0] + near[-1] > 0.5
+    assert near.max() < 0.6
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])

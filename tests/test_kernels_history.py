@@ -21,6 +21,7 @@ RULES = {
     "tanh": ("k_momentums", {"step": "tanh", "hidden_size": 10, "reference": "mid-range"}),
     "la_b": ("multiscale_adam", {"mixer": "la_b"}),
     "rnn2": ("multiscale_adam", {"mixer": "rnn2"}),
+    "one Adam": ("multiscale_adam", {"mixer": "mlp", "betas": ((0.9, 0.99),)}),
 }
 SHAPES = ((), (1,), (17,), (5, 33), (4, 3, 3, 3))
 

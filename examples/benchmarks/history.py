@@ -1,7 +1,9 @@
 """Time of a step of the normalized-history rules and Multiscale Adam, divided by that of AdamW (foreach).
 
 One matrix of a million parameters; the optimizers take turns, CPU time of the process, one thread. Beside the ratio
-stands the state in bytes per parameter, counted from the optimizer's own tensors.
+stands the state in bytes per parameter, counted from the optimizer's own tensors. Most of the time goes into the
+networks: 750 multiply-adds of each parameter for k_timesteps, 800 for k_momentums, 550 for mlp, 3,050 for rnn2. A core
+that does 16 in a cycle of 0.3 ns needs 14, 15, 10 and 57 ns for these alone, where all of AdamW takes 2 to 3.
 
 Run: python examples/benchmarks/history.py [--rounds 9] [--params 1000000] [--out FILE.json]
 Half a minute on one core.

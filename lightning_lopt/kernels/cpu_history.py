@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_lopt.kernels import Kernel, Part, Squares, build
 from lightning_lopt.rules import MultiscaleAdam, NormalizedHistory, StepContext, UpdateRule
+from lightning_lopt.rules.history import NUM_MAGNITUDES
 from lightning_lopt.rules.multiscale_adam import LINEAR
 
 SOURCE = Path(__file__).with_name("history.cpp")
@@ -54,7 +55,9 @@ def _library(rule: UpdateRule) -> ctypes.CDLL | str:
     ]
     hidden, outputs = (shapes[0][1], shapes[-1][1]) if shapes else (1, 1)
     if isinstance(rule, NormalizedHistory) and rule.config.step == "softmax":
-        outputs -= 1  # see _read
+        outputs -= 2  # see _relative
+    if isinstance(rule, MultiscaleAdam) and shapes:
+        outputs -= 1
     k = rule.config.to_dict()["k"]
     sizes = {"K": k, "INPUTS": k, "HIDDEN": hidden, "LAYERS": max(len(shapes) - 1, 0), "OUTPUTS": outputs}
     return build.library(SOURCE, *(f"{name}={value}" for name, value in sizes.items()))
@@ -169,7 +172,8 @@ class MultiscaleKernel(_CoordinateKernel):
 
     def _move(self, part: Part, grad: Tensor, meta_params: Mapping[str, Tensor], num_steps: int | None) -> None:
         prepared = self.rule._prepared(meta_params)
-        weights = prepared["weights"] if self.rule.config.mixer in LINEAR else _packed(prepared)
+        linear = self.rule.config.mixer in LINEAR
+        weights = prepared["weights"] if linear else _packed(_relative(prepared, self.rule.config.k))
         offsets, factors = self.rule.scales(self.rule._corrections(part.state["step"], torch.float32))
         self.settings.offset[:], self.settings.factor[:] = offsets.flatten().tolist(), factors.flatten().tolist()
         self._call(part, grad, weights.contiguous(), 0)
@@ -193,19 +197,26 @@ class HistoryKernel(_CoordinateKernel):
             self.settings.rate[:k] = rule._written(seen, torch.float32).flatten().tolist()
         context = StepContext(part.state["step"], None, num_steps)
         self.settings.eta = float(rule._eta_min(context, torch.float32))
-        weights = _packed(self._read(rule._in_order(meta_params, seen))) if meta_params else torch.zeros(1)
+        weights = self._packed(rule._in_order(meta_params, seen)) if meta_params else torch.zeros(1)
         self._call(part, grad, weights, -1 if first else int(seen) % k)
         part.state["seen"] += 1
 
-    def _read(self, meta_params: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """With the difference of the two signs' outputs, which is all that the readout looks at, in their place."""
-        if self.rule.config.step != "softmax":
-            return meta_params
-        last = {name: meta_params[name] for name in ("w1", "b1")}
-        return {
-            **meta_params,
-            **{n: torch.cat([v[..., :-2], v[..., -1:] - v[..., -2:-1]], -1) for n, v in last.items()},
-        }
+    def _packed(self, meta_params: Mapping[str, Tensor]) -> Tensor:
+        softmax = self.rule.config.step == "softmax"
+        return _packed(_relative(meta_params, NUM_MAGNITUDES, 2) if softmax else meta_params)
+
+
+def _relative(meta_params: Mapping[str, Tensor], *sizes: int) -> Mapping[str, Tensor]:
+    """With last layers whose outputs, of softmaxes of these sizes, are given relative to the first, which is left out.
+
+    A softmax looks at differences alone; that is one output less to compute for each.
+    """
+    last = max(name for name in meta_params if name.startswith("w"))[1:]
+    smaller = {}
+    for name in (f"w{last}", f"b{last}"):
+        groups = torch.split(meta_params[name], list(sizes), dim=-1)
+        smaller[name] = torch.cat([group[..., 1:] - group[..., :1] for group in groups], -1)
+    return {**meta_params, **smaller}
 
 
 def _packed(meta_params: Mapping[str, Tensor]) -> Tensor:

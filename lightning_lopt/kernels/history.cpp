@@ -6,22 +6,17 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <thread>
 #include <vector>
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
+
+#include "lanes.h"
 
 // Set by cpu_history.py: K timescales, INPUTS, HIDDEN units in each of LAYERS hidden layers (0: no network), OUTPUTS.
-// Of a softmax over magnitudes and signs the two signs come as one output, their difference.
+// Outputs under a softmax are relative to the first of them, which is left out: of two signs the difference is there.
 
 namespace {
 
-constexpr int LANES = 16;
 constexpr int64_t ALONE = 1 << 17;  // coordinates that are worth a thread
-typedef float V __attribute__((vector_size(4 * LANES)));
-typedef int32_t VI __attribute__((vector_size(4 * LANES)));
 
 struct Part {  // as in cpu_history.py
   float* param;
@@ -38,58 +33,6 @@ struct Settings {  // as in cpu_history.py
   int32_t timesteps, mid_range, readout, signs, threads;  // readout: 0 mean, 1 softmax of magnitudes and signs, 2 tanh
 };
 
-inline V load(const float* p, int n) {
-  V v = {};
-  if (n == LANES) std::memcpy(&v, p, sizeof v); else std::memcpy(&v, p, 4 * n);
-  return v;
-}
-inline void store(float* p, V v, int n) {
-  if (n == LANES) std::memcpy(p, &v, sizeof v); else std::memcpy(p, &v, 4 * n);
-}
-inline V each(float x) { return V{} + x; }
-inline V larger(V a, V b) { return a > b ? a : b; }
-inline V smaller(V a, V b) { return a < b ? a : b; }
-inline V magnitude(V a) { return a < 0 ? -a : a; }
-
-// e^x to a few units in the last place, by 2^n e^r with |r| <= log(2) / 2.
-inline V power_series(V r) {
-  V e = r * (1 / 720.0f) + 1 / 120.0f;
-  e = e * r + 1 / 24.0f;
-  e = e * r + 1 / 6.0f;
-  e = e * r + 0.5f;
-  return e * (r * r) + (r + 1.0f);
-}
-
-#ifdef __AVX512F__
-inline V exponential(V x) {
-  V n = (V)_mm512_roundscale_ps((__m512)(x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  V r = x - n * 0.693359375f;
-  return (V)_mm512_scalef_ps((__m512)power_series(r + n * 2.12194440e-4f), (__m512)n);
-}
-#else
-inline V exponential(V x) {  // below -87 as at -87
-  x = larger(smaller(x, each(88.0f)), each(-87.0f));
-  V shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;  // 1.5 * 2^23: n is in the low bits
-  V r = x - n * 0.693359375f;
-  VI bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits - (0x4B400000 - 127)) << 23;
-  V power;
-  std::memcpy(&power, &bits, sizeof power);
-  return power_series(r + n * 2.12194440e-4f) * power;
-}
-#endif
-
-inline V inverse_root(V x) {
-#ifdef __AVX512F__
-  V y = (V)_mm512_rsqrt14_ps((__m512)x);
-  return y * (1.5f - 0.5f * x * y * y);  // a Newton step, from 14 bits to all
-#else
-  for (int i = 0; i < LANES; i++) x[i] = 1.0f / std::sqrt(x[i]);
-  return x;
-#endif
-}
-
 // Units [0, N) of a layer, weights (IN, OUT) with rows OUT apart: x (IN) -> y (N).
 template <int IN, int OUT, int N>
 inline void units(const float* w, const float* b, const V* x, V* y, bool rectified) {
@@ -97,12 +40,12 @@ inline void units(const float* w, const float* b, const V* x, V* y, bool rectifi
   for (int j = 0; j < N; j++) sums[j] = each(b[j]);
   for (int i = 0; i < IN; i++)
     for (int j = 0; j < N; j++) sums[j] += x[i] * w[i * OUT + j];
-  for (int j = 0; j < N; j++) y[j] = rectified ? larger(sums[j], V{}) : sums[j];
+  for (int j = 0; j < N; j++) y[j] = rectified ? relu(sums[j]) : sums[j];
 }
 
 template <int IN, int OUT>
 inline const float* layer(const float* w, const V* x, V* y, bool rectified) {
-  constexpr int TILE = OUT < 15 ? OUT : 10, REST = OUT % TILE;  // sums that stay in registers
+  constexpr int TILE = OUT == 0 ? 1 : OUT < 15 ? OUT : 10, REST = OUT % TILE;  // sums that stay in registers
   const float* b = w + IN * OUT;
   for (int j = 0; j + TILE <= OUT; j += TILE) units<IN, OUT, TILE>(w + j, b + j, x, y + j, rectified);
   if constexpr (REST > 0) units<IN, OUT, REST>(w + OUT - REST, b + OUT - REST, x, y + OUT - REST, rectified);
@@ -118,12 +61,13 @@ inline void network(const float* w, const V* x, V* y) {
 #endif
 }
 
-// Softmax of y (N): the sum of the exponentials is returned, they are left in y.
+// Softmax of 0 and y (N), which are left as exponentials after that of the former; the sum of all is returned.
 template <int N>
-inline V exponentials(V* y) {
-  V high = y[0], total = {};
-  for (int j = 1; j < N; j++) high = larger(high, y[j]);
-  for (int j = 0; j < N; j++) total += y[j] = exponential(y[j] - high);
+inline V exponentials(const V* y, V* e) {
+  V high = {}, total;
+  for (int j = 0; j < N; j++) high = larger(high, y[j]);
+  total = e[0] = exponential(-high);
+  for (int j = 0; j < N; j++) total += e[j + 1] = exponential(y[j] - high);
   return total;
 }
 
@@ -143,10 +87,10 @@ inline V adams(const Settings& s, const Part& p, int64_t at, int n, V grad) {
     directions[j] = s.factor[j] * (m * inverse_root(v + s.offset[j]));
   }
 #if LAYERS > 0
-  V y[OUTPUTS];
+  V y[OUTPUTS], e[K];
   network(s.weights, directions, y);
-  V total = exponentials<OUTPUTS>(y);
-  for (int j = 0; j < K; j++) delta += y[j] * directions[j];
+  V total = exponentials<K - 1>(y, e);
+  for (int j = 0; j < K; j++) delta += e[j] * directions[j];
   return s.eta * delta / total;
 #else
   for (int j = 0; j < K; j++) delta += s.weights[j] * directions[j];
@@ -175,8 +119,8 @@ inline V history(const Settings& s, const Part& p, int64_t at, int n, V grad, V 
   V y[OUTPUTS];
   network(s.weights, x, y);
   if (s.readout == 1) {
-    V sign = hyperbolic_tangent(0.5f * y[OUTPUTS - 1]), total = exponentials<(OUTPUTS > 1 ? OUTPUTS - 1 : 1)>(y);
-    for (int j = 1; j < OUTPUTS - 1; j++) step += y[j] * (j / (float)(OUTPUTS - 2));
+    V e[OUTPUTS], sign = hyperbolic_tangent(0.5f * y[OUTPUTS - 1]), total = exponentials<OUTPUTS - 1>(y, e);
+    for (int j = 1; j < OUTPUTS; j++) step += e[j] * (j / (float)(OUTPUTS - 1));
     step = step * sign / total;
   } else {
     step = hyperbolic_tangent(y[0]);

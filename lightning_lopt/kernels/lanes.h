@@ -17,11 +17,20 @@ typedef float V __attribute__((vector_size(4 * LANES)));
 typedef int32_t VI __attribute__((vector_size(4 * LANES)));
 
 inline V load(const float* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
-inline V load(const float* p, int n) { V v = {}; std::memcpy(&v, p, 4 * n); return v; }
+inline V load(const float* p, int n) {  // 0 from n on
+  V v = {};
+  if (n == LANES) std::memcpy(&v, p, sizeof v); else std::memcpy(&v, p, 4 * n);
+  return v;
+}
 inline void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
-inline void store(float* p, V v, int n) { std::memcpy(p, &v, 4 * n); }
+inline void store(float* p, V v, int n) {
+  if (n == LANES) std::memcpy(p, &v, sizeof v); else std::memcpy(p, &v, 4 * n);
+}
 inline V each(float x) { return V{} + x; }
 inline V relu(V x) { return x > 0 ? x : V{}; }
+inline V larger(V a, V b) { return a > b ? a : b; }
+inline V smaller(V a, V b) { return a < b ? a : b; }
+inline V magnitude(V a) { return a < 0 ? -a : a; }
 
 inline float sum(V v) {
   for (int half = LANES / 2; half; half /= 2)
