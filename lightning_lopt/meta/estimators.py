@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from lightning_lopt.meta.schedules import Horizon
+from lightning_lopt.meta.schedules import Horizon, Weights
 from lightning_lopt.meta.unroll import Inner, MetaParams, Record, Unroll, choose, detach
 
 Gradients = dict[str, Tensor]
@@ -67,10 +67,12 @@ class FullUnroll(Estimator):
     Args:
         num_runs: inner runs per estimate.
         horizon: their length in steps.
+        weights: of the losses along a run.
     """
 
     num_runs: int = 8
     horizon: int = 100
+    weights: Weights = Weights()
 
     def init(self, unroll: Unroll, meta_params: MetaParams, generator: torch.Generator) -> None:
         """Nothing: every estimate starts afresh."""
@@ -78,7 +80,8 @@ class FullUnroll(Estimator):
     def estimate(self, unroll: Unroll, meta_params: MetaParams, state: Any, generator: torch.Generator) -> Estimate:
         """Meta-loss and its gradient on fresh runs."""
         inner = unroll.start(generator, torch.full((self.num_runs,), self.horizon + 1))
-        estimate = _backpropagate(unroll, meta_params, inner, self.horizon, Horizon(self.horizon + 1), generator)
+        episodes = TruncatedBackprop(truncation=self.horizon, horizon=Horizon(self.horizon + 1), weights=self.weights)
+        estimate = _backpropagate(unroll, meta_params, inner, episodes, generator)
         return estimate._replace(state=None)
 
 
@@ -93,12 +96,24 @@ class TruncatedBackprop(Estimator):
         truncation: steps per estimate.
         horizon: lengths of the episodes.
         stagger: set the clocks of the first episodes ahead at random, so that they do not all end at once.
+        stride: steps that the runs get on by (default: `truncation`). With fewer, windows overlap, and 1 is the sliding
+            window of Schroeter's thesis (section 5.5.3): the overlap is run again, with new weights on new batches.
+        weights: of the losses along a truncation.
+
+    Raises:
+        ValueError: unless 1 <= stride <= truncation.
     """
 
     num_runs: int = 8
     truncation: int = 20
     horizon: Horizon = Horizon()
     stagger: bool = True
+    stride: int | None = None
+    weights: Weights = Weights()
+
+    def __post_init__(self) -> None:
+        if self.stride is not None and not 1 <= self.stride <= self.truncation:
+            raise ValueError(f"stride={self.stride} is not allowed: it must be in [1, truncation={self.truncation}].")
 
     def init(self, unroll: Unroll, meta_params: MetaParams, generator: torch.Generator) -> Inner:
         """Fresh runs."""
@@ -106,7 +121,7 @@ class TruncatedBackprop(Estimator):
 
     def estimate(self, unroll: Unroll, meta_params: MetaParams, state: Any, generator: torch.Generator) -> Estimate:
         """Advance the runs by a truncation, and backpropagate through it."""
-        return _backpropagate(unroll, meta_params, state, self.truncation, self.horizon, generator)
+        return _backpropagate(unroll, meta_params, state, self, generator)
 
 
 class Steps(NamedTuple):
@@ -147,14 +162,14 @@ class OneStep(Estimator):
         """Advance the runs by one step, and differentiate it."""
         before, horizon = state.inner, self._horizon(state.number)
         with torch.enable_grad():
-            leaves = _leaves(meta_params)
+            leaves = leaves_of(meta_params)
             inner, record, _ = unroll.slot(leaves, before, generator, lambda n: horizon.draw(n, generator))
             batch = unroll.task.batch(generator, inner.constants, self.num_runs)
             old, new = (vmap(unroll.task.loss)(params, batch) for params in (before.params, inner.params))
             mask = record.mask.to(new.device)
             change = torch.log(new.clamp(min=1e-30)) - torch.log(old.detach().clamp(min=1e-30))
             loss = torch.where(mask, change, 0.0).sum() / mask.sum().clamp(min=1)
-            gradient, finite = _gradient(loss, leaves)
+            gradient, finite = backpropagated(loss, leaves)
         finite = finite & change[mask].isfinite().all()
         return Estimate(loss.detach(), gradient, Steps(detach(inner), state.number + 1), finite)
 
@@ -301,27 +316,35 @@ def _start(
 
 
 def _backpropagate(
-    unroll: Unroll, meta_params: MetaParams, inner: Inner, length: int, horizon: Horizon, generator: torch.Generator
+    unroll: Unroll, meta_params: MetaParams, inner: Inner, options: TruncatedBackprop, generator: torch.Generator
 ) -> Estimate:
-    """Gradient of the mean loss after each of `length` updates: those in the unroll but the first, and a last one."""
+    """Gradient of the mean loss after each update: those in the unroll but the first, and a last one."""
+    length, draw = options.truncation, lambda n: options.horizon.draw(n, generator)
+    stride = options.stride or length
     with torch.enable_grad():
-        leaves = _leaves(meta_params)
-        inner, record = unroll.run(leaves, inner, length, generator, lambda n: horizon.draw(n, generator))
+        leaves = leaves_of(meta_params)
+        inner, record = unroll.run(leaves, inner, stride, generator, draw)
+        kept = detach(inner)
+        if stride < length:
+            inner, rest = unroll.run(leaves, inner, length - stride, generator, draw)
+            record = Record(*(torch.cat(rows) for rows in zip(record, rest, strict=True)))
         last = unroll.loss(inner, unroll.task.batch(generator, inner.constants, len(inner.done)))
         losses = torch.cat([record.losses[1:], last.unsqueeze(0)])
         mask = torch.cat([record.mask[1:], record.mask[-1:]]).to(losses.device)
         finite = losses.isfinite()
-        losses = torch.where(mask & finite, losses, 0.0)
-        loss = (losses.sum(0) / mask.sum(0).clamp(min=1)).mean()
-        gradient, finite_gradient = _gradient(loss, leaves)
-    return Estimate(loss.detach(), gradient, detach(inner), finite_gradient & (finite | ~mask).all())
+        weights = options.weights(length).to(losses).unsqueeze(1)
+        losses = torch.where(mask & finite, weights * losses, 0.0)
+        loss = (losses.sum(0) / (weights * mask).sum(0).clamp(min=1e-30)).mean()
+        gradient, finite_gradient = backpropagated(loss, leaves)
+    return Estimate(loss.detach(), gradient, kept, finite_gradient & (finite | ~mask).all())
 
 
-def _leaves(meta_params: MetaParams) -> Gradients:
+def leaves_of(meta_params: MetaParams) -> Gradients:
+    """The meta-parameters as leaves of a new graph."""
     return {name: p.detach().requires_grad_() for name, p in meta_params.items()}
 
 
-def _gradient(loss: Tensor, leaves: Gradients) -> tuple[Gradients, Tensor]:
+def backpropagated(loss: Tensor, leaves: Gradients) -> tuple[Gradients, Tensor]:
     """The gradient, zero where it is missing or not finite, and () bool: whether it was finite."""
     grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
     finite = torch.stack([grad.isfinite().all() for grad in grads]).all()

@@ -36,6 +36,17 @@ def make_labels(tasks: Sequence[Task]) -> list[str]:
     return [name if count == 1 else f"{name}-{count}" for name, count in zip(names, counts, strict=True)]
 
 
+def take_turns(step: int, num_ranks: int, share: int, num_tasks: int) -> list[list[int]]:
+    """The tasks of each process in a step: `share` each, one process after the other, in rotation.
+
+    Example:
+        >>> take_turns(0, 2, 2, 5), take_turns(1, 2, 2, 5)
+        ([[0, 1], [2, 3]], [[4, 0], [1, 2]])
+    """
+    firsts = [(step * num_ranks + rank) * share for rank in range(num_ranks)]
+    return [[(first + i) % num_tasks for i in range(share)] for first in firsts]
+
+
 def matches(name: str, patterns: Iterable[str]) -> bool:
     """Whether a meta-parameter's name matches one of the patterns, which are a shell's."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,4 +1,4 @@
-"""How long inner runs are: horizons of episodes, fixed, drawn, or growing with meta-training."""
+"""How long inner runs are, and how much each of their losses counts."""
 
 from __future__ import annotations
 
@@ -38,3 +38,34 @@ class Horizon:
         high = self.low if self.high is None else self.high
         uniform = torch.rand(number, generator=generator, device=generator.device, dtype=torch.float64).cpu()
         return torch.exp(math.log(self.low) + uniform * math.log(high / self.low)).round().long()
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Weights w_t = (1 + slope t) base^t of the losses after updates t = 1, 2, ... of an unroll; all alike by default.
+
+    Source: Schroeter's thesis, eqs. 5.12 (base 1) and 5.13 (slope 0); it found little use in either.
+
+    Args:
+        slope: of linear weights.
+        base: of exponential weights.
+
+    Raises:
+        ValueError: unless slope >= 0 and 0 < base <= 10.
+
+    Example:
+        >>> Weights(slope=1.0)(3)
+        tensor([2., 3., 4.], dtype=torch.float64)
+    """
+
+    slope: float = 0.0
+    base: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.slope < math.inf and 0 < self.base <= 10):
+            raise ValueError(f"Weights({self.slope}, {self.base}) is not allowed: slope >= 0 and 0 < base <= 10.")
+
+    def __call__(self, length: int) -> Tensor:
+        """(length,) float64."""
+        step = torch.arange(1, length + 1, dtype=torch.float64)
+        return (1 + self.slope * step) * self.base**step

@@ -18,11 +18,12 @@ from typing import Any, cast
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from lightning_lopt import disk
 from lightning_lopt.hub import load_rule, save_rule
 from lightning_lopt.meta import particles
 from lightning_lopt.meta.estimators import Estimate, Estimator, Gradients
@@ -36,6 +37,7 @@ from lightning_lopt.meta.inputs import (
     make_labels,
     make_tasks,
     matches,
+    take_turns,
 )
 from lightning_lopt.meta.unroll import Unroll, full_precision
 from lightning_lopt.meta.validation import score
@@ -66,8 +68,10 @@ class MetaTrainer(L.LightningModule):
         second_order: let meta-gradients flow through the tasks' gradients; for estimators that backpropagate.
         tell_horizon: give the rule the length of its run.
         compiled: compile the inner step, once per task; for estimators that do not backpropagate.
-        tasks_per_step: tasks that a step advances, in rotation (default: all).
-        normalize: scale each task's meta-gradient to norm 1 before averaging, so that all tasks count alike.
+        tasks_per_step: tasks that a step advances in each process, in rotation over all of them (default: all tasks in
+            every process, on runs and perturbations of its own).
+        normalize: scale each task's meta-gradient to norm 1 before averaging, so that all tasks count alike; "tensor":
+            each meta-parameter's part of it (Schroeter's thesis, section 5.3.2).
         trainable: patterns of the meta-parameters that learn, as "w*"; the others stay, and are not perturbed either.
         zero: patterns of the meta-parameters that start at zero. ("w2",) starts STAR as its nominal term alone.
         lr: of the meta-optimizer, AdamW.
@@ -106,7 +110,7 @@ class MetaTrainer(L.LightningModule):
         tell_horizon: bool = True,
         compiled: bool = False,
         tasks_per_step: int | None = None,
-        normalize: bool = False,
+        normalize: bool | str = False,
         trainable: Sequence[str] = ("*",),
         zero: Sequence[str] = (),
         lr: float = 1e-3,
@@ -156,12 +160,12 @@ class MetaTrainer(L.LightningModule):
         """Advance the tasks whose turn it is; the surrogate loss, whose gradient is the mean of their estimates."""
         # Not the optimizer's step: under gradient accumulation several batches share one.
         number = self.trainer.fit_loop.total_batch_idx
-        turn = [(number * self.tasks_per_step + i) % len(self.tasks) for i in range(self.tasks_per_step)]
+        turns = take_turns(number, self.trainer.world_size, self.tasks_per_step, len(self.tasks))
         with full_precision(self.device):
-            estimates = {index: self._estimate(index, number) for index in turn}
+            estimates = {index: self._estimate(index, number) for index in turns[self.global_rank]}
         learned = {name: p for name, p in self.rule.named_parameters() if p.requires_grad}
         grads = self._average([estimate.meta_grad for estimate in estimates.values()])
-        self._log_step(estimates, grads)
+        self._log_step(estimates, grads, sorted({index for turn in turns for index in turn}))
         return torch.stack([(p * grads[name].to(p.dtype)).sum() for name, p in learned.items()]).sum()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -179,7 +183,8 @@ class MetaTrainer(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cosine(optimizer, total), "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        """Draw the inner runs, or take those of the checkpoint up again."""
+        """Draw the inner runs, or take those of the checkpoint up again; look where checkpoints will go."""
+        disk.check_writable(self.trainer)
         meta_params = self._meta_params(learned=True)
         self._states = [
             self.estimator.init(self._unroll(task), meta_params, self._generator("start", self.global_rank, index))
@@ -198,6 +203,10 @@ class MetaTrainer(L.LightningModule):
     def on_train_epoch_end(self) -> None:
         """Log the lowest epoch mean of the meta-loss so far."""
         self._log_best("meta_loss", self.meta_loss, "meta_loss_best")
+
+    def configure_callbacks(self) -> Callback:
+        """One that tells how to go on where the disk is full."""
+        return disk.Explains()
 
     # --- Meta-validation ---
 
@@ -305,13 +314,17 @@ class MetaTrainer(L.LightningModule):
     def _average(self, grads: list[Gradients]) -> Gradients:
         """The mean of the tasks' estimates, each scaled to norm 1 first where that was asked for."""
         if self.normalize:
-            grads = [{k: g / _norm(grad).clamp(min=1e-30) for k, g in grad.items()} for grad in grads]
+            whole = self.normalize is True
+            grads = [{k: g / _norm(a if whole else {k: g}).clamp(min=1e-30) for k, g in a.items()} for a in grads]
         return {name: torch.stack([grad[name] for grad in grads]).mean(0) for name in grads[0]}
 
-    def _log_step(self, estimates: dict[int, Estimate], grads: Gradients) -> None:
+    def _log_step(self, estimates: dict[int, Estimate], grads: Gradients, everywhere: Sequence[int]) -> None:
+        """Log the tasks of this process and, with nothing to add, those of the others: all must log the same names."""
         epoch: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": 1}
-        for index, estimate in estimates.items():
-            metric, loss = cast(MeanMetric, self.task_losses[index]), _or_nan(estimate.meta_loss)
+        for index in everywhere:
+            mine = estimates.get(index)
+            metric = cast(MeanMetric, self.task_losses[index])
+            loss = torch.tensor(torch.nan, device=self.device) if mine is None else _or_nan(mine.meta_loss)
             self.meta_loss.update(loss)
             metric.update(loss)
             self.log(f"meta_loss/{self.labels[index]}", metric, **epoch)
@@ -329,6 +342,7 @@ class MetaTrainer(L.LightningModule):
 
     def _check(self) -> None:
         check_choice("schedule", self.schedule, SCHEDULES)
+        check_choice("normalize", self.normalize, (False, True, "tensor"))
         if not self.tasks:
             raise ValueError("tasks=[] is not allowed: give at least one.")
         check_number("tasks_per_step", self.tasks_per_step, 1, len(self.tasks))

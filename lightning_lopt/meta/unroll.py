@@ -218,14 +218,42 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Without autocast and with float32 as the default dtype, which tasks are in; whatever a Trainer's precision is."""
+    """Without autocast or TF32 and with float32 as the default dtype, which tasks are in; whatever a Trainer's are.
+
+    An estimate is made of differences of losses, which TF32's three digits would drown.
+    """
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False), _without_tf32():
             yield
     finally:
         torch.set_default_dtype(dtype)
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    cudnn: Any = torch.backends.cudnn
+    try:
+        matmul, conv = torch.get_float32_matmul_precision(), cudnn.allow_tf32
+    except RuntimeError:  # the newer settings are in use, and torch then refuses to read the older ones
+        places = [torch.backends.cuda.matmul, cudnn.conv]
+        before = [place.fp32_precision for place in places]
+        try:
+            for place in places:
+                place.fp32_precision = "ieee"
+            yield
+        finally:
+            for place, precision in zip(places, before, strict=True):
+                place.fp32_precision = precision
+        return
+    try:
+        torch.set_float32_matmul_precision("highest")
+        cudnn.allow_tf32 = False
+        yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        cudnn.allow_tf32 = conv
 
 
 def detach(inner: Inner) -> Inner:

@@ -144,6 +144,40 @@ class SumOfSquares(Task):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class RandomSlopes(Task):
+    """f(x) = s . x with s ~ N(0, std^2 I) anew at each step: its gradients are noise, whatever x.
+
+    What Schroeter's thesis (section 5.4.4) pre-trains its LSTM on, 128 numbers of N(0, 0.001^2): a rule learns there
+    what to make of a gradient by itself. The evaluation batch has s = 0.
+
+    Constants: `slope (dim,)`, 0, to which a batch adds s.
+    """
+
+    name: str = "random-slopes"
+    dim: int = 128
+    std: float = 1e-3
+
+    def __post_init__(self) -> None:
+        check_positive("dim", self.dim)
+        check_range("(std, std)", (self.std, self.std), 1e-30, 1e30)
+
+    def init(self, generator: torch.Generator, population: int | None = None) -> Start:
+        """x0 = 0."""
+        x = draws.normal(generator, (self.dim,), population, 0.0)
+        return Start({"x": x}, {"slope": torch.zeros_like(x)})
+
+    def batch(self, generator: torch.Generator, constants: Any, population: int | None = None) -> Any:
+        """The slopes of a step."""
+        slope = draws.normal(generator, (self.dim,), population, self.std)
+        return {"slope": constants["slope"] + slope.to(constants["slope"].device)}
+
+    def loss(self, params: Params, batch: Any) -> Tensor:
+        """The product."""
+        product: Tensor = batch["slope"] @ params["x"]
+        return product
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class NoisyQuadratic(Task):
     """f(x) = 1/2 (x - xi)^T H (x - xi), xi ~ N(0, noise_std^2 I) anew at each step, x0 ~ N(0, init_std^2 I).
 

@@ -14,7 +14,14 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from lightning_lopt.tasks.analytic import LeastSquares, LogUniformQuadratic, NoisyQuadratic, Rosenbrock, SumOfSquares
+from lightning_lopt.tasks.analytic import (
+    LeastSquares,
+    LogUniformQuadratic,
+    NoisyQuadratic,
+    RandomSlopes,
+    Rosenbrock,
+    SumOfSquares,
+)
 from lightning_lopt.tasks.base import Task
 from lightning_lopt.tasks.supervised import build
 from lightning_lopt.tasks.wrappers import ESGradient, Reparametrized
@@ -144,6 +151,7 @@ def _register_small() -> None:
     register("rosenbrock", Rosenbrock)
     register("rosenbrock-thesis", Rosenbrock, x_range=(-10.0, 10.0), y_range=(-10.0, 10.0))
     register("sum-of-squares", SumOfSquares)
+    register("random-slopes", RandomSlopes)
     register("noisy-quadratic", NoisyQuadratic)
     register(
         "noisy-quadratic-code",
