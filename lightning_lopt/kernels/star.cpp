@@ -188,7 +188,9 @@ inline void later_layers(const float* later, const int32_t (&heads)[4], V* h, V*
   }
 }
 
-enum Mode { WRITE, MEASURE, CHECK, AVERAGE };  // write; the same and sum squares; whether all is finite; heads' sums
+// Write; sum the step's squares; whether all is finite; sum the heads. One of them alone writes, so that a step has the
+// same bits whether it is also measured or not: the compiler rounds each mode as it likes.
+enum Mode { WRITE, MEASURE, CHECK, AVERAGE };
 
 template <Mode mode, bool heads>
 void apply(Work& w, int64_t block) {
@@ -271,15 +273,16 @@ void apply(Work& w, int64_t block) {
         outside += (far < s.limit ? V{} : each(1)) + rest;
         return;
       }
-      auto set = [&](float* p, V v) { if (n == LANES) store(p + at, v); else put(p + at, v, n); };
-      set(t.param, value), set(t.exp_avg_sq, c.second);
-      for (int k = 0; k < 3; k++) set(t.exp_avg + k * t.size, c.momentum[k]);
       if (mode == MEASURE) {
         change = value - c.param;
         if (n < LANES) blackbox = head_of(blackbox, n), change = head_of(change, n);  // of zeros it does not make zeros
         sums[0] += change * change;
         sums[1] += blackbox * blackbox, sums[2] += nominal * nominal, sums[3] += decay * decay;
+        return;
       }
+      auto set = [&](float* p, V v) { if (n == LANES) store(p + at, v); else put(p + at, v, n); };
+      set(t.param, value), set(t.exp_avg_sq, c.second);
+      for (int k = 0; k < 3; k++) set(t.exp_avg + k * t.size, c.momentum[k]);
     };
     int i = 0;
     for (; i + LANES <= run.n; i += LANES) move(i, LANES);
@@ -337,7 +340,8 @@ void look(Team& team, int member, Work& w) {
   team.once(member, [&] { fold(w); });
 }
 
-// Pass C, after looks with nothing written where a mean of the network's outputs or the safeguard asks for one.
+// Pass C, after looks with nothing written where a mean of the network's outputs, the safeguard or a measurement asks
+// for one.
 void move(Team& team, int member, Work& w, double* squares) {
   const Rule& rule = w.rule;
   const Part& t = w.part;
@@ -359,7 +363,8 @@ void move(Team& team, int member, Work& w, double* squares) {
       skip = !std::all_of(w.block_finite.begin(), w.block_finite.end(), [](uint8_t ok) { return ok; });
     }
   }
-  if (!skip) team.each(member, w.blocks, [&](int64_t i) { rule.measure ? apply<MEASURE>(w, i) : apply<WRITE>(w, i); });
+  if (!skip && rule.measure) team.each(member, w.blocks, [&](int64_t i) { apply<MEASURE>(w, i); });
+  if (!skip) team.each(member, w.blocks, [&](int64_t i) { apply<WRITE>(w, i); });
   team.once(member, [&] {
     if (rule.safeguard) *t.skipped += skip, *t.skipped_in_row = skip ? *t.skipped_in_row + 1 : 0;
     if (skip) return;
