@@ -1,6 +1,6 @@
 """How the bundled `star` was made: its scheduler's readable numbers, fitted to many small tasks at two horizons.
 
-    python examples/recipes/star_scheduler.py --out runs/star    # forty minutes on one free core; can be interrupted
+    python examples/recipes/star_scheduler.py --out runs/star --seed 3    # forty minutes of a core; can be interrupted
 
 96 points in a box, then 72 and 56 in ever smaller ones about the best; then the best of nine candidates on other tasks
 (VALIDATION); see `lightning_lopt.meta.surface`. Needs MNIST, Fashion-MNIST, CIFAR-10 and tiny Shakespeare, from
@@ -23,7 +23,7 @@ from lightning_lopt import tasks
 from lightning_lopt.meta.surface import Knob, fit, sample, score
 from lightning_lopt.rules.scheduler import FRACTIONS, LOG_STEPS
 
-KNOBS = {  # three fifths of the boxes of an earlier fit, about what was best there
+KNOBS = {  # about half of the boxes of an earlier fit, around what was best there
     "peak": Knob(-0.3, 0.9),  # log of the largest factor of the nominal step size 1e-2
     "start": Knob(-1.0, 0.2),  # log of the first factor relative to the peak
     "warmup": Knob(0.02, 0.4),  # fraction of the run until the peak

@@ -1,7 +1,8 @@
 """STAR on the CPU: star.cpp, called once a step for all tensors.
 
-The decays and each tensor's factor come from the rule's own functions. Parameters of lower precision or another memory
-layout than the kernel's are copied to float32 and back. Results do not depend on the number of threads.
+The decays come from the rule's own function; the scheduler is written again in star_schedule.h. Parameters of lower
+precision or another memory layout than the kernel's are copied to float32 and back. Results do not depend on the number
+of threads.
 """
 
 from __future__ import annotations

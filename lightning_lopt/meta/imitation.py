@@ -71,7 +71,10 @@ class Imitation(Estimator):
     def __post_init__(self) -> None:
         check_choice("distance", self.distance, DISTANCES)
         if self._lesson(UpdateRule()).teacher.needs_share:
-            raise ValueError(f"teacher={self.teacher!r} is not allowed: its steps need what all tensors share.")
+            raise ValueError(
+                f"teacher={self.teacher!r} is not allowed: its steps need what all tensors share. "
+                "Take a teacher that needs no share, such as kind 'star' or 'lstm'."
+            )
 
     def init(self, unroll: Unroll, meta_params: MetaParams, generator: torch.Generator) -> Inner:
         """Fresh runs of the teacher."""
