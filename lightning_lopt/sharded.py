@@ -6,6 +6,7 @@ DTensor's own operations instead: the same numbers, with a message for every mea
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_lopt.rules.parts import Part, Unknown
+from lightning_lopt.rules.parts import Part, Unknown, dtensor
 
 Result = TypeVar("Result")
 
@@ -37,14 +38,13 @@ def part_of(param: Any) -> ShardedPart | None:
     """Which part of a DTensor this process holds; None for plain tensors and for other layouts than these."""
     if not hasattr(param, "placements"):
         return None
-    from torch.distributed.tensor import Replicate, Shard
-
+    plain = (dtensor().Shard, dtensor().Replicate)
     mesh, shape = param.device_mesh, param.shape
     start, length, groups, place = [0] * len(shape), list(shape), [], mesh.get_coordinate()
-    if place is None or any(type(placement) not in (Shard, Replicate) for placement in param.placements):
+    if place is None or any(type(placement) not in plain for placement in param.placements):
         return None
     for number, placement in enumerate(param.placements):
-        if isinstance(placement, Shard):  # in chunks, as torch.chunk makes them; the last ones may be empty
+        if placement.is_shard():  # in chunks, as torch.chunk makes them; the last ones may be empty
             chunk = -(-length[placement.dim] // mesh.size(number))
             begin = min(place[number] * chunk, length[placement.dim])
             start[placement.dim] += begin
@@ -67,10 +67,8 @@ def with_local(tensor: Any, local: Tensor) -> Tensor:
     """A DTensor laid out as `tensor` is, of these shards; of a plain tensor the new one."""
     if not hasattr(tensor, "placements"):
         return local
-    from torch.distributed.tensor import DTensor
-
     layout = {"shape": tensor.shape, "stride": tensor.stride(), "run_check": False}
-    return DTensor.from_local(local, tensor.device_mesh, tensor.placements, **layout)
+    return dtensor().DTensor.from_local(local, tensor.device_mesh, tensor.placements, **layout)
 
 
 def together(attempts: Sequence[tuple[ShardedPart, Callable[[], Result]]]) -> list[Result]:
@@ -110,9 +108,9 @@ def tensor_scope(param: Tensor) -> AbstractContextManager[None]:
     """Where a sharded parameter (DTensor) may meet plain tensors, which are the same on all ranks."""
     if type(param) in (Tensor, torch.nn.Parameter):
         return nullcontext()
-    from torch.distributed.tensor.experimental import implicit_replication
-
-    return implicit_replication()
+    experimental = importlib.import_module(f"{dtensor().__name__}.experimental")
+    scope: AbstractContextManager[None] = experimental.implicit_replication()
+    return scope
 
 
 def placed_like(param: Any, tensor: Any, *, everywhere: bool = False) -> Any:
@@ -123,11 +121,10 @@ def placed_like(param: Any, tensor: Any, *, everywhere: bool = False) -> Any:
     """
     if not hasattr(param, "placements") or not hasattr(tensor, "placements"):
         return tensor
-    from torch.distributed.tensor import Replicate, Shard
-
     extra = tensor.dim() - param.dim()
     alike = not everywhere and extra >= 0 and tensor.shape[extra:] == param.shape
-    placements = [Shard(p.dim + extra) if alike and isinstance(p, Shard) else Replicate() for p in param.placements]
+    shard, replicate = dtensor().Shard, dtensor().Replicate
+    placements = [shard(p.dim + extra) if alike and p.is_shard() else replicate() for p in param.placements]
     return tensor.redistribute(param.device_mesh, placements)
 
 

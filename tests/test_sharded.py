@@ -10,14 +10,18 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning_cases import KNOWN_WARNINGS, Report, Sharded, learned, reports, trainer
 from optimizer_cases import assert_close, assert_equal, star
+from sharded_cases import DTensor, fully_shard
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 import lightning_lopt as lopt
 
-pytestmark = KNOWN_WARNINGS
+pytestmark = [
+    *KNOWN_WARNINGS,
+    pytest.mark.skipif(
+        torch.__version__ < (2, 5) and not torch.cuda.is_available(), reason="FSDP2 of torch 2.4 asks for CUDA"
+    ),
+]
 
 
 class FullySharded(Sharded):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.distributed as dist
+from sharded_cases import Replicate, Shard, distribute_tensor
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_lopt as lopt

@@ -1,11 +1,12 @@
 """Every rule on parameters that two processes share (DTensor): as on whole ones."""
 
+import pytest
 import torch
 import torch.distributed as dist
+from sharded_cases import DTensor, Shard, distribute_tensor
 from test_contract import RULES_UNDER_TEST
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lightning_lopt import RuleOptimizer
 
@@ -44,5 +45,6 @@ def compare(rule, mesh):
                 assert tensor.placements == (Shard(extra),), name
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 5), reason="DTensor of torch 2.4 lacks operations that some rules need")
 def test_sharded_parameters_move_as_whole_ones(tmp_path):
     torch.multiprocessing.start_processes(compare_all, (tmp_path / "store",), nprocs=2, start_method="fork")

@@ -381,9 +381,9 @@ def test_snapshots_are_written_in_place_behind_the_optimizer():
 
 
 def sharded_worker(rank: int, folder: str, config: dict[str, Any]) -> None:
+    from sharded_cases import Shard, distribute_tensor
     from torch.distributed import destroy_process_group, init_process_group
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
 
     torch.set_num_threads(1)
     init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lightning_lopt.rules import features as feats
+from lightning_lopt.rules.parts import dtensor
 
 METHODS = ("gram", "svd", "sketch")
 SNAPSHOTS = ("raw", "increments", "shifted")
@@ -328,11 +329,10 @@ def _summed_over_shards(partials: Sequence[Tensor], like: Sequence[Tensor]) -> l
             shards = tuple(placement.is_shard() for placement in tensor.placements)
             alike.setdefault((tensor.device_mesh, shards, partials[number].shape), []).append(number)
     for (mesh, shards, _), numbers in alike.items():
-        from torch.distributed.tensor import DTensor, Partial, Replicate
-
+        sharding = dtensor()
         stacked = torch.stack([partials[number] for number in numbers])
-        placements = [Partial() if shard else Replicate() for shard in shards]
-        total = _whole(DTensor.from_local(stacked, mesh, placements, run_check=False))
+        placements = [sharding.Partial() if shard else sharding.Replicate() for shard in shards]
+        total = _whole(sharding.DTensor.from_local(stacked, mesh, placements, run_check=False))
         sums = [total[numbers.index(number)] if number in numbers else each for number, each in enumerate(sums)]
     return sums
 

@@ -8,12 +8,12 @@ contiguous plane; nothing is bias-corrected.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from lightning_lopt.rules.parts import Part, local, means, whole_shape
+from lightning_lopt.rules.parts import Part, dtensor, local, means, whole_shape
 
 TIMESCALES = (1, 3, 10, 30, 100, 300, 1000, 3000, 10000, 30000, 100000)
 NUM_CHANNELS = 28
@@ -195,15 +195,14 @@ def on_shards(function: Callable[..., Outputs], *channels: Tensor) -> Outputs:
     """
     if not hasattr(channels[0], "placements"):
         return function(*channels)
-    from torch.distributed.tensor import DTensor
-
-    sharded = cast(tuple[DTensor, ...], channels)
+    sharded = cast(tuple[Any, ...], channels)
     mesh, placements = sharded[0].device_mesh, sharded[0].placements
 
     def placed(local: Tensor) -> Tensor:
         shape = torch.Size((local.shape[0], *channels[0].shape[1:]))
         strides = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=strides)
+        layout = {"shape": shape, "stride": strides, "run_check": False}
+        return cast(Tensor, dtensor().DTensor.from_local(local, mesh, placements, **layout))
 
     outputs = function(*(each.redistribute(mesh, placements).to_local() for each in sharded))
     return placed(outputs) if isinstance(outputs, Tensor) else tuple(placed(output) for output in outputs)

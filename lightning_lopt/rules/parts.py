@@ -9,13 +9,21 @@ number of messages is the number of questions that depend on each other, two in 
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 Question = tuple[Tensor, tuple[int, ...]]  # (c..., *shape), and the dims to average over, counted from the end
+
+
+def dtensor() -> ModuleType:
+    """The module of torch's DTensor; torch 2.4 has it under another name. Slow to import: for sharded tensors only."""
+    public = importlib.import_module("torch.distributed.tensor")
+    return public if hasattr(public, "DTensor") else importlib.import_module("torch.distributed._tensor")
 
 
 class Unknown(Exception):
