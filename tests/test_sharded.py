@@ -19,7 +19,7 @@ import lightning_lopt as lopt
 pytestmark = [
     *KNOWN_WARNINGS,
     pytest.mark.skipif(
-        torch.__version__ < (2, 5) and not torch.cuda.is_available(), reason="FSDP2 of torch 2.4 asks for CUDA"
+        torch.__version__ < (2, 7) and not torch.cuda.is_available(), reason="FSDP2 asked for CUDA before torch 2.7"
     ),
 ]
 
