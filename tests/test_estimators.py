@@ -8,8 +8,10 @@ import torch
 from meta_cases import Descent, Jump, Parabola, descent, generator, gradient, losses_by_hand, meta_params
 
 from lightning_lopt.meta.estimators import PES, ESSingle, FullES, FullUnroll, OneStep, Steps, TruncatedBackprop
-from lightning_lopt.meta.schedules import Horizon
+from lightning_lopt.meta.schedules import Horizon, Weights
 from lightning_lopt.meta.unroll import Unroll
+from lightning_lopt.rules import make
+from lightning_lopt.tasks import make as make_task
 
 ENDLESS = Horizon(10**6)
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
@@ -54,6 +56,48 @@ def test_full_unroll_equals_finite_differences(objective):
         h = 1e-5
         difference = (meta_loss(**{name: p + h}) - meta_loss(**{name: p - h})) / (2 * h)
         torch.testing.assert_close(found[name], difference, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("segment", [1, 5, 12, 22])
+@pytest.mark.parametrize("objective", ["raw", "ratio"])
+def test_segments_that_are_run_again_have_the_same_gradient(segment, objective):
+    """And the same draws: noise of the batches, and where the generator is left."""
+    unroll, theta = descent(Parabola(noise=0.1, random_start=True), objective=objective)
+    whole, again = (FullUnroll(3, 23, Weights(slope=0.1), segment=length) for length in (None, segment))
+    left, right = generator(), generator()
+    expected, found = whole.estimate(unroll, theta, None, left), again.estimate(unroll, theta, None, right)
+    assert_gradient(found.meta_grad, expected.meta_grad)
+    torch.testing.assert_close(found.meta_loss, expected.meta_loss, **EXACT)
+    assert torch.equal(left.get_state(), right.get_state())
+
+
+def test_segments_carry_a_networks_state_and_second_derivatives():
+    torch.manual_seed(0)
+    rule = make("gru", hidden_size=4, initial_lr=1e-3, initial_reach=10.0).double()
+    unroll, theta = Unroll(rule, make_task("rosenbrock"), "ratio"), meta_params(rule)
+    torch.set_default_dtype(torch.float64)
+    try:
+        expected, found = (FullUnroll(2, 13, segment=s).estimate(unroll, theta, None, generator()) for s in (None, 4))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_gradient(found.meta_grad, expected.meta_grad)
+    assert all(grad.abs().max() > 1e-9 for name, grad in found.meta_grad.items() if name != "initial")
+
+
+def test_what_runs_carry_back_can_be_shortened():
+    """At a segment's start: to nothing, which is truncation, or not at all."""
+    unroll, theta = descent()
+    exact, loose = (
+        FullUnroll(2, 12, segment=3, carry=c).estimate(unroll, theta, None, generator()) for c in (None, 1e9)
+    )
+    assert_gradient(loose.meta_grad, exact.meta_grad)
+    (nothing,) = estimates(FullUnroll(2, 12, segment=3, carry=1e-30), unroll, theta, 1)
+    assert_gradient(nothing.meta_grad, gradient(lambda t: losses_by_hand(t, 12, cut=3)[1:].mean(), theta))
+    torch.testing.assert_close(nothing.meta_loss, exact.meta_loss, **EXACT)
+    with pytest.raises(ValueError, match="needs a segment"):
+        FullUnroll(carry=1.0)
+    with pytest.raises(ValueError, match="segment=0 is not allowed"):
+        FullUnroll(segment=0)
 
 
 @pytest.mark.parametrize("objective", ["raw", "ratio", "log"])
@@ -291,6 +335,7 @@ def test_staggering_sets_the_clocks_alone_ahead(kind):
 
 ALL = {
     "FullUnroll": FullUnroll(num_runs=3, horizon=6),
+    "FullUnroll in segments": FullUnroll(num_runs=3, horizon=6, segment=4),
     "TruncatedBackprop": TruncatedBackprop(num_runs=3, truncation=4, horizon=Horizon(3, 9)),
     "OneStep": OneStep(num_runs=3, horizon=Horizon(2, 4)),
     "FullES": FullES(num_pairs=3, horizon=6),

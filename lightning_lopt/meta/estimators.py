@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from lightning_lopt.meta.backprop import backpropagated, in_segments, leaves_of
 from lightning_lopt.meta.schedules import Horizon, Weights
 from lightning_lopt.meta.unroll import Inner, MetaParams, Record, Unroll, choose, detach
 
@@ -62,17 +63,29 @@ class FullUnroll(Estimator):
     """The exact gradient of the mean loss over whole runs, by backpropagation through all their steps.
 
     The losses are those after each update, so that every update counts and the start does not. Memory grows with the
-    horizon.
+    horizon, or with `segment` where that is given.
 
     Args:
         num_runs: inner runs per estimate.
         horizon: their length in steps.
         weights: of the losses along a run.
+        segment: steps between states that are kept; those between are run again for their gradient (activation
+            checkpointing: a third more time). About the root of the horizon needs least memory. Default: keep all.
+        carry: the largest norm of a run's gradient with respect to its parameters and states that goes from a segment
+            into that before. A chaotic run's would drown all others; its estimate is then not exact. Default: any.
     """
 
     num_runs: int = 8
     horizon: int = 100
     weights: Weights = Weights()
+    segment: int | None = None
+    carry: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.segment is not None and self.segment < 1:
+            raise ValueError(f"segment={self.segment} is not allowed: it must be at least 1, or None to keep them all.")
+        if self.carry is not None and not (self.carry > 0 and self.segment):
+            raise ValueError(f"carry={self.carry} is not allowed: it must be above 0, and needs a segment.")
 
     def init(self, unroll: Unroll, meta_params: MetaParams, generator: torch.Generator) -> None:
         """Nothing: every estimate starts afresh."""
@@ -80,6 +93,10 @@ class FullUnroll(Estimator):
     def estimate(self, unroll: Unroll, meta_params: MetaParams, state: Any, generator: torch.Generator) -> Estimate:
         """Meta-loss and its gradient on fresh runs."""
         inner = unroll.start(generator, torch.full((self.num_runs,), self.horizon + 1))
+        if self.segment is not None and self.segment < self.horizon:
+            options = self.weights(self.horizon), self.segment, generator, self.carry
+            loss, gradient, finite = in_segments(unroll, meta_params, inner, *options)
+            return Estimate(loss, gradient, None, finite)
         episodes = TruncatedBackprop(truncation=self.horizon, horizon=Horizon(self.horizon + 1), weights=self.weights)
         estimate = _backpropagate(unroll, meta_params, inner, episodes, generator)
         return estimate._replace(state=None)
@@ -337,18 +354,6 @@ def _backpropagate(
         loss = (losses.sum(0) / (weights * mask).sum(0).clamp(min=1e-30)).mean()
         gradient, finite_gradient = backpropagated(loss, leaves)
     return Estimate(loss.detach(), gradient, kept, finite_gradient & (finite | ~mask).all())
-
-
-def leaves_of(meta_params: MetaParams) -> Gradients:
-    """The meta-parameters as leaves of a new graph."""
-    return {name: p.detach().requires_grad_() for name, p in meta_params.items()}
-
-
-def backpropagated(loss: Tensor, leaves: Gradients) -> tuple[Gradients, Tensor]:
-    """The gradient, zero where it is missing or not finite, and () bool: whether it was finite."""
-    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
-    finite = torch.stack([grad.isfinite().all() for grad in grads]).all()
-    return {name: torch.nan_to_num(g, 0.0, 0.0, 0.0) for name, g in zip(leaves, grads, strict=True)}, finite
 
 
 def _run_pairs(

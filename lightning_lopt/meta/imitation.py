@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_lopt.meta.estimators import Estimate, Estimator, backpropagated, leaves_of
+from lightning_lopt.meta.backprop import backpropagated, leaves_of
+from lightning_lopt.meta.estimators import Estimate, Estimator
 from lightning_lopt.meta.schedules import Horizon
 from lightning_lopt.meta.unroll import Inner, MetaParams, Unroll, detach
 from lightning_lopt.rules import StepContext, UpdateRule, make
