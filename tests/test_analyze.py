@@ -64,7 +64,8 @@ def test_the_page_is_self_contained(report):
     page = Page(text)
     assert page.open == []
     names = sorted(path.stem for path in report.glob("*.png"))
-    assert names == ["adaptation", "clipping", "eigenvalues", "losses", "momentum", "schedule", "trajectories"]
+    drawn = ["adaptation", "clipping", "directions", "eigenvalues", "losses", "momentum", "schedule", "trajectories"]
+    assert names == drawn
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
     images = {base64.b64decode(source.partition(",")[2]) for source in page.sources}
     assert images == {path.read_bytes() for path in report.glob("*.png")}
@@ -109,6 +110,22 @@ def test_other_kinds_of_rules_can_be_reported():
         assert plots.tensors(found) is not None
 
 
+def test_a_line_of_fixed_points_is_drawn_with_its_learning_rates():
+    """Fig. 13. A state that gradients move and nothing brings back rests anywhere; an ordinary rule's at one point."""
+    rule = LinearRule(*(torch.tensor(value) for value in ([[1.0]], [1.0], [-0.1])), 1.0, 0.0, torch.zeros(1))
+    found = analyze(rule, make_task("linear-regression"), steps=20, runs=3)
+    assert len(found.fixed.states) > 5
+    left, right, _ = plots.manifold(found).axes
+    (points,) = left.collections
+    assert len(points.get_offsets()) == len(found.fixed.states)
+    assert points.get_array().data == pytest.approx(1.0)  # a linear rule has one learning rate
+    resting = -0.1 * found.fixed.states[:, 0]
+    for line in right.lines:  # at gradient 0: momentum alone
+        assert (resting - line.get_ydata()[50]).abs().min() < 1e-6
+    once = LinearRule(*(torch.tensor(value) for value in ([[0.8]], [1.0], [-0.1])), 1.0, 0.0, torch.zeros(1))
+    assert plots.manifold(analyze(once, make_task("linear-regression"), steps=20, runs=3)) is None
+
+
 def test_history_shows_the_modes_of_each_checkpoint(rule_dir, tmp_path, monkeypatch):
     rule = lopt.load_rule(rule_dir)
     for step, factor in ((10, 1.0), (5, 0.5)):
@@ -143,6 +160,19 @@ def test_a_linear_rule_is_its_own_linearization():
     assert found.modes.learning_rates.tolist() == pytest.approx([1.0])
     again = linearize(found.modes.rule(), torch.zeros(1))
     assert again.amplitudes.real.tolist() == pytest.approx([1.0])
+
+
+def test_the_words_say_why_a_linearization_does_not_track():
+    """The bundled rule for quadratics warms up and decays, and a linearization has no schedule."""
+    found = analyze(lopt.load_rule("gru-quadratic"), make_task("linear-regression"), runs=2)
+    rates = found.schedule.learning_rates
+    assert rates.argmax() > 5
+    assert rates.max() > 2 * rates[-1]
+    (sentence,) = (sentence for sentence in words(found) if sentence.startswith("Linearized"))
+    assert linear_error(found) > 0.05
+    assert sentence.endswith(
+        f"{float(rates[-1]):.3g}, from the first step on; the rule has up to {float(rates.max()):.3g}."
+    )
 
 
 @pytest.mark.parametrize(

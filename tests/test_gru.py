@@ -10,6 +10,9 @@ from torch import nn
 
 import lightning_lopt as lopt
 from lightning_lopt import cli
+from lightning_lopt.evaluation.baselines import SGDM, Adam
+from lightning_lopt.evaluation.claims.base import Measured
+from lightning_lopt.evaluation.claims.gru import BEST_MOMENTUM, TASKS, draw, mean_ratios
 from lightning_lopt.meta.estimators import FullUnroll
 from lightning_lopt.meta.unroll import Unroll
 from lightning_lopt.rules import GRUConfig, StepContext, make
@@ -49,7 +52,7 @@ def by_hand(rule, grads):
     w = {name: value.detach().numpy() for name, value in rule.named_parameters()}
     units, h, updates = rule.config.hidden_size, w["initial"], []
     for g in grads * rule.config.input_scale:
-        x = np.array([g]) if rule.config.input_scaling == "raw" else np.array([np.log1p(abs(g)), np.sign(g)])
+        x = {"raw": [g], "asinh": [np.arcsinh(g)], "log1p": [np.log1p(abs(g)), np.sign(g)]}[rule.config.input_scaling]
         gates = sigmoid(np.concatenate([x, h]) @ w["w_gates"] + w["b_gates"])
         reset, update = gates[:units], gates[units:]
         candidate = np.tanh(np.concatenate([x, reset * h]) @ w["w_candidate"] + w["b_candidate"])
@@ -59,7 +62,14 @@ def by_hand(rule, grads):
 
 
 @pytest.mark.parametrize(
-    "config", [{}, {"input_scaling": "log1p"}, {"input_scale": 3.0, "out_scale": 0.1, "hidden_size": 1}], ids=str
+    "config",
+    [
+        {},
+        {"input_scaling": "log1p"},
+        {"input_scaling": "asinh"},
+        {"input_scale": 3.0, "out_scale": 0.1, "hidden_size": 1},
+    ],
+    ids=str,
 )
 def test_equals_its_equations_coordinate_by_coordinate(config):
     rule, rng = random_rule(**config), np.random.default_rng(0)
@@ -157,7 +167,7 @@ def test_meta_training_on_quadratics_lowers_the_mean_loss():
     ("config", "message"),
     [
         ({"hidden_size": 0}, "hidden_size=0 is not allowed"),
-        ({"input_scaling": "log"}, "one of \\['raw', 'log1p'\\]"),
+        ({"input_scaling": "log"}, "one of \\['raw', 'asinh', 'log1p'\\]"),
         ({"nominal_controller": True}, "nothing to scale"),
         ({"nominal_grad_estimator": "adam"}, "SGD"),
     ],
@@ -190,3 +200,44 @@ def test_recipes_run(path, tmp_path, monkeypatch):
     (run,) = (tmp_path / "runs").iterdir()
     assert lopt.load_rule(run / "rule").kind == "gru"
     assert len(list((run / "history").glob("*step=*.ckpt"))) == 2  # for the history of the modes
+
+
+def test_the_objective_is_the_mean_ratio_over_the_start_and_every_step():
+    """Momentum on a random quadratic, in NumPy."""
+    task, random = make_task("linear-regression"), torch.Generator().manual_seed(5)
+    start = task.init(random, population=3)
+    expected = []
+    drawn = start.params["x"], start.constants["hessian"], start.constants["minimum"]
+    for x, hessian, minimum in zip(*(tensor.double().numpy() for tensor in drawn), strict=True):
+        velocity, losses = np.zeros(5), []
+        for _ in range(31):
+            grad = hessian @ (x - minimum)
+            losses.append(0.5 * (x - minimum) @ grad)
+            velocity = 0.9 * velocity + grad
+            x = x - 0.5 * velocity
+        expected.append(np.mean(losses) / losses[0])
+    rule = SGDM(None, lr=0.5, momentum=0.9)
+    (found,) = mean_ratios(rule, [rule.meta_params()], task, problems=3, seed=5, steps=30)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "rival"),
+    [
+        ("gru-quadratic", SGDM(None, **BEST_MOMENTUM)),
+        ("gru-rosenbrock", Adam(None, lr=0.0794, beta1=0.816, beta2=0.879)),  # as `lopt reproduce` tunes it
+    ],
+)
+def test_bundled_rules_beat_the_best_of_their_rivals(name, rival):
+    task, objectives = make_task(TASKS[name]), []
+    for rule in (lopt.load_rule(name), rival):
+        objectives.append(float(mean_ratios(rule, [rule.meta_params()], task, problems=128, seed=9).mean()))
+    assert objectives[0] < 0.85 * objectives[1]
+
+
+def test_figure_17_has_the_mean_of_every_optimizer():
+    values = {"ours": [0.01, 0.03], "theirs": [0.1, 0.3]}
+    (panel,) = draw(Measured({}, {"each": values})).axes
+    (means,) = panel.lines
+    assert means.get_ydata() == pytest.approx(np.log10([0.02, 0.2]))
+    assert [text.get_text() for text in panel.get_xticklabels()] == ["ours\n0.0200", "theirs\n0.2000"]

@@ -28,6 +28,8 @@ WEAK = 0.02
 """Modes whose part of the whole step per unit of gradient is below this are not named."""
 ALIKE = 0.02
 """Eigenvalues closer than this are one momentum in words."""
+TRACKS = 0.05
+"""A linearization whose loss curve differs by less is as good as the rule."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,9 +116,9 @@ def strong_modes(modes: Linearization) -> list[int]:
     return [index for index in chosen if modes.eigenvalues[index].imag >= -1e-12]
 
 
-def along(modes: Linearization, reach: Tensor) -> Tensor:
-    """(n, d) states moved from the fixed point along the dominant mode by `reach` (n,) times its unit vector."""
-    vector = modes.vectors[:, modes.dominant].real
+def along(modes: Linearization, reach: Tensor, mode: int | None = None) -> Tensor:
+    """(n, d) states moved from the fixed point along a mode, the dominant one by default: `reach` (n,) unit vectors."""
+    vector = modes.vectors[:, modes.dominant if mode is None else mode].real
     direction = vector / vector.norm().clamp(min=1e-12)
     moved: Tensor = modes.state + reach.unsqueeze(1) * direction
     return moved
@@ -242,9 +244,15 @@ def _linear(f: Findings) -> list[str]:
     error = linear_error(f)
     if not error < 10:
         return ["Linearized at its fixed point and run alone it diverges: what bends its updates keeps it stable."]
-    return [
-        f"Linearized at its fixed point and run alone, its mean loss curve is within {100 * error:.2g} % of its own."
-    ]
+    sentence = (
+        f"Linearized at its fixed point and run alone, its mean loss curve is within {100 * error:.2g} % of its own"
+    )
+    highest, last = float(f.schedule.learning_rates.max()), float(f.schedule.learning_rates[-1])
+    if error > TRACKS and highest > 1.1 * last > 0:  # why not better: a linearization has no schedule
+        sentence += (
+            f": it has that point's learning rate, {last:.3g}, from the first step on; the rule has up to {highest:.3g}"
+        )
+    return [sentence + "."]
 
 
 def tensor_learning_rates(findings: Findings) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_lopt.analysis import nqm
 from lightning_lopt.analysis.dynamics import Linearization
 from lightning_lopt.analysis.findings import Findings, along, strong_modes, tensor_learning_rates
-from lightning_lopt.analysis.response import update_function
+from lightning_lopt.analysis.response import effective_learning_rate, update_function
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,11 +47,7 @@ def trajectories(f: Findings) -> Figure:
 def momentum(f: Findings) -> Figure:
     """Fig. 3b, 8 middle: update functions along the dominant mode, which momentum shifts up and down."""
     figure, (left, right) = _panels(2)
-    away = f.recording.states.flatten(0, 1) - f.modes.state
-    reach = torch.linspace(-2, 2, 5, dtype=torch.float64) * away.norm(dim=1).quantile(0.5).clamp(min=1e-6)
-    grads = torch.linspace(-3, 3, 101, dtype=torch.float64) * f.gradient_scale
-    for color, state, size in zip(CYCLE, along(f.modes, reach), reach, strict=False):
-        left.plot(grads, update_function(f.rule, state, grads), color=color, label=f"{float(size):+.2g}")
+    _moved(left, f, f.modes.dominant)
     left.legend(frameon=False, fontsize=7, title="moved by", title_fontsize=7)
     _label(left, "gradient", "update", "update functions along the dominant mode")
     response = f.modes.response(60)
@@ -75,6 +71,41 @@ def eigenvalues(f: Findings, star: tuple[float, float] | None = None) -> Figure:
     left.set_aspect("equal")
     _label(left, "real part", "imaginary part", "eigenvalues of the state's Jacobian")
     _modes_panel(right, f.modes, star)
+    return figure
+
+
+def directions(f: Findings) -> Figure | None:
+    """Fig. 9b: update functions along each of the modes that matter; None where there is but one, see `momentum`."""
+    chosen = strong_modes(f.modes)[:4]
+    if len(chosen) < 2:
+        return None
+    figure, panels = _panels(len(chosen))
+    for panel, mode in zip(panels, chosen, strict=True):
+        _moved(panel, f, mode)
+        value, rate = float(f.modes.timescales[mode]), float(f.modes.learning_rates[mode])
+        _label(panel, "gradient", "update", f"momentum {value:.3g}, learning rate {rate:.2g}")
+    return figure
+
+
+def manifold(f: Findings) -> Figure | None:
+    """Fig. 13: fixed points without gradients, and the update functions there; None where there are not several."""
+    if len(f.fixed.states) < 2:
+        return None
+    figure, (left, right) = _panels(2)
+    rates, points = effective_learning_rate(f.rule, f.fixed.states), f.projection(f.fixed.states)
+    start = f.projection(f.modes.start)
+    left.plot(start[0], _second(start), "s", color="black", label="initial state")
+    shown = left.scatter(points[:, 0], _second(points), c=rates, cmap="viridis_r", s=24, label="fixed points")
+    figure.colorbar(shown, ax=left, label="effective learning rate", shrink=0.8)
+    left.legend(frameon=False, fontsize=8)
+    _label(left, "first component", "second", "where the state rests without gradients")
+    grads = torch.linspace(-3, 3, 101, dtype=torch.float64) * f.gradient_scale
+    order = rates.argsort()
+    for index in order[torch.linspace(0, len(order) - 1, min(len(order), 8)).round().long()].tolist():
+        updates = update_function(f.rule, f.fixed.states[index], grads)
+        right.plot(grads, updates, color=shown.to_rgba(float(rates[index])), label=f"{float(rates[index]):.2g}")
+    right.legend(frameon=False, fontsize=7, title="learning rate", title_fontsize=7)
+    _label(right, "gradient", "update", "update functions there")
     return figure
 
 
@@ -250,6 +281,15 @@ def meta_training(runs: dict[float, list[nqm.MetaTraining]]) -> Figure:
 
 
 # --- parts
+
+
+def _moved(panel: Axes, f: Findings, mode: int) -> None:
+    """Update functions where the state is moved along a mode, as far as runs take it."""
+    away = f.recording.states.flatten(0, 1) - f.modes.state
+    reach = torch.linspace(-2, 2, 5, dtype=torch.float64) * away.norm(dim=1).quantile(0.5).clamp(min=1e-6)
+    grads = torch.linspace(-3, 3, 101, dtype=torch.float64) * f.gradient_scale
+    for color, state, size in zip(CYCLE, along(f.modes, reach, mode), reach, strict=False):
+        panel.plot(grads, update_function(f.rule, state, grads), color=color, label=f"{float(size):+.2g}")
 
 
 def _modes_panel(panel: Axes, modes: Linearization, star: tuple[float, float] | None) -> None:

@@ -18,10 +18,12 @@ CAPTIONS = {
     "losses": "The rule on the task, and its linearization run alone (App. B).",
     "momentum": "Momentum moves the update function up and down (fig. 3b, 8); the answer to one gradient.",
     "eigenvalues": "The modes at the fixed point (fig. 3c, 8, 9, 14): each a momentum with a learning rate.",
+    "directions": "Update functions along the modes that matter (fig. 9b): momentum moves them up and down.",
     "trajectories": "States of real runs (fig. 3a, 8). At a single fixed point their variance goes to 0.",
     "clipping": "Gradient clipping (fig. 4, 10): the first update, and the gradients that come.",
     "schedule": "What happens without gradients (fig. 5, 11): a learning-rate schedule of the rule's own.",
     "adaptation": "Learning-rate adaptation (fig. 6, 12): where constant gradients hold the state.",
+    "manifold": "Where the state rests without gradients (fig. 13), and the learning rates it has there.",
     "tensors": "Tensor by tensor (fig. 7), biases dashed.",
 }
 STYLE = """

@@ -61,6 +61,8 @@ def effective_learning_rate(
     cell = Cell.of(rule, param=param, step=step)
     rows = states.detach().double().reshape(-1, states.shape[-1])
     at = torch.tensor(gradient, dtype=torch.float64)
+    if not len(rows):  # not every operation has a vmap over nothing
+        return rows.new_zeros(states.shape[:-1])
     slopes = vmap(derivative(lambda grad, state: cell.step(state, grad)[0]), in_dims=(None, 0))(at, rows)
     rates: Tensor = -slopes.detach().reshape(states.shape[:-1])
     return rates

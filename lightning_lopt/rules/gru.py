@@ -16,9 +16,12 @@ released code where text and code differ or the text is silent:
   the code's; eq. 2 has none. It lets the update vanish at a fixed point whose units are not 0;
 * weights are normal of variance 1 / inputs, biases 0;
 * a gradient enters as it is times `input_scale` ("raw"), or as its sign and ln(1 + |g|) ("log1p"). Which of the paper's
-  tasks used which is not known. The second has no derivative at g = 0;
-* not in the paper: `initial_lr` puts momentum, which the paper's rules find by themselves, into the untrained rule.
-  That spares most of the meta-training, and says nothing of what would have been found without.
+  tasks used which is not known. The second has no derivative at g = 0. Not in the paper: "asinh", of the gradient, has
+  one, and is as good for gradients of many sizes;
+* not in the paper: `initial_lr` puts momentum, which the paper's rules find by themselves, into one half of the
+  untrained rule's units. That spares most of the meta-training, and says nothing of what would have been found without.
+  The other half is drawn as usual and not read at first: from momentum alone, whose units are all alike, meta-training
+  hardly gets on.
 
 STAR's stabilisers (Harrison et al. 2022, arXiv 2209.11208, eqs. 21 and 22) can be put around the network, `nominal`.
 """
@@ -37,8 +40,9 @@ from torch import Tensor, nn
 from lightning_lopt.rules import networks, nominal
 from lightning_lopt.rules.base import RuleConfig, StepContext, UpdateRule, register
 
-INPUT_SCALINGS = {"raw": 1, "log1p": 2}  # name -> number of features
-START_NOISE = 0.03  # of the usual weights is left where a rule begins as momentum: enough to tell its units apart
+INPUT_SCALINGS = {"raw": 1, "asinh": 1, "log1p": 2}  # name -> number of features
+START_NOISE = 0.03  # of the usual weights is left in units that begin as momentum: enough to tell them apart
+SLOWEST = 4.0  # logit of the update gates that the other units begin with, at most: memories of 2 to 55 steps
 
 
 class GRUState(NamedTuple):
@@ -68,7 +72,7 @@ class GRUConfig(RuleConfig):
     hidden_size: int = 64
     """Units. The paper's rule for quadratics has 256."""
     input_scaling: str = "raw"
-    """Of the gradient: "raw", or "log1p" (two features)."""
+    """Of the gradient: "raw", "asinh", or "log1p" (two features)."""
     input_scale: float = 1.0
     """Multiplies the gradient before anything else."""
     out_scale: float = 1.0
@@ -97,7 +101,7 @@ class GRUConfig(RuleConfig):
         self.check_number("initial_lr", 0.0)
         self.check_number("initial_beta", 0.0, math.nextafter(1.0, 0.0))
         self.check_number("initial_reach", math.ulp(1.0))
-        self.check(self.initial_lr == 0 or self.input_scaling == "raw", "initial_lr", "0 with input_scaling='log1p'")
+        self.check(self.initial_lr == 0 or self.input_scaling != "log1p", "initial_lr", "0 with input_scaling='log1p'")
         self.check_flags("nominal_controller", "normalize_blackbox")
         for name, allowed in (
             ("input_scaling", list(INPUT_SCALINGS)),
@@ -166,15 +170,17 @@ class GRURule(UpdateRule):
 
     @torch.no_grad()
     def _begin_as_momentum(self) -> None:
-        """Every unit h' = beta h + (1 - beta) tanh(+-g / reach), almost; their sum read out as momentum's update."""
+        """The first half of the units h' = beta h + (1 - beta) tanh(+-g / reach), almost; their sum is the update."""
         c, size = self.config, self.config.hidden_size
-        signs = torch.ones(size)
+        half = (size + 1) // 2
+        signs = torch.ones(half)
         signs[1::2] = -1.0
-        for weight in (self.w_gates, self.w_candidate):
-            weight.mul_(START_NOISE)
-        self.b_gates[size:] = math.log(max(c.initial_beta, 1e-6) / (1 - c.initial_beta))
-        self.w_candidate[0] = signs / c.initial_reach
-        self.readout.copy_(-signs * c.initial_lr * c.initial_reach / (size * (1 - c.initial_beta)))
+        for columns in (self.w_gates[:, :half], self.w_gates[:, size : size + half], self.w_candidate[:, :half]):
+            columns.mul_(START_NOISE)
+        self.b_gates[size : size + half] = math.log(max(c.initial_beta, 1e-6) / (1 - c.initial_beta))
+        self.b_gates[size + half :] = torch.linspace(0.0, SLOWEST, size - half)
+        self.w_candidate[0, :half] = signs / c.initial_reach
+        self.readout[:half] = -signs * c.initial_lr * c.initial_reach / (half * (1 - c.initial_beta))
 
     def _step(
         self, meta_params: Mapping[str, Tensor], grad: Tensor, state: GRUState
@@ -209,8 +215,10 @@ class GRURule(UpdateRule):
 
 
 def scale_input(grad: Tensor, form: str) -> Tensor:
-    """Features of a gradient (1, n): itself, or for "log1p" its logarithmic size and its sign, (2, n)."""
-    return grad if form == "raw" else torch.cat([grad.abs().log1p(), grad.sign()])
+    """Features of a gradient (1, n): itself, its asinh, or for "log1p" its logarithmic size and its sign, (2, n)."""
+    if form == "raw":
+        return grad
+    return grad.asinh() if form == "asinh" else torch.cat([grad.abs().log1p(), grad.sign()])
 
 
 register("gru", GRURule)
