@@ -289,6 +289,8 @@ class LearnedOptimizer(Callback, *_also_of()):  # type: ignore[misc]
         for optimizer in strategy.optimizers:
             if not _is_mock(optimizer) and not isinstance(optimizer, RuleOptimizer):
                 new[optimizer] = self._make(optimizer, tap)
+                if self.rule.needs_names:
+                    new[optimizer].set_names(trainer.lightning_module.named_parameters())
         strategy.optimizers = [new.get(optimizer, optimizer) for optimizer in strategy.optimizers]
         for config in strategy.lr_scheduler_configs:
             rebind(config.scheduler, new)

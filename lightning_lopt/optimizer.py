@@ -235,6 +235,10 @@ class RuleOptimizer(Optimizer):
             for handle in handles:
                 handle.remove()
 
+    def set_names(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        """Tell the names of parameters, as `module.named_parameters()` gives them, to rules that choose by them."""
+        self._shell.names = {param: name for name, param in named}
+
     def set_loss_source(self, source: LossSource | None) -> None:
         """Where `step` finds the loss that a rule needs; `zero_grad` resets it."""
         self._shell.loss_source = source
@@ -357,6 +361,10 @@ class RuleOptimizer(Optimizer):
         context = StepContext(flat["step"], loss if loss is None else loss.to(param.device, dtype), self.num_steps)
         known = None if shared is None else shared.value
         context = context._replace(shared=known, num_tensors=self._shell.num_tensors, part=part)
+        # Unless someone goes back to the old state, or takes the step again.
+        needed = self.safeguard or self._shell.totals is not None or part is not None or hasattr(param, "placements")
+        name = self._shell.name(param, self.param_groups) if self.rule.needs_names else None
+        context = context._replace(in_place=not needed, name=name)
         arguments = self._shell.meta_params(self.rule, param.device, dtype), grad, start, value, context
         delta, new = self.rule.update(*arguments)
         trust = self._shell.trust

@@ -68,7 +68,8 @@ def with_local(tensor: Any, local: Tensor) -> Tensor:
     if not hasattr(tensor, "placements"):
         return local
     layout = {"shape": tensor.shape, "stride": tensor.stride(), "run_check": False}
-    return dtensor().DTensor.from_local(local, tensor.device_mesh, tensor.placements, **layout)
+    moved: Tensor = dtensor().DTensor.from_local(local, tensor.device_mesh, tensor.placements, **layout)
+    return moved
 
 
 def together(attempts: Sequence[tuple[ShardedPart, Callable[[], Result]]]) -> list[Result]:

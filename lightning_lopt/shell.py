@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Protocol, cast
 
 import torch
@@ -36,11 +37,24 @@ class Shell:
         self.totals: Totals | None = None
         self.measurements: Measurements | None = None
         self.loss_source: LossSource | None = None
+        self.names: dict[Tensor, str] = {}  # of parameters, for rules with needs_names
         self.trust: Trust | None = None  # after this step's loss, with safeguard="fallback"
         self._meta_params: dict[Any, tuple[Any, list[Tensor], dict[str, Tensor]]] = {}
         self._kernels: dict[str, kernels.Kernel | str] = {}
         self._torch_kernel: kernels.Kernel | None = None
         self._state_class: Any = None
+
+    def name(self, param: Tensor, groups: Iterable[dict[str, Any]]) -> str:
+        """A parameter's name: what was told, or that of a group that was made with names."""
+        if param not in self.names:
+            for group in (group for group in groups if "param_names" in group):
+                self.names.update(zip(group["params"], group["param_names"], strict=True))
+        if param not in self.names:
+            raise RuntimeError(
+                f"The rule chooses networks by name, and that of a parameter of shape {tuple(param.shape)} is unknown. "
+                "Make the optimizer from model.named_parameters(), or call set_names(model.named_parameters())."
+            )
+        return self.names[param]
 
     def kernel(self, rule: UpdateRule, device_type: str) -> kernels.Kernel | str:
         """The kernel for the rule's tensors on a type of device, or why there is none."""

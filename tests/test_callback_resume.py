@@ -66,6 +66,30 @@ def test_resume_is_equal_to_the_bit(tmp_path, name):
     assert_equal(everything(whole), everything(resumed))
 
 
+LSTMS = {
+    "lstm": ("lstm", {"nominal_stepsize": 1e-2, "nominal_controller": True, "normalize_blackbox": True}),
+    "as L2O-DMD has it": ("lstm_dmd", {"num_snapshots": 5, "loss_scale": 1.0}),
+    "each tensor's eigenvalues": ("lstm_dmd", {"num_snapshots": 4, "rank": 2, "scope": "tensor"}),
+    "increments": ("lstm_dmd", {"num_snapshots": 5, "rank": 2, "snapshots": "increments"}),
+    "sketch": ("lstm_dmd", {"num_snapshots": 20, "method": "sketch", "sketch_size": 4}),
+}
+
+
+@pytest.mark.parametrize("safeguard", [False, True], ids=["in place", "safeguard"])
+@pytest.mark.parametrize("name", LSTMS)
+def test_lstms_resume_to_the_bit(tmp_path, name, safeguard):
+    """With windows half full at the checkpoint too: m = 20, and 16 steps."""
+    kind, config = LSTMS[name]
+    torch.manual_seed(0)
+    rule = lopt.rules.make(kind, hidden_size=4, **config)
+    whole, resumed = (
+        run(tmp_path, lopt.LearnedOptimizer(rule, safeguard=safeguard), {}, **extra)
+        for extra in ({}, {"ckpt_path": tmp_path / "epoch=1.ckpt"})
+    )
+    assert resumed.global_step == whole.global_step == 32
+    assert_equal(everything(whole), everything(resumed))
+
+
 class Stateful:
     """A loader that remembers where it was, as Lightning asks of loaders for a resume within an epoch."""
 

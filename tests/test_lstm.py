@@ -6,13 +6,16 @@ import math
 import numpy as np
 import pytest
 import torch
+from lightning_cases import Module, fit
 from optimizer_cases import assert_equal, parameters, set_gradients, snapshot
 from torch import Tensor, nn
 
 import lightning_lopt as lopt
 from lightning_lopt import RuleOptimizer
+from lightning_lopt.meta.unroll import Unroll
 from lightning_lopt.rules import LSTMConfig, StepContext, UpdateRule, dmd, make
 from lightning_lopt.rules.lstm import preprocess
+from lightning_lopt.tasks import make as make_task
 
 F64 = torch.float64
 
@@ -184,6 +187,57 @@ def test_tensors_of_other_dims_may_have_a_network_of_their_own():
             assert torch.equal(ours, theirs)
 
 
+def test_tensors_of_other_names_may_have_a_network_of_their_own(tmp_path):
+    """In an optimizer with names, in one that is told them, and in meta-training; the first pattern counts."""
+    rule = double("lstm", name_splits=("*.bias", "1.*"))
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)).double()
+    networks = {"0.weight": 2, "0.bias": 0, "1.weight": 1, "1.bias": 0}
+    expected, alone = {}, double("lstm")
+    for name, param in model.named_parameters():
+        param.grad = torch.randn_like(param)
+        alone.load_state_dict({key: value[networks[name]] for key, value in rule.state_dict().items()})
+        expected[name] = param.detach() + run(alone, param.grad.unsqueeze(0))[0][0].detach()
+    optimizer = RuleOptimizer(model.parameters(), rule)
+    with pytest.raises(RuntimeError, match="chooses networks by name.*set_names"):
+        optimizer.step()
+    optimizer.set_names(model.named_parameters())
+    optimizer.step()
+    for name, param in model.named_parameters():
+        assert torch.equal(param, expected[name])
+    optimizer = RuleOptimizer(model.named_parameters(), rule)
+    optimizer.step()
+    assert lopt.load_rule(str(lopt.save_rule(rule, tmp_path / "rule"))).config == rule.config
+    with pytest.raises(ValueError, match="only without ndim_splits"):
+        make("lstm", name_splits=("*.bias",), ndim_splits=(2,))
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+def test_the_callback_tells_names(tmp_path):
+    """Networks whose weights are 0 move nothing."""
+    rule = make("lstm", name_splits=("net.0.*", "*.bias"))
+    with torch.no_grad():
+        for param in rule.parameters():
+            param[1:] = 0
+    module = Module()
+    before = {name: param.detach().clone() for name, param in module.named_parameters()}
+    fit(tmp_path, lopt.LearnedOptimizer(rule), module=module, max_steps=2)
+    moved = {name for name, param in module.named_parameters() if not torch.equal(param, before[name])}
+    assert moved == {"net.0.weight", "net.0.bias"}
+
+
+def test_meta_training_tells_names():
+    """A task's one tensor is `x`: by that name it gets the first network, and alone that has a meta-gradient."""
+    rule = make("lstm", hidden_size=3, name_splits=("x",), preprocessing="none", out_scale=1.0)
+    unroll, leaves = Unroll(rule, make_task("quadratic"), "raw"), rule.meta_params()
+    generator = torch.Generator().manual_seed(0)
+    inner = unroll.start(generator, torch.full((2,), 10))
+    _, record = unroll.run(leaves, inner, 4, generator, lambda n: torch.full((n,), 10))
+    record.losses.sum().backward()
+    for param in leaves.values():
+        assert param.grad[0].any()
+        assert not param.grad[1].any()
+
+
 def test_eigenvalues_that_nobody_computed_count_as_zero():
     rule, grads = double("lstm_dmd"), gradients(3, 4)
     plain = double("lstm")
@@ -347,6 +401,7 @@ BAD_VALUES = {
     "out_scale": NOT_A_SIZE,
     "readout": ("mean", None),
     "ndim_splits": ((0,), (3, 2), (2, 2), 3, None, ("2",), (2.0,)),
+    "name_splits": ("*.bias", None, (1,), ("",)),
     "nominal_stepsize": NOT_A_SIZE,
     "nominal_grad_estimator": ("adam", None),
     "nominal_controller": (1, "true", None),
@@ -452,6 +507,45 @@ def test_bfloat16_parameters_have_float32_state_and_arithmetic(kind):
             for name, tensor in optimizer.state[param].items():
                 assert tensor.dtype == other.state[twin][name].dtype
                 assert torch.equal(tensor, other.state[twin][name])
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"num_layers": 1, "nominal_stepsize": 1e-2, "nominal_controller": True}], ids=str
+)
+@pytest.mark.parametrize("kind", ["lstm", "lstm_dmd"])
+def test_state_is_overwritten_only_where_nobody_needs_the_old_one(kind, config):
+    """With the safeguard, or a measured step, the update is the pure function; the bits are the same."""
+    rule = make(kind, **config, **({"num_snapshots": 2} if kind == "lstm_dmd" else {}))
+    shapes = [(3, 4), (4500,), ()]
+    optimizers = [RuleOptimizer(parameters(shapes), rule, safeguard=guarded) for guarded in (False, True, False)]
+    for step in range(5):
+        for number, optimizer in enumerate(optimizers):
+            set_gradients(params := optimizer.param_groups[0]["params"], step)
+            places = [optimizer.state[p]["cell"].data_ptr() for p in params if p in optimizer.state]
+            if number == 2:
+                optimizer.measure_next_step()
+            optimizer.step()
+            same = [optimizer.state[p]["cell"].data_ptr() for p in params] == places
+            assert same is (number == 0 and step > 0)
+    for other in optimizers[1:]:
+        for mine, theirs in zip(*(o.param_groups[0]["params"] for o in (optimizers[0], other)), strict=True):
+            assert torch.equal(mine, theirs)
+            for name, tensor in optimizers[0].state[mine].items():
+                assert torch.equal(tensor, other.state[theirs][name]), name
+
+
+def test_an_update_is_pure_unless_it_is_told_otherwise():
+    rule = make("lstm")
+    param, grad = torch.ones(6), torch.linspace(-1.0, 1.0, 6)
+    with torch.no_grad():
+        _, state = rule.update(rule.meta_params(), grad, rule.init_state(param), param, context())
+        kept = [tensor.clone() for tensor in state]
+        delta, pure = rule.update(rule.meta_params(), grad, state, param, context(1))
+        assert all(map(torch.equal, state, kept))
+        told, overwritten = rule.update(rule.meta_params(), grad, state, param, context(1, in_place=True))
+    assert torch.equal(delta, told)
+    assert all(map(torch.equal, overwritten, pure))
+    assert overwritten.hidden.data_ptr() == state.hidden.data_ptr()
 
 
 def test_a_saved_rule_is_the_same_rule(tmp_path):

@@ -250,7 +250,7 @@ class LSTMKernel:
 
     def refuses(self, param: Tensor) -> str | None:
         """Why this parameter is left to the rule itself."""
-        return triton_host.refuses(param)
+        return "networks are chosen by name" if self.rule.config.name_splits else triton_host.refuses(param)
 
     def step(
         self,

@@ -194,7 +194,8 @@ class Unroll:
             context = context._replace(shared=shared)
         new_params, new_states = {}, {}
         for name, param in params.items():
-            delta, new_states[name] = self.rule.update(meta_params, grads[name], states[name], param, context)
+            own = context._replace(name=name)
+            delta, new_states[name] = self.rule.update(meta_params, grads[name], states[name], param, own)
             new_params[name] = param + delta
         return new_params, new_states, loss
 

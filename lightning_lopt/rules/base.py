@@ -28,6 +28,8 @@ class StepContext(NamedTuple):
     shared: Any = None  # what the rule's `share` made of all tensors; None for rules without needs_share
     num_tensors: int | None = None  # how many tensors move in this step, where known
     part: Part | None = None  # which part of the tensor gradient, state and value are; None for all of it
+    in_place: bool = False  # the state's tensors may be overwritten: nobody will need what they hold now
+    name: str | None = None  # of the tensor, where known; always for rules with needs_names
 
 
 ConfigType = TypeVar("ConfigType", bound="RuleConfig")
@@ -103,6 +105,7 @@ class UpdateRule(nn.Module):
     Config: ClassVar[type[RuleConfig]] = RuleConfig
     needs_loss: bool = False
     needs_share: bool = False
+    needs_names: bool = False
     takes_parts: bool = False  # `update` takes each coordinate alone, or asks `parts.means` for the rest
     whole_state: frozenset[str] = frozenset()  # fields of the state that every process has all of, whatever its part
     kind: str

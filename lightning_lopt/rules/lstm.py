@@ -25,7 +25,7 @@ Where the sources differ or are silent:
 * raw snapshots of a net all but stand still: eigenvalues are 1 up to 1e-4 to 1e-1. `eigenvalue_scale` spreads them,
   and increments or shifted snapshots have more to say;
 * networks of their own for kinds of layers (Andrychowicz et al., section 3.3: convolutions apart; thesis 5.4.2: no
-  gain) go by a tensor's dims, `ndim_splits`. By name: a RuleOptimizer for each group of parameters;
+  gain) go by a tensor's dims, `ndim_splits`, or by its name, `name_splits`;
 * without the nominal controller its factor is 1; with it, it starts at 1. Momenta and v are STAR's at its initial
   decays, which are not learned here.
 """
@@ -33,6 +33,7 @@ Where the sources differ or are silent:
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import math
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -98,6 +99,8 @@ class LSTMConfig(RuleConfig):
     """"linear", learned weights without bias, or "sum" of the last layer's units."""
     ndim_splits: tuple[int, ...] = ()
     """Rising numbers of dims from which tensors have a network of their own: (3,) sets convolutions apart."""
+    name_splits: tuple[str, ...] = ()
+    """Patterns of names, as "*.bias": the first that matches chooses a tensor's network; the last one is for others."""
     nominal_stepsize: float = 0.0
     """beta_1, the step size of STAR's nominal term; 0: without."""
     nominal_grad_estimator: str = "AdamAggMo"
@@ -142,6 +145,9 @@ class LSTMConfig(RuleConfig):
         splits = self.ndim_splits
         fits = isinstance(splits, tuple) and all(type(n) is int and n > 0 for n in splits)
         self.check(fits and list(splits) == sorted(set(splits)), "ndim_splits", "rising integers > 0")
+        names = self.name_splits
+        fits = isinstance(names, tuple) and all(isinstance(name, str) and name for name in names)
+        self.check(fits and not (names and splits), "name_splits", "patterns, and only without ndim_splits")
         self.check_integer("num_snapshots", 1, 10_000)
         columns = self.num_snapshots - (self.snapshots == "increments")
         self.check_integer("rank", 0, columns)
@@ -154,13 +160,14 @@ class LSTMRule(UpdateRule):
 
     Meta-parameters of layer i: `w_input{i} (inputs, 4 h)`, `w_hidden{i} (h, 4 h)`, `b{i} (4 h,)`, gates in torch's
     order input, forget, cell, output; `readout (h,)` if linear, `controller (h,)` if the nominal term has one; a
-    leading axis of networks if `ndim_splits`. The inputs of layer 0 are the features of the gradient, then those of the
-    eigenvalues. 5,140 numbers by default, 80 more for one eigenvalue.
+    leading axis of networks if `ndim_splits` or `name_splits`. The inputs of layer 0 are the features of the gradient,
+    then those of the eigenvalues. 5,140 numbers by default, 80 more for one eigenvalue.
 
     State: 2 * layers * h floats per parameter, 320 bytes by default, so that the rule is for small models; 16 bytes
     more with STAR's stabilisers; with eigenvalues m + 1 copies of the parameters, 404 bytes by default. Beyond
-    `memory_limit` bytes of copies the rule refuses, and says what else there is. Scope "tensor" copies the snapshots at
-    each step; "global" writes them in place behind `RuleOptimizer`.
+    `memory_limit` bytes of copies the rule refuses, and says what else there is. Behind `RuleOptimizer` without a
+    safeguard the state is overwritten, chunk by chunk. Scope "tensor" copies the snapshots at each step; "global"
+    writes them in place.
 
     Example:
         >>> import torch
@@ -184,7 +191,8 @@ class LSTMRule(UpdateRule):
         self.needs_loss = bool(c.rank and c.loss_scale)
         self.needs_share = bool(c.rank) and c.scope == "global"
         self.takes_parts = not c.rank or self.needs_share  # else `update` itself takes inner products
-        axis = (len(c.ndim_splits) + 1,) if c.ndim_splits else ()
+        self.needs_names = bool(c.name_splits)
+        axis = (len(c.ndim_splits or c.name_splits) + 1,) if c.ndim_splits or c.name_splits else ()
         bound = c.hidden_size**-0.5
         for name, shape in self._shapes().items():
             value = torch.empty((*axis, *shape)).uniform_(-bound, bound)
@@ -286,20 +294,29 @@ class LSTMRule(UpdateRule):
             (window,) = self.online.push([dmd.Window(*window)], [param], context.loss)
             shared = dmd.features(self.online.eigenvalues([window]), c.eigenvalue_scale)
         moments = nominal.update_moments(c, state.exp_avg, state.exp_avg_sq, grad)
-        network = partial(self._network, self._weights(meta_params, grad.dim(), shared))
-        size = c.num_layers * c.hidden_size
+        size, in_place = c.num_layers * c.hidden_size, context.in_place and not torch.is_grad_enabled()
+        in_place = in_place and state.hidden.is_contiguous() and state.cell.is_contiguous()  # else rows are copies
+        network = partial(self._network, self._weights(meta_params, grad.dim(), context.name, shared), in_place)
         rows = networks.coordinatewise(network, grad.unsqueeze(0), state.hidden.flatten(0, 1), state.cell.flatten(0, 1))
-        cells = rows[-2 * size :].reshape(2, c.num_layers, c.hidden_size, *grad.shape)
-        new = LSTMState(cells[0], cells[1], *moments)
-        terms = nominal.stabilized_terms(c, rows[: -2 * size], grad, *moments)
+        if in_place:
+            new = LSTMState(state.hidden, state.cell, *moments)
+        else:
+            layers = (c.num_layers, c.hidden_size, *grad.shape)
+            hidden, cell = rows[-2 * size : -size].reshape(layers), rows[-size:].reshape(layers)
+            rows, new = rows[: -2 * size], LSTMState(hidden, cell, *moments)
+        terms = nominal.stabilized_terms(c, rows, grad, *moments)
         return terms, LSTMDMDState(*new, *window) if c.rank else new
 
-    def _weights(self, meta_params: Mapping[str, Tensor], ndim: int, shared: Tensor | None) -> _Weights:
+    def _weights(
+        self, meta_params: Mapping[str, Tensor], ndim: int, name: str | None, shared: Tensor | None
+    ) -> _Weights:
         """For a tensor of `ndim` dims. What is the same for all coordinates is put into the first bias."""
         c, num_features = self.config, PREPROCESSING[self.config.preprocessing]
-        if c.ndim_splits:
-            number = sum(ndim >= split for split in c.ndim_splits)
-            meta_params = {name: value[number] for name, value in meta_params.items()}
+        if c.ndim_splits or c.name_splits:
+            matching = (i for i, pattern in enumerate(c.name_splits) if fnmatch.fnmatchcase(name or "", pattern))
+            by_name = next(matching, len(c.name_splits))
+            number = by_name if c.name_splits else sum(ndim >= split for split in c.ndim_splits)
+            meta_params = {key: value[number] for key, value in meta_params.items()}
         layers = []
         for layer in range(c.num_layers):
             of_input, bias = meta_params[f"w_input{layer}"], meta_params[f"b{layer}"]
@@ -314,19 +331,27 @@ class LSTMRule(UpdateRule):
         readouts += [meta_params["controller"]] if c.nominal_controller else []
         return _Weights(layers, torch.stack(readouts))
 
-    def _network(self, weights: _Weights, grad: Tensor, hidden: Tensor, cell: Tensor) -> Tensor:
-        """Gradient (1, n), hidden and cell (layers * h, n) -> readouts, then hidden, then cell, one below the other."""
+    def _network(self, weights: _Weights, in_place: bool, grad: Tensor, hidden: Tensor, cell: Tensor) -> Tensor:
+        """Gradient (1, n), hidden and cell (layers * h, n) -> readouts, then hidden, then cell, one below the other.
+
+        In place, `hidden` and `cell` become the new ones, and the readouts alone are returned. What else there is takes
+        the place of gates that are done with, for memory that is fresh costs as much as the arithmetic.
+        """
         size, units = self.config.hidden_size, preprocess(grad, self.config.preprocessing, self.config.p)
         kept, remembered = [], []
         pairs = zip(torch.split(hidden, size), torch.split(cell, size), strict=True)
         for (weight, bias), (old, memory) in zip(weights.layers, pairs, strict=True):
             gates = torch.addmm(bias, weight, torch.cat([units, old])).sigmoid_()
             take, keep, candidate, show = torch.split(gates, size)
-            memory = keep * memory + take * (2 * candidate - 1)
-            units = show * (2 * torch.sigmoid(2 * memory) - 1)
+            room = (memory, keep, old) if in_place else (None, None, None)
+            memory = torch.mul(keep, memory, out=room[0])
+            memory = torch.addcmul(memory, take, candidate, value=2, out=room[0]).sub_(take)  # + take * tanh
+            shown = torch.mul(memory, 2, out=room[1]).sigmoid_()
+            units = torch.addcmul(show, show, shown, value=-2, out=room[2]).neg_()  # show * tanh(memory)
             kept.append(units)
             remembered.append(memory)
-        return torch.cat([weights.readouts @ units, *kept, *remembered])
+        readouts = weights.readouts @ units
+        return readouts if in_place else torch.cat([readouts, *kept, *remembered])
 
 
 def preprocess(grad: Tensor, form: str, p: float) -> Tensor:
