@@ -10,7 +10,11 @@ from lightning_cases import KNOWN_WARNINGS
 
 import lightning_lopt as lopt
 from lightning_lopt.cli import main
-from lightning_lopt.evaluation.claims import Lab, find, lstm, verdict
+from lightning_lopt.evaluation.claims import Lab, find, lstm, lstm_quadratic, verdict
+from lightning_lopt.evaluation.claims.curves import losses as losses_of
+from lightning_lopt.evaluation.claims.together import normalized, train_together
+from lightning_lopt.meta.estimators import TruncatedBackprop
+from lightning_lopt.meta.schedules import Horizon
 from lightning_lopt.meta.unroll import Unroll
 from lightning_lopt.rules import StepContext, make
 from lightning_lopt.tasks import make as make_task
@@ -75,7 +79,7 @@ def test_a_summary_is_numpys():
 
 
 def test_nag_is_torchs():
-    rule, param = lstm.NAG(lr=0.1), torch.tensor([1.0, -2.0, 3.0])
+    rule, param = lstm_quadratic.NAG(lr=0.1), torch.tensor([1.0, -2.0, 3.0])
     theirs = torch.nn.Parameter(param.clone())
     optimizer, state = torch.optim.SGD([theirs], lr=0.1, momentum=0.9, nesterov=True), rule.init_state(param)
     for step in range(6):
@@ -163,10 +167,79 @@ def test_the_papers_window_shows_nothing_in_all_of_meta_training():
 
 
 def test_the_quick_quadratic_measures_all(monkeypatch):
-    numbers = lstm._quadratic(lab(seeds=1)).numbers
-    assert {f"{lstm.SUMMED} {name}" for name in ("the LSTM", *lstm.HAND_DESIGNED)} < set(numbers)
-    assert numbers[f"{lstm.SUMMED} NAG"][0] < 300  # 100 steps from a first loss of 10 on average
-    assert all(rate[0] in lstm.GRID for name, rate in numbers.items() if name.startswith("lr of"))
+    numbers = lstm_quadratic._quadratic(lab(seeds=1)).numbers
+    summed = lstm_quadratic.SUMMED
+    assert {f"{summed} {name}" for name in ("the LSTM", *lstm_quadratic.HAND_DESIGNED)} < set(numbers)
+    assert numbers[f"{summed} NAG"][0] < 300  # 100 steps from a first loss of 10 on average
+    assert all(rate[0] in lstm_quadratic.GRID for name, rate in numbers.items() if name.startswith("lr of"))
+
+
+def test_problems_side_by_side_are_runs_of_their_own():
+    """The rule takes each coordinate alone, so that one run of the sum is many runs; the norm, to see gradients mix."""
+    rule = make("lstm", preprocessing="none", hidden_size=4)
+    many = lstm_quadratic.SideBySide(problems=3, dim=4, init_std=1.0, squared=False)
+    one = make_task("quadratic", dim=4, init_std=1.0, squared=False)
+    start = many.init(torch.Generator().manual_seed(0))
+    states = [rule.init_state(start.params["x"]), *(rule.init_state(x) for x in start.params["x"])]
+    params = [start.params["x"], *start.params["x"]]
+    batches = [start.constants, *({k: v[i] for k, v in start.constants.items()} for i in range(3))]
+    for step in range(3):
+        context, found = StepContext(torch.tensor(float(step))), []
+        for number, task in enumerate([many, one, one, one]):
+            grads, loss = task.grad_and_value({"x": params[number]}, batches[number])
+            delta, states[number] = rule.update(rule.meta_params(), grads["x"], states[number], params[number], context)
+            params[number] = (params[number] + delta).detach()
+            found.append(float(loss))
+        assert found[0] == pytest.approx(sum(found[1:]), rel=1e-6)
+    torch.testing.assert_close(params[0], torch.stack(params[1:]))
+
+
+def test_seeds_that_are_trained_together_are_trained_apart(tmp_path):
+    """Whatever the second meta-seed, the first learns the same, on the same problems; and finds it again."""
+    rule, task = make("lstm", hidden_size=3, preprocessing="none"), make_task("quadratic", dim=3)
+    estimator = TruncatedBackprop(2, 4, Horizon(9), stagger=False)
+    options = {"num_steps": 5, "lr": 1e-2, "looks": 2, "schedule": "cosine"}
+    for normalize in (False, True, "tensor", "clip"):
+        found = [
+            train_together(lab(tmp_path), "", rule, task, estimator, normalize=normalize, seeds=seeds, **options)
+            for seeds in ((3, 5), (3, 9), (3, 5))
+        ]
+        assert [len(looks) for looks in found] == [2, 2, 2]
+        for (mine, my_other), (theirs, their_other), (again, _) in zip(*found, strict=True):
+            for name, value in mine.items():
+                assert torch.equal(again[name], value)
+                torch.testing.assert_close(theirs[name], value)
+                assert not torch.equal(their_other[name], my_other[name])
+        moved = found[0][1][0]["w_hidden0"] - found[0][0][0]["w_hidden0"]
+        assert 0 < moved.abs().max() < 5e-2
+
+
+def test_gradients_are_normalized_by_meta_seed():
+    grads = {"a": torch.tensor([[3.0, 0.0], [0.3, 0.0]]), "b": torch.tensor([[4.0], [0.4]])}
+    double = {name: grad / 2 for name, grad in grads.items()}  # means over all runs, of two seeds
+    expected = {
+        False: ([3.0, 0.3], [4.0, 0.4]),
+        True: ([0.6, 0.6], [0.8, 0.8]),
+        "tensor": ([1.0, 1.0], [1.0, 1.0]),
+        "clip": ([0.6, 0.3], [0.8, 0.4]),
+    }
+    for how, (of_a, of_b) in expected.items():
+        found = normalized(double, how, 2)
+        assert found["a"][:, 0].tolist() == pytest.approx(of_a)
+        assert found["b"][:, 0].tolist() == pytest.approx(of_b)
+
+
+def test_the_quick_findings_and_windows_measure_all(monkeypatch):
+    quick = lab(seeds=2)
+    monkeypatch.setattr(lstm_quadratic, "RECIPES", {k: lstm_quadratic.RECIPES[k] for k in ("default", "3200 steps")})
+    numbers = lstm_quadratic._findings(quick).numbers
+    assert len(numbers) == 8
+    assert len(numbers[f"{lstm_quadratic.FINAL}3200 steps"]) == 2
+    monkeypatch.setattr(lstm, "make_task", lambda name, **options: make_task("breast-cancer-logreg"))
+    monkeypatch.setattr(lstm, "WINDOWS", [(1, 3), (2, 4)])
+    numbers = lstm._windows(quick).numbers
+    assert set(numbers) == {f"R = {r}, m = {m}{where}" for r, m in lstm.WINDOWS for where in ("", ", batch 16")}
+    assert all(len(row) == 2 and all(map(math.isfinite, row)) for row in numbers.values())
 
 
 # --- Recipes and weights ---
@@ -193,6 +266,6 @@ def test_the_bundled_rules_train(name):
     """A logistic regression in 60 steps; all three go down to less than half, and lstm-dmd sees its eigenvalues."""
     rule = lopt.load_rule(name.replace("_", "-"))
     assert rule.kind == RULES[name]
-    (losses,) = lstm.losses(rule, [rule.meta_params()], "digits-sigmoid-mlp", 80, 2, seed=0)
+    (losses,) = losses_of(rule, [rule.meta_params()], "digits-sigmoid-mlp", 80, 2, seed=0)
     assert float(losses[:, -10:].mean() / losses[:, 0].mean()) < 0.7
     assert rule.config.rank == 0 or rule.config.num_snapshots < 100

@@ -80,6 +80,15 @@ def meta_train(
     return Trained(found["steps"], params)
 
 
+def trained(
+    lab: Lab, label: str, rule: UpdateRule, tasks: Sequence[Task], estimator: Estimator, steps: int, **options: Any
+) -> UpdateRule:
+    """The rule, meta-trained from fresh meta-parameters: in place, and as `meta_train` has it."""
+    found = meta_train(lab, label, rule, tasks, estimator, num_steps=steps, every=steps, **{"seed": 0, **options})
+    rule.load_state_dict(found.meta_params[-1])
+    return rule
+
+
 def forget_compiled() -> None:
     """Drop what torch.compile has made: it compiles a function only a few times in a process, then gives up."""
     if "torch._dynamo" in sys.modules:
