@@ -1,15 +1,14 @@
 """The claims about normalized histories and Multiscale Adam: their arithmetic and checks, and the bundled weights."""
 
-import math
-
 import pytest
 import torch
 
 import lightning_lopt as lopt
 from lightning_lopt.evaluation.baselines import Adam
-from lightning_lopt.evaluation.claims import Lab, Measured, find, history, multiscale, verdict
+from lightning_lopt.evaluation.claims import Lab, Measured, curves, find, history, multiscale, shahid_trained, verdict
 from lightning_lopt.rules import StepContext, make
 from lightning_lopt.rules.multiscale_adam import linear_weights
+from lightning_lopt.tasks import make as make_task
 
 
 def lab(seeds: int = 2) -> Lab:
@@ -86,16 +85,17 @@ def test_the_bundled_mixer_takes_one_adam_where_all_agree_and_the_extremes_where
     assert near.max() < 0.6
 
 
-@pytest.mark.parametrize("schedule", ["constant", "cosine"])
-def test_an_annealed_rule_is_the_rule_under_torchs_scheduler(schedule):
+@pytest.mark.parametrize(("schedule", "floor"), [("constant", 0.0), ("cosine", 0.0), ("cosine", 0.1)])
+def test_an_annealed_rule_is_the_rule_under_torchs_scheduler(schedule, floor):
     rule, steps = make("multiscale_adam", mixer="la_b", eta=1.0), 20
-    annealed = multiscale.Annealed(rule, schedule)
+    annealed = multiscale.Annealed(rule, schedule, floor)
     meta_params = {**{k: v.detach() for k, v in annealed.meta_params().items()}, "lr": torch.tensor(0.1).double()}
     param, state, grads = torch.ones(3), rule.init_state(torch.ones(3)), torch.randn(steps, 3)
     theirs = torch.nn.Parameter(torch.ones(3))
     optimizer = lopt.RuleOptimizer([theirs], rule, lr=0.1, backend="reference")
-    factor = lambda t: 0.5 * (1 + math.cos(math.pi * t / steps)) if schedule == "cosine" else 1.0  # noqa: E731
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    if schedule == "cosine":
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=0.1 * floor)
     for step, grad in enumerate(grads):
         delta, state = annealed.update(
             meta_params, grad, state, param, StepContext(torch.tensor(float(step)), None, steps)
@@ -134,7 +134,7 @@ def test_ranks_of_the_heat_map(best, holds):
 def test_the_heat_map_is_drawn_with_the_best_of_a_column_darkest():
     numbers = heat_map(10) | {f"LA at {schedule}": [0.3] for schedule in multiscale.SCHEDULES}
     rows = ["LA", "RNN-2", *(f"Adam {beta:g}" for beta, _ in multiscale.BETAS[6])]
-    figure = multiscale._draw_heat(Measured(numbers, {"optimizers": rows, "schedules": list(multiscale.SCHEDULES)}))
+    figure = multiscale.draw_heat(Measured(numbers, {"optimizers": rows, "schedules": list(multiscale.SCHEDULES)}))
     shades = figure.axes[0].images[0].get_array()
     assert shades.shape == (8, 10)
     assert (shades.argmin(0) == 1).all()
@@ -157,3 +157,46 @@ def test_adams_of_the_heat_map_are_those_of_the_rule():
     betas = [tuple(m[name].item() for name in ("beta1", "beta2")) for _, m in names.values()]
     assert betas == list(multiscale.BETAS[6])
     assert all(isinstance(rule, Adam) for rule, _ in names.values())
+
+
+def test_one_weight_of_the_linear_mixer_is_one_adam():
+    for number, (name, (adam, settings)) in enumerate(multiscale._singles(1e-2).items()):
+        rule = multiscale.Annealed(multiscale.single(number), "constant")
+        rate = {"lr": torch.tensor(1e-2, dtype=torch.float64)}
+        ours = curves.losses(rule, [{**rule.meta_params(), **rate}], "synthetic-mlp", 20, 1, seed=0)
+        theirs = curves.losses(adam, [settings], "synthetic-mlp", 20, 1, seed=0)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=0, msg=name)
+
+
+CURVES = {"history-ranges": 4, "history-cifar": 3, "multiscale-cifar": 8, "multiscale-floor": 8}
+
+
+@pytest.mark.parametrize("name", [*CURVES, "multiscale-heat-rnn1"])
+def test_claims_run_on_a_small_task_in_place_of_their_own(name, monkeypatch):
+    tiny = make_task("synthetic-mlp", hidden=(4,))
+    for module in (curves, shahid_trained):
+        monkeypatch.setattr(module, "make_task", lambda *_, **__: tiny)
+    (claim,) = find([name])
+    measured = claim.measure(lab(1))
+    assert verdict([check(measured.numbers) for check in claim.checks])
+    assert all(0 <= value < 10 for values in measured.numbers.values() for value in values)
+    panel = claim.plot(measured).axes[0]
+    if name in CURVES:
+        assert len(panel.get_lines()) == CURVES[name]
+    else:
+        assert measured.data["optimizers"] == ["RNN-1", *(f"Adam {beta:g}" for beta, _ in multiscale.BETAS[6])]
+        assert panel.images[0].get_array().shape == (7, 10)
+
+
+def test_k_timesteps_of_several_lengths(monkeypatch):
+    """history-sizes keeps of each k the run with eta_min 1e-4 and the best, which may be the same."""
+    tiny = make_task("synthetic-mlp", hidden=(4,))
+    for module in (curves, shahid_trained):
+        monkeypatch.setattr(module, "make_task", lambda *_, **__: tiny)
+    (claim,) = find(["history-sizes"])
+    measured = claim.measure(lab(1))
+    for k in shahid_trained.TIMESTEPS:
+        tried = [measured.numbers[f"last loss of k={k}, eta_min {eta:g}"][0] for eta in shahid_trained.ETAS]
+        assert measured.numbers[f"best last loss of k={k}"] == [min(tried)]
+        best = shahid_trained.ETAS[tried.index(min(tried))]
+        assert {f"k={k}, eta_min 0.0001", f"k={k}, eta_min {best:g}"} <= set(measured.data["curves"])

@@ -17,11 +17,13 @@ class Annealed(UpdateRule):
 
     Args:
         rule: with step size 1 at learning rate 1.
-        schedule: "constant", or "cosine" to zero over the run.
+        schedule: "constant", or "cosine" over the run.
+        floor: share of the learning rate where a cosine ends.
     """
 
-    def __init__(self, rule: UpdateRule, schedule: str) -> None:
+    def __init__(self, rule: UpdateRule, schedule: str, floor: float = 0.0) -> None:
         super().__init__(rule.config, kind=rule.kind)
+        self.floor = floor
         self.rule, self.rate = rule, Adam(BaselineConfig(schedule=schedule))
         self.lr = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
 
@@ -41,4 +43,5 @@ class Annealed(UpdateRule):
         delta, state = self.rule.update(own, grad, state, param, context)
         warmup = torch.zeros((), dtype=torch.float64)
         rate = self.rate.learning_rate({"lr": meta_params["lr"], "warmup": warmup}, context)
+        rate = torch.lerp(rate, meta_params["lr"], self.floor)
         return rate.to(delta) * delta, state
