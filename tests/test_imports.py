@@ -46,6 +46,7 @@ ARROWS = {  # the longest prefix of a module's name counts
     "strategies": Arrows({"rules", "optimizer", "hub", "callback"}, {"torch", "lightning"}),
     "tasks": Arrows({"tasks"}, {"torch", "numpy", "sklearn", "torchvision"}),
     "meta": Arrows({"rules", "tasks", "meta"}, {"torch"}, except_for=frozenset({"meta.trainer", "meta.cli"})),
+    "meta.fused": Arrows({"rules", "kernels"}, {"torch"}),
     "meta.trainer": Arrows({"rules", "tasks", "meta", "hub", "disk"}, {"torch", "torchmetrics", "lightning"}),
     "meta.cli": Arrows({"rules", "tasks", "meta", "hub"}, {"torch", "lightning", "jsonargparse", "omegaconf"}),
     "analysis": Arrows({"rules", "tasks", "meta.unroll", "analysis"}, {"torch", "numpy"}),

@@ -2,13 +2,15 @@
 
 import dataclasses
 import math
+import unittest.mock
 
 import pytest
 import torch
 from meta_cases import CURVATURES, Descent, Parabola, Spy, descent, generator, losses_by_hand, meta_params, star
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_lopt import tasks
+import lightning_lopt as lopt
+from lightning_lopt import kernels, tasks
 from lightning_lopt.meta.unroll import OBJECTIVES, Unroll
 from lightning_lopt.meta.validation import score
 
@@ -210,7 +212,40 @@ def test_compiled_steps_equal_eager_ones():
         with torch.no_grad():
             return unroll.run(*arguments, sides=2, batched=True)
 
-    assert_same(run(dataclasses.replace(eager, compiled=True)), run(eager), rtol=1e-5, atol=1e-5)
+    with unittest.mock.patch.object(kernels, "find", return_value="none, for once"):
+        assert_same(run(dataclasses.replace(eager, compiled=True)), run(eager), rtol=1e-5, atol=1e-5)
+
+
+FUSED = {
+    "star": ("star", {"step_mult": 1e-2}),
+    "scheduler": ("star", {"scheduler": True, "nominal_controller": False, "step_mult": 0.0}),
+    "blackbox": ("blackbox", {}),
+    "multiscale_adam": ("multiscale_adam", {"mixer": "la_b", "k": 5}),
+    "k_momentums": ("k_momentums", {}),
+}
+
+
+@pytest.mark.parametrize("batched", [True, False], ids=["a rule for each run", "one rule"])
+@pytest.mark.parametrize(("kind", "config"), FUSED.values(), ids=FUSED)
+def test_the_kernel_moves_a_population_as_the_rule_does(kind, config, batched):
+    """Through resets, with runs that have steps behind them, and nothing of the start is written to."""
+    torch.manual_seed(0)
+    rule, task = lopt.rules.make(kind, **config), tasks.make("digits-mlp", batch_size=8, hidden=(6,))
+    if isinstance(kernels.find(rule, "cpu"), str):
+        pytest.skip("no kernel on this machine")
+    theta = {name: value.detach() for name, value in rule.meta_params().items()}
+    fixed = {name: theta.pop(name) for name in list(theta)[:1]} if len(theta) > 1 else {}
+    eager = Unroll(rule, task, objective="log", frozen=fixed)
+    meta = expand(theta, 4, 0.01) if batched else theta
+    horizons = lambda number: torch.full((number,), 5)  # noqa: E731
+    with torch.no_grad():
+        start, _ = eager.run(meta, eager.start(generator(), lengths(4, 9), sides=2), 2, generator(3), horizons,
+                             sides=2, batched=batched)  # fmt: skip
+        before = tree_map(torch.clone, start)
+        results = [unroll.run(meta, start, 9, generator(1), horizons, sides=2, batched=batched)
+                   for unroll in (eager, dataclasses.replace(eager, compiled=True))]  # fmt: skip
+    assert_same(results[1], results[0], rtol=1e-4, atol=1e-5)
+    assert_same(start, before, rtol=0, atol=0)
 
 
 def test_a_score_is_the_log_objective_and_the_loss_at_the_end():

@@ -1,4 +1,4 @@
-"""Throughput of meta-training: inner steps a second, eager and through torch.compile.
+"""Throughput of meta-training: inner steps a second, eager and with `compiled=True` (on the CPU, the rule's kernel).
 
 What is counted: a *member-step* is one training step of one inner run, its batch, gradient and update included; both
 sides of an antithetic pair are runs of their own. PES estimates are timed as MetaTrainer calls them; drawing of batches

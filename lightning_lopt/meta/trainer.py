@@ -67,7 +67,7 @@ class MetaTrainer(L.LightningModule):
         objective: "log", "ratio", "clipped" or "raw", see `Unroll`.
         second_order: let meta-gradients flow through the tasks' gradients; for estimators that backpropagate.
         tell_horizon: give the rule the length of its run.
-        compiled: compile the inner step, once per task; for estimators that do not backpropagate.
+        compiled: inner steps by compiled code, as in `Unroll`; for estimators that do not backpropagate.
         tasks_per_step: tasks that a step advances in each process, in rotation over all of them (default: all tasks in
             every process, on runs and perturbations of its own).
         normalize: scale each task's meta-gradient to norm 1 before averaging, so that all tasks count alike; "tensor":

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.func import vmap
 from torch.utils._pytree import tree_map
 
+from lightning_lopt.meta.fused import Fused, fused
 from lightning_lopt.rules import StepContext, UpdateRule
 from lightning_lopt.tasks import Task
 
@@ -62,7 +63,8 @@ class Unroll:
             that ratio + 1e-2, which weighs a halving alike early and late.
         second_order: let gradients of the meta-loss flow through the task's gradient.
         tell_horizon: give the rule the episode's length, as a Lightning run of known length would.
-        compiled: run steps that need no gradient through `torch.compile`, once per task; pays after some thousand.
+        compiled: run steps that need no gradient by compiled code: the rule's kernel where the CPU has one, else
+            by `torch.compile`, once per task, which pays after some thousand.
         idle: after the end of an episode wait for the next truncation instead of resetting at once.
         frozen: the meta-parameters that do not learn; those that `run` is given and these are all of the rule's.
     """
@@ -120,9 +122,12 @@ class Unroll:
             sides: as in `start`.
             batched: one set of meta-parameters per run.
         """
-        records = []
+        records, arguments, move = [], (generator, draw_horizon, sides, batched), None
+        if self.compiled and not torch.is_grad_enabled():
+            runs = inner.params, inner.states, inner.step
+            move = fused(self.rule, meta_params, self.frozen, batched, *runs)
         for _ in range(length):
-            inner, record, _ = self.slot(meta_params, inner, generator, draw_horizon, sides=sides, batched=batched)
+            inner, record, _ = self._slot(meta_params, inner, *arguments, move)
             records.append(record)
         return inner, Record(*(torch.stack(rows) for rows in zip(*records, strict=True)))
 
@@ -137,14 +142,30 @@ class Unroll:
         batched: bool = False,
     ) -> tuple[Inner, Record, Any]:
         """One slot of every run, arguments as for `run`; also returns the batch that it used."""
+        return self._slot(meta_params, inner, generator, draw_horizon, sides, batched, None)
+
+    def _slot(
+        self,
+        meta_params: MetaParams,
+        inner: Inner,
+        generator: torch.Generator,
+        draw_horizon: Callable[[int], Tensor],
+        sides: int,
+        batched: bool,
+        move: Fused | None,
+    ) -> tuple[Inner, Record, Any]:
         population = len(inner.done) // sides
         fresh = None
         if bool(inner.done.any()) and not self.idle:
             fresh = self.start(generator, draw_horizon(population), sides=sides)
         batch = _repeat(self.task.batch(generator, _half(inner.constants, sides), population), sides)
-        meta = dict(meta_params), dict(self.frozen)
-        arguments = (*meta, inner.params, inner.states, inner.step, batch, self._num_steps(inner))
-        params, states, losses = self._stepper(batched)(*arguments)
+        params, states, num_steps = inner.params, inner.states, self._num_steps(inner)
+        if move is not None:
+            grads, losses = vmap(self.task.grad_and_value)(params, batch)
+            params, states = move(params, states, inner.step, grads, num_steps)
+        else:
+            meta = dict(meta_params), dict(self.frozen)
+            params, states, losses = self._stepper(batched)(*meta, params, states, inner.step, batch, num_steps)
         first = torch.where(inner.step == 0, losses.detach(), inner.first_loss)
         clock = inner.clock + 1
         done = clock >= inner.horizon
