@@ -339,7 +339,7 @@ CLAIMS = (
             below("best last loss of k Momentums", "best last loss of RMSProp"),
             below("best last loss of Adam", "best last loss of k Momentums", published="slightly better at the end"),
         ),
-        minutes=8.0,
+        minutes=12.0,
         quick_minutes=0.5,
         seeds=2,
         quick_seeds=1,
