@@ -16,8 +16,8 @@ class Fused:
     """Moves P inner runs by the kernel, which writes where they lie; made anew for each truncation.
 
     Args:
-        kernel: one for each run, so that each keeps its own meta-parameters' tables; or one for all.
-        meta_params: as many; float32.
+        each: run by run, its kernel and meta-parameters in float32; a kernel of its own where these differ, for it
+            keeps tables of them.
         params: name -> (P, *shape), copied.
         states: name -> the rule's state, of (P, ...) each; copied.
         step: (P,) updates made so far.
