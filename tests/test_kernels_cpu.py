@@ -54,6 +54,8 @@ def rule_of(config):
         for name, value in rule.named_parameters():  # those that start at zero
             if name.startswith(("schedule", "tensor", "momentum_mix", "b")):
                 value.copy_(0.3 * torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name))))
+            if name == "caution":
+                value.copy_(torch.tensor([0.9, 0.3]))
             if name.endswith("decays"):
                 value.add_(0.01)
     return rule

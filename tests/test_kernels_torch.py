@@ -58,6 +58,8 @@ def test_every_configuration(config, monkeypatch):
         for name, value in rule.named_parameters():  # those that start at zero
             if name.startswith(("schedule", "tensor", "momentum_mix", "b")):
                 value.copy_(0.3 * torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name))))
+            if name == "caution":
+                value.copy_(torch.tensor([0.9, 0.3]))
     calls = []
     move = torch_star.TorchStar.step
     monkeypatch.setattr(torch_star.TorchStar, "step", lambda *a, **k: calls.append(len(a[1])) or move(*a, **k))

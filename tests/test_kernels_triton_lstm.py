@@ -143,6 +143,8 @@ def test_what_has_no_kernel_says_why():
     assert triton_lstm.supports(lopt.rules.make("lstm")) is None
     assert "hidden_size=65" in triton_lstm.supports(lopt.rules.make("lstm", hidden_size=65))
     assert "scope='tensor'" in triton_lstm.supports(lopt.rules.make("lstm_dmd", scope="tensor"))
+    assert "scheduler" in triton_lstm.supports(lopt.rules.make("lstm", nominal_stepsize=1e-2, scheduler=True))
+    assert "eps" in triton_lstm.supports(lopt.rules.make("lstm", nominal_stepsize=1e-2, eps=1e-8))
     assert "STAR" in triton_lstm.supports(lopt.rules.make("star"))
     with pytest.raises(ValueError, match="precision='fp8'"):
         triton_lstm.make(lopt.rules.make("lstm"), precision="fp8")

@@ -45,6 +45,8 @@ def make_rule(kind="star", **config):
     rule = lopt.rules.make(kind, **config).to(DEVICE)
     for name, value in rule.named_parameters():
         value.data.normal_(0, 0.1 if name.endswith("decays") else 0.3)
+        if name == "caution":  # otherwise it may be 0
+            value.data.copy_(torch.tensor([0.9, 0.3]))
     return rule
 
 

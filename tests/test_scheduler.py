@@ -123,12 +123,53 @@ def test_the_mix_weighs_the_momenta():
         torch.testing.assert_close(delta, expected)
 
 
+@pytest.mark.parametrize("ends", [(0.0, 0.0), (1.0, 0.5), (0.25, 3.0), (-1.0, 1.0)])
+def test_caution_goes_from_its_start_to_its_end_within_0_and_1(ends):
+    theta = {"caution": torch.tensor(ends)}
+    for step, num_steps, fraction in ((0, 101, 0.0), (25, 101, 0.25), (500, 101, 1.0), (7, None, 0.5)):
+        expected = np.clip(np.interp(fraction, (0, 1), ends), 0, 1)
+        assert scheduler.caution(theta, torch.tensor(float(step)), num_steps).item() == pytest.approx(expected)
+
+
+def test_caution_1_is_the_cautious_adam_of_its_paper_without_the_division():
+    # One momentum, algorithm 2 of Liang et al. in NumPy: m, v, u = m / sqrt(v), and u where u g > 0.
+    rule = rules.make("star", nominal_stepsize=0.1, step_mult=0.0, nominal_controller=False, scheduler=True)
+    rule = rules.make("star", **{**rule.config.to_dict(), "exp_mult": (0.0, 0.0, 0.0)})
+    theta = {name: torch.zeros_like(p) for name, p in rule.meta_params().items()}
+    theta["momentum_mix"] = torch.tensor([[0.0, -200.0, -200.0]] * 2)
+    theta["caution"] = torch.ones(2)
+    theta = {name: value.double() for name, value in theta.items()}
+    draw = np.random.default_rng(0)
+    param, m, v = torch.zeros(4, 5, dtype=torch.float64), np.zeros((4, 5)), np.zeros((4, 5))
+    state, held = rule.init_state(param), 0
+    for step in range(30):
+        grad = draw.standard_normal((4, 5))
+        m, v = 0.9 * m + 0.1 * grad, 0.999 * v + 0.001 * grad**2
+        expected = -0.1 * m / np.sqrt(v + 1e-6) * (m * grad > 0)
+        context = StepContext(torch.tensor(float(step)), None, 30)
+        delta, state = rule.update(theta, torch.from_numpy(grad), state, param, context)
+        np.testing.assert_allclose(delta, expected, rtol=1e-9, atol=1e-12)
+        held += (m * grad <= 0).sum()
+    assert held > 100
+
+
+def test_caution_lets_momenta_go_on_where_there_is_no_gradient():
+    theta = {name: torch.zeros_like(p) for name, p in rules.make("star", scheduler=True).named_parameters()}
+    theta["caution"] = torch.ones(2)
+    rule = rules.make("star", nominal_stepsize=0.1, step_mult=0.0, nominal_controller=False, scheduler=True)
+    param, context = torch.zeros(2), StepContext(torch.tensor(0.0), None, 10)
+    _, state = rule.update(theta, torch.tensor([1.0, -1.0]), rule.init_state(param), param, context)
+    delta, _ = rule.update(theta, torch.zeros(2), state, param, context)
+    assert delta[0] < 0 < delta[1]
+
+
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 @pytest.mark.parametrize("num_steps", [None, 30])
 def test_behind_the_optimizer_it_is_what_the_rule_says(backend, num_steps):
     torch.manual_seed(3)
     rule = rules.make("star", scheduler=True, **OPTIONS)
     rule.load_state_dict({**rule.state_dict(), **{name: value.float() for name, value in drawn(3).items()}})
+    rule.caution.data.copy_(torch.tensor([0.8, 0.4]))
     params = [torch.nn.Parameter(torch.randn(shape)) for shape in ((6, 4), (6,), (3, 2, 3, 3), ())]
     expected, states = [p.detach().clone() for p in params], [rule.init_state(p) for p in params]
     optimizer = lopt.RuleOptimizer(params, rule, num_steps=num_steps, backend=backend)

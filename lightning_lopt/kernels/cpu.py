@@ -39,7 +39,7 @@ DIRECTIONS = {
 # The scheduler's meta-parameters, in the order of star_schedule.h
 SCHEDULE = (
     *("schedule_fraction", "schedule_length", "schedule_early", "schedule_step"),
-    *("tensor_powers", "momentum_mix"),
+    *("tensor_powers", "momentum_mix", "caution"),
 )
 # Options that the kernel has, or that the rule puts into a tensor's multipliers or the decays. Any other must be off.
 OPTIONS = {
@@ -74,7 +74,7 @@ def supports(rule: UpdateRule) -> str | None:
         return f"the kernel does not have the option {others[0]!r}"
     if rule.config.hidden_size > LARGEST_HIDDEN:
         return f"the kernel takes networks of up to {LARGEST_HIDDEN} units, this one has {rule.config.hidden_size}"
-    if rule.config.scheduler and set(SCHEDULE) != set(scheduler.SHAPES):
+    if rule.config.scheduler and set(SCHEDULE) != {*scheduler.SHAPES, "caution"}:
         return f"the kernel's scheduler has other meta-parameters: {', '.join(SCHEDULE)}"
     library = _library(rule)
     return library if isinstance(library, str) else None

@@ -218,6 +218,7 @@ void apply(Work& w, int64_t block) {
   const bool both_by_root = mode == WRITE && rule.blackbox_root && rule.nominal_root;
   float by_grad = rule.direction[0] * constant[1], by_momentum[3];
   for (int k = 0; k < 3; k++) by_momentum[k] = w.momenta[k] * constant[1];
+  const float kept = 1 - w.caution;  // of a nominal step that would climb
   V outside = {}, sums[4] = {}, head_sums[HEADS] = {};
   int64_t end = std::min(t.size, (block + 1) * BLOCK);
   for (Run run{block * BLOCK, 0, {}, {}, {}}; run.at < end; run.at += run.n) {
@@ -251,6 +252,7 @@ void apply(Work& w, int64_t block) {
       nominal += c.momentum[1] * by_momentum[1];
       nominal += c.momentum[2] * by_momentum[2];
       if (by_grad != 0) nominal += c.grad * by_grad;
+      if (kept != 1) nominal = c.grad * nominal < 0 ? nominal * kept : nominal;
       if (heads && rule.heads[0]) {
         blackbox = head[0];
         if (exp_mult[0] != 0) blackbox *= magnitude_of(head[1]);

@@ -12,7 +12,7 @@ struct Schedule {  // as packed by cpu.py: the scheduler's constants and meta-pa
   float fractions[FRACTIONS], log_steps[LOG_STEPS], log_lengths[2], largest_power;
   float schedule_fraction[FRACTIONS], schedule_length[FRACTIONS];
   float schedule_early[LOG_STEPS], schedule_step[LOG_STEPS];
-  float tensor_powers[2][2][8], momentum_mix[2][3];
+  float tensor_powers[2][2][8], momentum_mix[2][3], caution[2];
 };
 
 inline float clamp(float x, float low, float high) { return x < low ? low : x > high ? high : x; }  // NaN stays
@@ -46,6 +46,7 @@ void schedule(Work& w, const float (&means)[4]) {
   const float(*powers)[8] = s.tensor_powers[shape[0] > 0 ? 0 : 1];
   for (int i = 0; i < 8; i++) own += lerp(powers[0][i], powers[1][i], fraction) * x[i];
   w.factor = std::exp(log_factor + clamp(own, -s.largest_power, s.largest_power));
+  w.caution = clamp(lerp(s.caution[0], s.caution[1], fraction), 0, 1);
   if (!w.rule.mixed) return;
   float total = 0;
   for (int k = 0; k < 3; k++) total += w.momenta[k] = std::exp(lerp(s.momentum_mix[0][k], s.momentum_mix[1][k], fraction));

@@ -89,6 +89,7 @@ struct Work {
   std::vector<double> grad_sums, partial, head_sums, squares;  // one row for each block
   float weights[DENSE][HIDDEN], head_means[HEADS], mean_grad = 0, widest[HIDDEN];
   float factor = 1, momenta[3];  // of blackbox and nominal term; the momenta's weights in the nominal direction
+  float caution = 0;             // how much of the nominal direction is held back where it would climb
   bool finite = true, proven = false;
   std::vector<uint8_t> block_finite;
   VI inner[LANES];  // (c + lane) % C for each c, where C > 1 fits

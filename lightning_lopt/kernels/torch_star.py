@@ -119,13 +119,13 @@ class TorchStar:
             flat = x.reshape(-1, 1, x[0, 0].numel())
             sums = sums + torch.bmm(flat, flat.mT).reshape(x.shape[:2])
         mean_squares = sums / max(1, math.prod(s.shape))
-        factor, momenta = self._multipliers(s, meta, mean_squares, *lengths)
+        multipliers = self._multipliers(s, meta, mean_squares, *lengths)
         weights = self._first_layer(meta, mean_squares)
         moved, squares = torch.empty_like(s.param), []
         for chunk in chunks:
             if len(chunks) > 1:
                 x = self._features(s, vectors, decays, chunk)
-            terms = self._terms(x, meta, weights, _cut_all(vectors.hidden, chunk), factor, momenta)
+            terms = self._terms(x, meta, weights, _cut_all(vectors.hidden, chunk), *multipliers)
             self._new_value(s, _cut(s.param, chunk), terms, _cut(moved, chunk))
             if measure:
                 squares.append([term.flatten(1).square().sum(1) for term in terms.values()])
@@ -213,15 +213,17 @@ class TorchStar:
 
     def _multipliers(
         self, s: _Stack, meta: _Meta, mean_squares: Tensor, num_steps: int | None, num_tensors: int | None
-    ) -> tuple[Tensor | float, Tensor | None]:
-        """The factor of both terms (T, 1, ...), and the weights of the momenta (3,)."""
+    ) -> tuple[Tensor | float, Tensor | None, Tensor | None]:
+        """The factor of both terms (T, 1, ...), the weights of the momenta (T, 3, ...), the caution (T, 1, ...)."""
         if not self.rule.config.scheduler:
-            return 1.0, None
+            return 1.0, None, None
         read = torch.cat([mean_squares[:, 1:2], mean_squares[:, 6:9]], 1)
         shapes = torch.tensor([scheduler.shape_features(s.shape, num_tensors)]).expand(len(s.parts), -1)
         factor, momenta = scheduler.multipliers(meta, read, shapes, s.step, num_steps)
         ones = [1] * len(s.shape)
-        return factor.reshape(-1, 1, *ones), momenta.expand(len(s.parts), -1).reshape(-1, 3, *ones)
+        caution = scheduler.caution(meta, s.step, num_steps)
+        momenta = momenta.expand(len(s.parts), -1).reshape(-1, 3, *ones)
+        return factor.reshape(-1, 1, *ones), momenta, caution.reshape(-1, 1, *ones)
 
     def _terms(
         self,
@@ -231,6 +233,7 @@ class TorchStar:
         hidden: tuple[Tensor, ...],
         factor: Tensor | float,
         momenta: Tensor | None,
+        caution: Tensor | None,
     ) -> dict[str, Tensor]:
         """The step's parts, (T, 1, *chunk) each: rules.star.STAR._terms."""
         c, terms = self.rule.config, {}
@@ -248,6 +251,7 @@ class TorchStar:
             else:
                 planes = exp_avg.transpose(0, 1).unsqueeze(2)  # the rule's function has the momenta first
                 direction = nominal.nominal_direction(c.nominal_grad_estimator, grad, planes, root)
+            direction = direction if caution is None else nominal.cautious(direction, grad, caution)
             control: Tensor | float = math.exp(c.exp_mult[1])
             if c.nominal_controller:
                 control = nominal.magnitude(c.exp_mult[1], heads[:, 2:3])

@@ -27,6 +27,7 @@ from lightning_lopt.kernels import triton_math as tm
 from lightning_lopt.kernels.triton_host import Addresses, Table
 from lightning_lopt.kernels.triton_tensors import DTYPES, View
 from lightning_lopt.rules import LSTMRule, UpdateRule, nominal
+from lightning_lopt.rules.features import EPS
 from lightning_lopt.rules.lstm import PREPROCESSING
 
 COORDINATES, WARPS = 64, 8  # of a tile; four warps would not hold the units in registers
@@ -205,6 +206,8 @@ def supports(rule: UpdateRule) -> str | None:
         return f"hidden_size={c.hidden_size}: the Triton kernel holds at most 64 units of a coordinate"
     if c.rank and c.scope == "tensor":
         return "scope='tensor': the Triton kernel has one set of eigenvalues for all tensors"
+    if c.scheduler or c.eps != EPS:
+        return "scheduler=True or an eps of one's own: the Triton kernel has neither"
     return None
 
 

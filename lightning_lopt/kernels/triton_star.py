@@ -117,7 +117,7 @@ class _Plan:
         self.unclipped, self.clipping = torch.ones(2, device=device), torch.ones(2, device=device)
         self.zero, self.one = new(1), torch.ones(1, device=device)
         # The paper's form, and what a scheduler reads of shapes.
-        self.multipliers = torch.tensor([1.0, *[1 / 3] * 3], device=device).repeat(len(parts), 1)
+        self.multipliers = torch.tensor([1.0, *[1 / 3] * 3, 0.0], device=device).repeat(len(parts), 1)
         self.shapes, self.num_steps = Table(torch.float32, device), Table(torch.float32, device)
 
     def names(self, number: int, safeguard: bool) -> tuple[str, ...]:
@@ -253,7 +253,7 @@ class StarKernel:
         num_steps: int | None,
         num_tensors: int | None,
     ) -> Tensor:
-        """(tensors, 4): the factor of both terms and the weights of the momenta, by the rule's own function."""
+        """(tensors, 5): the factor of both terms, the weights of the momenta, the caution, by the rule's functions."""
         if not self.rule.config.scheduler:
             return plan.multipliers
         scheduler.keep_constants(torch.float32, plan.effective.device)
@@ -262,7 +262,8 @@ class StarKernel:
         step = plan.effective[:, factored.AT_STEP.value]
         read = plan.effective[:, factored.READ.value : factored.READ.value + 4]
         factor, momenta = scheduler.multipliers(meta_params, read, shapes, step, length)
-        return torch.cat([factor.unsqueeze(1), momenta.expand(len(parts), 3)], 1)
+        caution = scheduler.caution(meta_params, step, length)
+        return torch.cat([factor.unsqueeze(1), momenta.expand(len(parts), 3), caution.unsqueeze(1)], 1)
 
     def _settings(self) -> dict[str, int | bool]:
         c = self.rule.config

@@ -21,7 +21,7 @@ PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, AT_X, AT_Y, STEP, SKIPPED, IN_ROW, ALIGNED, AD
     tl.constexpr(n) for n in range(11)
 )
 SIGN, SCALE, DECAY, NUMBERS = (tl.constexpr(n) for n in range(4))
-MULTIPLIERS = tl.constexpr(4)  # the factor of both terms, the weights of three momenta
+MULTIPLIERS = tl.constexpr(5)  # the factor of both terms, the weights of three momenta, the caution
 # Per tile: 16 dense channels, 6 of a flat tensor's moments, and what tells NaN and inf.
 POISON, TILE_SUMS = (tl.constexpr(n) for n in (22, 32))
 # Per block: sums of three moments at each place of inner, then of the squares of six channels.

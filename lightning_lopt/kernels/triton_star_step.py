@@ -268,6 +268,7 @@ def _terms(
     if ESTIMATOR:
         control = tl.exp(tl.load(settings + 2) * heads[2]) if CONTROL else tl.load(settings + 6)
         direction = tm.direction(ESTIMATOR, g, m0, m1, m2, q, multipliers + 1)
+        direction *= tl.where(direction * g < 0, 1 - tl.load(multipliers + 4), 1.0)
         nominal = -factor * (tl.load(settings + 4) * control * direction)
     if SHRINK:
         rate = tl.load(settings + 5)

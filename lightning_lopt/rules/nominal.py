@@ -5,7 +5,7 @@ Source: Harrison et al. 2022 (STAR, arXiv 2209.11208), section 5, eqs. 21 and 22
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
@@ -77,6 +77,26 @@ def nominal_direction(
     return ESTIMATORS[estimator](grad, exp_avg, inv_root, weights)
 
 
+def cautious(direction: Tensor, grad: Tensor, caution: Tensor) -> Tensor:
+    """Hold a direction back where it would climb: 1 - `caution` of it where its sign is not the gradient's.
+
+    A momentum that runs on past a minimum is what makes large steps oscillate. Source: Liang et al. 2024, "Cautious
+    optimizers" (arXiv 2411.16085), which is `caution` 1. Two deviations: the direction is not divided by the share of
+    coordinates that are kept, which the scheduler's factor can make up for; and where the gradient is 0, as in rows of
+    an embedding that a batch does not touch, momenta go on.
+
+    Args:
+        direction: (*shape).
+        grad: (*shape).
+        caution: () within 0 and 1; 0 changes nothing.
+
+    Example:
+        >>> cautious(torch.tensor([1.0, 1.0, 1.0]), torch.tensor([2.0, 0.0, -2.0]), torch.tensor(0.75))
+        tensor([1.0000, 1.0000, 0.2500])
+    """
+    return torch.where(direction * grad < 0, direction * (1 - caution), direction)
+
+
 def magnitude(exp_mult: float, head: Tensor, *, aggregate: bool = False, part: Part | None = None) -> Tensor:
     """The magnitude controller exp(exp_mult * head): beta_2 or beta_4 of eqs. 21 and 22.
 
@@ -113,17 +133,43 @@ def init_moments(config: Stabilizers, param: Tensor) -> tuple[Tensor, Tensor]:
     return param.new_zeros((3, *param.shape)), torch.zeros_like(param)
 
 
-def update_moments(config: Stabilizers, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Fold one gradient into the moments of `init_moments`, at decays that are not learned."""
+def update_moments(
+    config: Stabilizers,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grad: Tensor,
+    offsets: Mapping[str, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Fold one gradient into the moments of `init_moments`.
+
+    Args:
+        config: the options.
+        exp_avg: (3, *shape) momenta.
+        exp_avg_sq: (*shape) second moment.
+        grad: (*shape).
+        offsets: `momentum_decays (3,)` and `rms_decays (1,)` for `features.effective_decay`; None: decays not learned.
+    """
     if not stabilized(config):
         return exp_avg, exp_avg_sq
-    momentum = torch.tensor(MOMENTUM_DECAYS, dtype=grad.dtype, device=grad.device)
-    decays = feats.Decays(momentum, torch.full_like(momentum[:1], RMS_DECAY), momentum[:0])
-    return feats.update_moments(exp_avg, exp_avg_sq, grad, decays)
+    if offsets is None:
+        momentum = torch.tensor(MOMENTUM_DECAYS, dtype=grad.dtype, device=grad.device)
+        rms = torch.full_like(momentum[:1], RMS_DECAY)
+    else:
+        momentum = feats.effective_decay(MOMENTUM_DECAYS, offsets["momentum_decays"])
+        rms = feats.effective_decay((RMS_DECAY,), offsets["rms_decays"]).clamp(0, 1)
+    return feats.update_moments(exp_avg, exp_avg_sq, grad, feats.Decays(momentum, rms, momentum[:0]))
 
 
 def stabilized_terms(
-    config: Stabilizers, readouts: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor
+    config: Stabilizers,
+    readouts: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    eps: float = feats.EPS,
+    factor: Tensor | float = 1.0,
+    weights: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """A network's step with what stabilisers there are: `blackbox`, and `nominal` if there is such a term.
 
@@ -133,16 +179,19 @@ def stabilized_terms(
         grad: (*shape).
         exp_avg: (3, *shape) momenta that hold `grad` already.
         exp_avg_sq: (*shape) second moment, likewise.
+        eps: added to the second moment before its root.
+        factor: () of both terms.
+        weights: (3,) of the momenta, as for `nominal_direction`.
     """
-    step = config.out_scale * readouts[0]
+    step = factor * config.out_scale * readouts[0]
     if not stabilized(config):
         return {"blackbox": step}
-    inv_root = feats.inverse_root(exp_avg_sq)
+    inv_root = feats.inverse_root(exp_avg_sq, eps)
     terms = {"blackbox": precondition(step, inv_root) if config.normalize_blackbox else step}
     if config.nominal_stepsize:
-        direction = nominal_direction(config.nominal_grad_estimator, grad, exp_avg, inv_root)
-        factor = magnitude(config.exp_mult, readouts[1]) if config.nominal_controller else 1.0
-        terms["nominal"] = -nominal_term(config.nominal_stepsize, direction, factor)
+        direction = nominal_direction(config.nominal_grad_estimator, grad, exp_avg, inv_root, weights)
+        control = magnitude(config.exp_mult, readouts[1]) if config.nominal_controller else 1.0
+        terms["nominal"] = -nominal_term(config.nominal_stepsize, direction, factor * control)
     return terms
 
 

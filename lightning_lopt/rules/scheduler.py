@@ -11,13 +11,14 @@ can be drawn and read:
 with the exponents a_i going linearly from their start to their end over the run, of one kind for matrices and another
 for vectors and scalars. Steps relative to a tensor's scale are Adafactor's (Shazeer and Stern 2018, arXiv 1804.04235,
 section 8). The momenta of the nominal term are mixed by learned weights instead of averaged, again from start to end.
-All meta-parameters at 0 leave the paper's form.
+`caution` says how much of the nominal step is held back where it goes against the gradient of the moment. All
+meta-parameters at 0 leave the paper's form.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,7 @@ SHAPES = {
     "tensor_powers": (2, 2, NUM_TENSOR_FEATURES),  # (vectors, matrices) x (start, end) x feature
     "momentum_mix": (2, 3),  # (start, end) x momentum: logits of the weights
 }
+CAUTION = (2,)  # shape of STAR's `caution`, (start, end), which only a rule with a nominal term has
 LOG_LENGTHS = (-1.0, 0.5)  # log10(length / 1000) is held within these: no extrapolation to runs of a million steps
 LARGEST_POWER = 4.0  # a tensor's log factor stays within +-4
 
@@ -76,6 +78,51 @@ def multipliers(
     factor = torch.exp(log_factor(meta_params, step, num_steps) + own)
     mix = meta_params["momentum_mix"]
     return Multipliers(factor, torch.softmax(torch.lerp(mix[:1], mix[1:], fraction), 1))
+
+
+def of_tensor(
+    meta_params: Mapping[str, Tensor],
+    mean_squares: Sequence[Tensor],
+    shape: tuple[int, ...],
+    step: Tensor,
+    num_steps: Tensor | int | None,
+    num_tensors: int | None,
+) -> Multipliers:
+    """`multipliers` for one tensor: the factor () and the weights (3,).
+
+    Args:
+        meta_params: with the names and shapes of `SHAPES`.
+        mean_squares: () x 4, of what `scales` gives.
+        shape: of the whole tensor.
+        step: () updates made so far.
+        num_steps: the run's length, or None.
+        num_tensors: how many tensors move, or None.
+    """
+    means = torch.stack(list(mean_squares))[None]
+    shapes = torch.tensor([shape_features(shape, num_tensors)], dtype=means.dtype, device=means.device)
+    factor, momenta = multipliers(meta_params, means, shapes, step, num_steps)
+    return Multipliers(factor.squeeze(0), momenta.squeeze(0))
+
+
+def scales(param: Tensor, exp_avg: Tensor, inv_root: Tensor) -> list[Tensor]:
+    """The squares (*shape) x 4 whose means are a tensor's own numbers: of its value, of each momentum's strength."""
+    return [x.square() for x in (param, *(exp_avg * inv_root))]
+
+
+def caution(meta_params: Mapping[str, Tensor], step: Tensor, num_steps: Tensor | int | None) -> Tensor:
+    """What `nominal.cautious` takes, within 0 and 1: from its start to its end, linear in the fraction of the run.
+
+    Args:
+        meta_params: with `caution`, of the shape `CAUTION`.
+        step: () updates made so far, or (T,); the result has its shape.
+        num_steps: the run's length, or None.
+
+    Example:
+        >>> caution({"caution": torch.tensor([1.0, 0.5])}, torch.tensor(50.0), 101)
+        tensor(0.7500)
+    """
+    start, end = meta_params["caution"]
+    return torch.lerp(start, end, progress(step.to(start.dtype), num_steps)).clamp(0, 1)
 
 
 def tensor_features(mean_squares: Tensor, shapes: Tensor) -> Tensor:

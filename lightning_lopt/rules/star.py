@@ -151,7 +151,8 @@ class STAR(UpdateRule):
         self.momentum_decays = nn.Parameter(torch.zeros(3))
         self.rms_decays = nn.Parameter(torch.zeros(1))
         self.adafactor_decays = nn.Parameter(torch.zeros(3))
-        for name, shape in scheduler.SHAPES.items() if self.config.scheduler else ():
+        of_scheduler = {**scheduler.SHAPES, "caution": scheduler.CAUTION} if self.config.scheduler else {}
+        for name, shape in of_scheduler.items():
             self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
 
     def init_state(self, param: Tensor) -> feats.Accumulators:
@@ -245,6 +246,9 @@ class STAR(UpdateRule):
             if c.nominal_controller:
                 control = nominal.magnitude(c.exp_mult[1], heads[2], aggregate=c.aggregate_nom_magnitude, part=part)
             direction = nominal.nominal_direction(c.nominal_grad_estimator, grad, state.exp_avg, inv_root, weights)
+            if c.scheduler:
+                caution = scheduler.caution(meta_params, context.step, context.num_steps)
+                direction = nominal.cautious(direction, grad, caution)
             terms["nominal"] = -factor * nominal.nominal_term(c.nominal_stepsize, direction, control)
         if c.weight_decay:
             decay: Tensor | float = c.weight_decay
