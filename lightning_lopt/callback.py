@@ -24,7 +24,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from torch import Tensor
 
-from lightning_lopt import disk, kernels
+from lightning_lopt import disk, kernels, state_dicts
 from lightning_lopt.hub import load_rule
 from lightning_lopt.optimizer import RuleOptimizer
 from lightning_lopt.rules import UpdateRule, compute_dtype
@@ -227,6 +227,10 @@ class LearnedOptimizer(Callback, *_also_of()):  # type: ignore[misc]
         """Put the strategy's own methods back; Lightning calls no teardown on exceptions."""
         self._detach()
         disk.explain(trainer, exception)
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Close the gaps in state that was gathered from shards."""
+        checkpoint["optimizer_states"] = [state_dicts.without_gaps(state) for state in checkpoint["optimizer_states"]]
 
     def state_dict(self) -> dict[str, Any]:
         """Which rule this is, where it came from, and its weights (kilobytes), as tensors and plain types."""

@@ -53,6 +53,23 @@ def restored(loaded: dict[str, Any], params: Iterable[Tensor]) -> Iterator[tuple
         yield param, {name: t.to(param.device, dtypes.get(name, t.dtype), copy=True) for name, t in raw.items()}
 
 
+def without_gaps(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The same state, in tensors whose numbers lie next to each other.
+
+    torch before 2.13 gathers uneven shards as a view of what they were padded to. The padding would be saved too, and
+    gloo, by which rank 0 hands a checkpoint to the others, sends memory as it lies (pytorch/pytorch#192920).
+
+    Example:
+        >>> gathered = torch.zeros(3, 2, 8)[:, :1]
+        >>> without_gaps({"state": {0: {"exp_avg": gathered}}})["state"][0]["exp_avg"].stride()
+        (8, 8, 1)
+    """
+    states = state_dict.get("state", {})  # none on ranks that have gathered nothing
+    # A clone closes gaps, and keeps the order in which the dims of a dense tensor lie.
+    closed = {k: {n: t if t.is_contiguous() else t.clone() for n, t in state.items()} for k, state in states.items()}
+    return {**state_dict, "state": closed} if states else state_dict
+
+
 def _saved(loaded: dict[str, Any], params: Iterable[Tensor]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     saved_ids = (index for group in loaded["param_groups"] for index in group["params"])
     for index, param in zip(saved_ids, params, strict=False):  # torch itself refuses other numbers of parameters

@@ -6,6 +6,7 @@ import inspect
 import lightning as L
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from lightning_cases import KNOWN_WARNINGS, ManualModule, Module, data, fit, learned, weights
@@ -210,3 +211,24 @@ def test_state_of_full_precision_survives_in_bfloat16(tmp_path):
     for param, state in resumed.optimizers[0].state.items():
         assert param.dtype == torch.bfloat16
         assert {t.dtype for t in state.values() if t.is_floating_point()} == {torch.float32}
+
+
+def receive(rank, store, sent):
+    dist.init_process_group("gloo", store=dist.FileStore(str(store), 2), rank=rank, world_size=2)
+    tensor = torch.empty(sent.shape) if rank else sent
+    dist.broadcast(tensor, 0)
+    torch.save(tensor, f"{store}{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_gathered_state_is_saved_without_the_gaps_that_gloo_would_send(tmp_path):
+    """Older torch gathers shards as views of padded tensors; rank 0 hands what is in a file to the other processes."""
+    gathered, in_order = torch.rand(3, 4, 2)[:, :3], torch.rand(1, 2, 3, 3).to(memory_format=torch.channels_last)
+    checkpoint = {"optimizer_states": [{"state": {0: {"exp_avg": gathered, "exp_avg_sq": in_order}}}, {}]}
+    learned().on_save_checkpoint(None, None, checkpoint)
+    saved = checkpoint["optimizer_states"][0]["state"][0]
+    arguments = (tmp_path / "store", saved["exp_avg"])
+    torch.multiprocessing.start_processes(receive, arguments, nprocs=2, start_method="fork")
+    assert_equal([torch.load(tmp_path / "store1.pt"), saved["exp_avg_sq"]], [gathered, in_order])
+    assert saved["exp_avg_sq"].stride() == in_order.stride()  # a dense tensor lies as it lay
+    assert checkpoint["optimizer_states"][1] == {}

@@ -116,7 +116,7 @@ def test_processes_that_run_the_script_again(tmp_path):
     folders = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     code = f"import sys; sys.path[:0] = {folders!r}\n"
     (tmp_path / "script.py").write_text(code + SCRIPT)
-    subprocess.run([sys.executable, "script.py", str(tmp_path)], cwd=tmp_path, check=True, timeout=120)
+    subprocess.run([sys.executable, "script.py", str(tmp_path)], cwd=tmp_path, check=True, timeout=280)
     ranks = reports(tmp_path)
     (one,) = run(tmp_path / "one")
     assert_ranks_equal(ranks)

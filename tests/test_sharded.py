@@ -25,7 +25,17 @@ pytestmark = [
 ]
 
 
-class FullySharded(Sharded):
+class Uneven(Sharded):
+    """Layers of 7 rows and of 1, which 2 processes and 4 cannot share evenly."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            self.net = nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 1))
+
+
+class FullySharded(Uneven):
     """Every layer is split between the processes; a bias of one number leaves one of them nothing."""
 
     def configure_model(self):
@@ -37,7 +47,7 @@ class FullySharded(Sharded):
             fully_shard(self.net, mesh=mesh)
 
 
-class Replicated(Sharded):
+class Replicated(Uneven):
     """Two replicas, each split between two processes: a mesh of two dims."""
 
     def configure_model(self):
@@ -137,7 +147,7 @@ def averages(tmp_path_factory):
 def test_two_processes_are_one_with_the_double_batch(tmp_path, options, arguments):
     ranks = run(tmp_path / "two", tmp_path, options=options, **arguments)
     (tmp_path / "one").mkdir()
-    trainer(tmp_path, learned(**options), Report(tmp_path / "one"), **arguments).fit(Sharded())
+    trainer(tmp_path, learned(**options), Report(tmp_path / "one"), **arguments).fit(Uneven())
     (one,) = reports(tmp_path / "one", 1)
     for key in ("weights", "state"):
         assert_equal(ranks[0][key], ranks[1][key])

@@ -72,7 +72,7 @@ class Module(L.LightningModule):
         super().__init__()
         self.mesh = mesh
         torch.manual_seed(7)
-        self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+        self.net = nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 1))
 
     def configure_model(self) -> None:
         if self.mesh is not None and not isinstance(self.net[0].weight, DTensor):
