@@ -1,6 +1,6 @@
 """How the bundled `star` was made: its scheduler's readable numbers, fitted to many small tasks at two horizons.
 
-    python examples/recipes/star_scheduler.py --out runs/star --seed 5    # fifty minutes of a core; can be interrupted
+    python examples/recipes/star_scheduler.py --out runs/star --seed 5    # an hour of a core; can be interrupted
 
 96 points in a box, then 72 and 56 in ever smaller ones about the best; then the best of nine candidates on other tasks
 (VALIDATION); see `lightning_lopt.meta.surface`. Needs MNIST, Fashion-MNIST, CIFAR-10 and tiny Shakespeare, from
