@@ -68,6 +68,7 @@ RULES_UNDER_TEST = [
     RuleCase(
         "lstm_dmd", {"nominal_stepsize": 1e-2, "out_scale": 1e-6, "rank": 2, "num_snapshots": 2, "scope": "tensor"}
     ),
+    RuleCase("lstm_dmd", {"nominal_stepsize": 1e-2, "out_scale": 1e-6, "num_snapshots": 3, "scheduler": True}),
     RuleCase("gru", {"nominal_stepsize": 1e-2, "nominal_controller": True, "out_scale": 1e-6, "hidden_size": 8}),
     RuleCase("mng", {}),
     RuleCase("k_timesteps", {}, step_against_the_mean),

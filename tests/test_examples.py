@@ -49,6 +49,16 @@ def test_the_nominal_rule_is_reproduced_bit_by_bit(tmp_path):
         assert torch.equal(tensor, bundled.state_dict()[key])
 
 
+@pytest.mark.skipif("LIGHTNING_LOPT_DATA" not in os.environ, reason="needs MNIST from LIGHTNING_LOPT_DATA")
+def test_the_recipe_of_the_robust_lstm_runs(tmp_path):
+    recipe = EXAMPLES / "recipes" / "lstm_dmd_robust.py"
+    ARGUMENTS[recipe.name] = ["--out", "robust", "--steps", "4", "--length", "2", "--validation", "20"]
+    ARGUMENTS[recipe.name] += ["--tasks", "mnist-dmd"]
+    assert "chosen: after" in run(recipe, tmp_path)
+    made, bundled = lopt.load_rule(tmp_path / "robust" / "rule"), lopt.load_rule("lstm-dmd-robust")
+    assert made.config == bundled.config
+
+
 def test_the_recipe_of_star_runs_and_is_taken_up_again(tmp_path):
     recipe = EXAMPLES / "recipes" / "star_scheduler.py"
     ARGUMENTS[recipe.name] = ["--out", "star", "--points", "14", "12", "--tasks", "wine-mlp"]

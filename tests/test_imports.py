@@ -42,7 +42,7 @@ ARROWS = {  # the longest prefix of a module's name counts
     "hub": Arrows({"rules", "hub"}, {"torch", "huggingface_hub", "safetensors"}),
     "seam": Arrows({"optimizer"}, {"torch"}),
     "disk": Arrows(set(), {"lightning"}),
-    "callback": Arrows({"rules", "kernels", "optimizer", "hub", "seam", "disk"}, {"torch", "lightning"}),
+    "callback": Arrows({"rules", "kernels", "optimizer", "hub", "seam", "disk", "state_dicts"}, {"torch", "lightning"}),
     "strategies": Arrows({"rules", "optimizer", "hub", "callback"}, {"torch", "lightning"}),
     "tasks": Arrows({"tasks"}, {"torch", "numpy", "sklearn", "torchvision"}),
     "meta": Arrows({"rules", "tasks", "meta"}, {"torch"}, except_for=frozenset({"meta.trainer", "meta.cli"})),

@@ -14,7 +14,7 @@ import lightning_lopt as lopt
 from lightning_lopt import RuleOptimizer
 from lightning_lopt.meta.unroll import Unroll
 from lightning_lopt.rules import LSTMConfig, StepContext, UpdateRule, dmd, make
-from lightning_lopt.rules.lstm import preprocess
+from lightning_lopt.rules.lstm import SCHEDULE, preprocess
 from lightning_lopt.tasks import make as make_task
 
 F64 = torch.float64
@@ -291,6 +291,43 @@ def test_the_nominal_term_is_stars(estimator):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("num_steps", [None, 25])
+@pytest.mark.parametrize("eps", [1e-6, 1e-10])
+def test_the_scheduler_is_stars(num_steps, eps):
+    """The factor, the mix of momenta and the learned decays, from the same numbers; not a step alike without them."""
+    options = {"nominal_stepsize": 0.03, "eps": eps, "scheduler": True}
+    rule = double("lstm", out_scale=0.0, hidden_size=2, **options)
+    star = double("hyperparam", nominal_controller=False, exp_mult=(0.0, 0.0, 0.0), **options)
+    plain = double("lstm", out_scale=0.0, hidden_size=2, nominal_stepsize=0.03, eps=eps)
+    for name in SCHEDULE:
+        with torch.no_grad():
+            getattr(star, name).add_(0.03 * torch.randn(SCHEDULE[name], dtype=F64))
+            getattr(rule, name).copy_(getattr(star, name))
+    param, grads = torch.randn(3, 4, dtype=F64), gradients(25, 3, 4)
+    states = [each.init_state(param) for each in (rule, star, plain)]
+    for step, grad in enumerate(grads):
+        told, deltas = context(step, num_steps=num_steps, num_tensors=3), []
+        for number, each in enumerate((rule, star, plain)):
+            delta, states[number] = each.update(each.meta_params(), grad, states[number], param, told)
+            deltas.append(delta)
+        torch.testing.assert_close(deltas[0], deltas[1], rtol=1e-12, atol=1e-15)
+        assert not torch.allclose(deltas[0], deltas[2], rtol=1e-3)
+        param = param + deltas[0]
+
+
+def test_the_scheduler_multiplies_both_terms():
+    options = {"nominal_stepsize": 0.1, "scheduler": True}
+    rule, grad = double("lstm", **options), torch.ones(3, dtype=F64)
+    before = rule.terms(rule.meta_params(), grad, rule.init_state(grad), grad, context())
+    with torch.no_grad():
+        rule.schedule_step += math.log(2)
+    after = rule.terms(rule.meta_params(), grad, rule.init_state(grad), grad, context())
+    for name in ("blackbox", "nominal"):
+        torch.testing.assert_close(after[name], 2 * before[name])
+    with pytest.raises(ValueError, match="scheduler=True is not allowed: it must be false without a stabilizer"):
+        make("lstm", scheduler=True)
+
+
 @pytest.mark.parametrize("kind", ["lstm", "lstm_dmd"])
 @pytest.mark.parametrize("controller", [False, True])
 @pytest.mark.parametrize("normalize", [False, True])
@@ -407,6 +444,8 @@ BAD_VALUES = {
     "nominal_controller": (1, "true", None),
     "exp_mult": (math.nan, "1", None, True),
     "normalize_blackbox": (0, None),
+    "eps": (0.0, 2.0, "1"),
+    "scheduler": (1, None, True),
     "rank": (-1, 101, 1.0, None),
     "num_snapshots": (0, 10_001, 5.0, None),
     "snapshots": ("increment", None),
@@ -510,7 +549,7 @@ def test_bfloat16_parameters_have_float32_state_and_arithmetic(kind):
 
 
 @pytest.mark.parametrize(
-    "config", [{}, {"num_layers": 1, "nominal_stepsize": 1e-2, "nominal_controller": True}], ids=str
+    "config", [{}, {"num_layers": 1, "nominal_stepsize": 1e-2, "nominal_controller": True, "scheduler": True}], ids=str
 )
 @pytest.mark.parametrize("kind", ["lstm", "lstm_dmd"])
 def test_state_is_overwritten_only_where_nobody_needs_the_old_one(kind, config):
@@ -549,7 +588,8 @@ def test_an_update_is_pure_unless_it_is_told_otherwise():
 
 
 def test_a_saved_rule_is_the_same_rule(tmp_path):
-    rule = make("lstm_dmd", rank=2, num_snapshots=4, ndim_splits=(2,), nominal_stepsize=1e-2, nominal_controller=True)
+    options = {"nominal_stepsize": 1e-2, "nominal_controller": True, "scheduler": True}
+    rule = make("lstm_dmd", rank=2, num_snapshots=4, ndim_splits=(2,), **options)
     loaded = lopt.load_rule(str(lopt.save_rule(rule, tmp_path / "rule")))
     assert loaded.config == rule.config
     optimizers = [RuleOptimizer(parameters(), each) for each in (rule, loaded)]

@@ -25,6 +25,7 @@ CASES = (
     ("blackbox", {}, 2),
     ("lstm", {"nominal_stepsize": 1e-2}, 0),
     ("lstm_dmd", {"num_snapshots": 3, "rank": 2}, 1),
+    ("lstm_dmd", {"num_snapshots": 3, "nominal_stepsize": 1e-2, "scheduler": True}, 2),
     ("gru", {}, 0),
     ("k_timesteps", {}, 0),
     ("k_momentums", {}, 0),

@@ -19,6 +19,7 @@ import torch
 import lightning_lopt as lopt
 from lightning_lopt.meta.estimators import FullUnroll
 from lightning_lopt.meta.surface import score
+from lightning_lopt.rules.lstm import SCHEDULE
 from lightning_lopt.tasks import make
 
 CONFIG = {
@@ -41,8 +42,8 @@ KINDS = {
     "fashion-l2l": {"hidden": (8,)},
     "cifar-l2l": {"hidden": (8,), "image_size": 16},
 }
-SMALL, STEPS, RUNS = 10, 80, 16  # pixels, steps and runs of the unrolls
-VALIDATION_STEPS, STARTS = 300, 2
+SMALL, RUNS, STARTS = 10, 16, 2  # pixels and runs of the unrolls; runs of the validation
+READOUTS = ("readout", "controller")
 
 
 class Keep(L.Callback):
@@ -56,22 +57,22 @@ class Keep(L.Callback):
         print(trainer.global_step, float(trainer.callback_metrics["meta_loss"]), flush=True)
 
 
-def start(seed):
+def start(seed, star):
     """The rule with the scheduler of `star` and a network that does nothing yet."""
     torch.manual_seed(seed)
-    rule, star = lopt.rules.make("lstm_dmd", **CONFIG), lopt.load_rule("star").state_dict()
-    own = {name: star[name] for name in rule.state_dict() if name in star and star[name].shape == rule.state_dict()[name].shape}
-    own |= {name: torch.zeros_like(rule.state_dict()[name]) for name in ("readout", "controller")}
-    rule.load_state_dict({**rule.state_dict(), **own})
-    return rule, tuple(name for name in rule.state_dict() if name not in own or name in ("readout", "controller"))
+    rule, star = lopt.rules.make("lstm_dmd", **CONFIG), lopt.load_rule(star).state_dict()
+    fresh = rule.state_dict()
+    zeros = {name: torch.zeros_like(fresh[name]) for name in READOUTS}
+    rule.load_state_dict({**fresh, **zeros, **{name: star[name] for name in SCHEDULE}})
+    return rule
 
 
-def choose(rule, kept, kinds):
+def judge(rule, kept, kinds, steps):
     """(weights,) means over tasks of log final plus log mean loss."""
     total = torch.zeros(len(kept))
     for name, options in kinds.items():
         for seed in range(STARTS):
-            found = score(rule, kept, make(name, **options), VALIDATION_STEPS, seed=seed)
+            found = score(rule, kept, make(name, **options), steps, seed=seed)
             total += (found.final + found.mean) / (STARTS * len(kinds))
         print(name, [round(value, 4) for value in total.tolist()], flush=True)
     return total
@@ -81,31 +82,32 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/lstm-dmd-robust"))
     parser.add_argument("--steps", type=int, default=48, help="of meta-training")
+    parser.add_argument("--length", type=int, default=80, help="of its runs")
+    parser.add_argument("--validation", type=int, default=300, help="length of the runs that judge")
     parser.add_argument("--tasks", nargs="+", default=list(KINDS), choices=list(KINDS))
+    parser.add_argument("--star", default="star", help="the rule whose scheduler it is, by name or directory")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     kinds = {name: KINDS[name] for name in arguments.tasks}
-    rule, learned = start(arguments.seed)
+    rule = start(arguments.seed, arguments.star)
     keep = Keep(rule)
     meta = lopt.MetaTrainer(
         rule,
         [(name, {**options, "image_size": SMALL}) for name, options in kinds.items()],
-        FullUnroll(RUNS, STEPS, segment=20, carry=1.0),
+        FullUnroll(RUNS, arguments.length, segment=20, carry=1.0),
         tasks_per_step=1,
-        trainable=learned,
+        trainable=[name for name in rule.state_dict() if name not in SCHEDULE],
         lr=5e-3,
         steps_per_epoch=max(arguments.steps // 4, 1),
         seed=arguments.seed,
     )
     off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    trainer = L.Trainer(
-        accelerator="cpu", max_steps=arguments.steps, gradient_clip_val=1.0, callbacks=[keep], **off
-    )
+    trainer = L.Trainer(accelerator="cpu", max_steps=arguments.steps, gradient_clip_val=1.0, callbacks=[keep], **off)
     trainer.fit(meta)
-    best = int(choose(rule, keep.kept, kinds).argmin())
-    print("chosen: after", best, "of", len(keep.kept) - 1, "epochs")
+    best = int(judge(rule, keep.kept, kinds, arguments.validation).argmin())
+    print("chosen: after", best, "of", len(keep.kept) - 1, "epochs")  # of a quarter of the steps; 0 is the start
     rule.load_state_dict(keep.kept[best])
     print(lopt.save_rule(rule, arguments.out / "rule"))
 

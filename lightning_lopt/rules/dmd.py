@@ -214,7 +214,7 @@ class OnlineDMD:
     def _row(self, window: Window, value: Tensor) -> tuple[Tensor, Tensor]:
         """What is kept of a value, and what the next one is compared with."""
         if self._sketches(value):
-            value = sketch(_whole(value).reshape(-1), window.signs, self.sketch_size)
+            value = sketch(whole(value).reshape(-1), window.signs, self.sketch_size)
         # A copy: `value` may be a parameter itself, which is about to move.
         return (value, window.last) if self.snapshots == "raw" else (value - window.last, value.clone())
 
@@ -223,7 +223,7 @@ class OnlineDMD:
 
     def _points(self, window: Window) -> Tensor:
         """(n, columns) float64: the snapshots, oldest first."""
-        rows = _whole(window.snapshots)
+        rows = whole(window.snapshots)
         order = (window.seen + torch.arange(len(rows), device=rows.device)) % len(rows)
         points = rows.reshape(len(rows), -1)[order].double().mT
         return pad(points.cumsum(1), (1, 0)) if self.snapshots == "shifted" else points
@@ -260,12 +260,11 @@ def _own_products(rows: Tensor, value: Tensor, *, precise: bool) -> Tensor:
     # On a CPU, blocks that stay in the cache while they are converted; elsewhere as few as memory allows.
     block = 2**15 if precise else 2**18
     block = block if matrix.device.type == "cpu" else max(block, 2**24 // len(matrix))
-    total: Tensor | None = None
-    for part, other in zip(torch.split(matrix, block, dim=1), torch.split(vector, block), strict=True):
-        product = part.double() @ other.double() if precise else _product(part, other).double()
-        total = product if total is None else total + product
-    assert total is not None  # torch.split gives one part at least
-    return total
+    blocks = [(matrix, vector)]
+    if vector.numel() > block:  # of small tensors the splitting takes longer than the products
+        blocks = list(zip(torch.split(matrix, block, dim=1), torch.split(vector, block), strict=True))
+    products = [a.double() @ b.double() if precise else _product(a, b).double() for a, b in blocks]
+    return sum(products[1:], products[0])
 
 
 def _product(matrix: Tensor, vector: Tensor) -> Tensor:
@@ -318,7 +317,8 @@ def _local(tensor: Tensor) -> Tensor:
     return cast(Tensor, tensor.to_local()) if hasattr(tensor, "to_local") else tensor
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Tensor) -> Tensor:
+    """All of a sharded tensor (DTensor); any other as it is."""
     return cast(Tensor, tensor.full_tensor()) if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -336,7 +336,7 @@ def _summed_over_shards(partials: Sequence[Tensor], like: Sequence[Tensor]) -> l
         sharding = dtensor()
         stacked = torch.stack([partials[number] for number in numbers])
         placements = [sharding.Partial() if shard else sharding.Replicate() for shard in shards]
-        total = _whole(sharding.DTensor.from_local(stacked, mesh, placements, run_check=False))
+        total = whole(sharding.DTensor.from_local(stacked, mesh, placements, run_check=False))
         sums = [total[numbers.index(number)] if number in numbers else each for number, each in enumerate(sums)]
     return sums
 

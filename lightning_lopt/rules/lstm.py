@@ -8,7 +8,9 @@ Optimization Methods", TU Hamburg), section 5; the eigenvalues of Dynamic Mode D
 (L2O-DMD, arXiv 2211.16268), section 4, see `dmd`. STAR's stabilisers (Harrison et al. 2022, arXiv 2209.11208, eqs. 21
 and 22) can be put around the network, from `nominal`:
 
-    theta' = theta + out_scale readout(h') / v - beta_1 exp(beta_2 m_g) g_nominal
+    theta' = theta + factor (out_scale readout(h') / v - beta_1 exp(beta_2 m_g) g_nominal)
+
+with factor 1, or that of a learned schedule and of the tensor, see `scheduler`.
 
 Where the sources differ or are silent:
 
@@ -27,7 +29,7 @@ Where the sources differ or are silent:
 * networks of their own for kinds of layers (Andrychowicz et al., section 3.3: convolutions apart; thesis 5.4.2: no
   gain) go by a tensor's dims, `ndim_splits`, or by its name, `name_splits`;
 * without the nominal controller its factor is 1; with it, it starts at 1. Momenta and v are STAR's at its initial
-  decays, which are not learned here.
+  decays, which are learned only with the scheduler.
 """
 
 from __future__ import annotations
@@ -42,12 +44,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_lopt.rules import dmd, networks, nominal
+from lightning_lopt.rules import dmd, networks, nominal, scheduler
+from lightning_lopt.rules import features as feats
 from lightning_lopt.rules.base import RuleConfig, StepContext, UpdateRule, register
+from lightning_lopt.rules.parts import means, whole_shape
 
 PREPROCESSING = {"none": 1, "logsign": 2, "logsign1": 1}  # name -> number of features
 READOUTS = ("linear", "sum")
 SCOPES = ("global", "tensor")
+SCHEDULE = {"momentum_decays": (3,), "rms_decays": (1,), **scheduler.SHAPES}  # what the scheduler adds
 
 
 class LSTMState(NamedTuple):
@@ -110,7 +115,11 @@ class LSTMConfig(RuleConfig):
     exp_mult: float = 1e-3
     """beta_2: how far the controller can reach."""
     normalize_blackbox: bool = False
-    """Precondition the network's step by 1 / v. v starts at 1e-3: choose `out_scale` accordingly."""
+    """Precondition the network's step by 1 / v. v starts at sqrt(eps): choose `out_scale` accordingly."""
+    eps: float = feats.EPS
+    """Added to the second moment before its root, for v and the nominal term."""
+    scheduler: bool = False
+    """A learned schedule and a factor for each tensor, of both terms, and learned decays; see `scheduler`."""
     rank: int = 0
     """Eigenvalues that the network reads; 0 is the plain LSTM."""
     num_snapshots: int = 100
@@ -137,7 +146,9 @@ class LSTMConfig(RuleConfig):
         for name in ("out_scale", "nominal_stepsize", "loss_scale", "eigenvalue_scale"):
             self.check_number(name, 0.0)
         self.check_number("exp_mult")
-        self.check_flags("nominal_controller", "normalize_blackbox")
+        self.check_flags("nominal_controller", "normalize_blackbox", "scheduler")
+        self.check_number("eps", 1e-20, 1.0)
+        self.check(nominal.stabilized(self) or not self.scheduler, "scheduler", "false without a stabilizer")
         choices = {"preprocessing": PREPROCESSING, "readout": READOUTS, "nominal_grad_estimator": nominal.ESTIMATORS}
         choices |= {"snapshots": dmd.SNAPSHOTS, "method": dmd.METHODS, "scope": SCOPES}
         for name, allowed in choices.items():
@@ -161,7 +172,7 @@ class LSTMRule(UpdateRule):
     Meta-parameters of layer i: `w_input{i} (inputs, 4 h)`, `w_hidden{i} (h, 4 h)`, `b{i} (4 h,)`, gates in torch's
     order input, forget, cell, output; `readout (h,)` if linear, `controller (h,)` if the nominal term has one; a
     leading axis of networks if `ndim_splits` or `name_splits`. The inputs of layer 0 are the features of the gradient,
-    then those of the eigenvalues. 5,140 numbers by default, 80 more for one eigenvalue.
+    then those of the eigenvalues. 5,140 numbers by default, 80 more for one eigenvalue; `SCHEDULE` if `scheduler`.
 
     State: 2 * layers * h floats per parameter, 320 bytes by default, so that the rule is for small models; 16 bytes
     more with STAR's stabilisers; with eigenvalues m + 1 copies of the parameters, 404 bytes by default. Beyond
@@ -197,6 +208,8 @@ class LSTMRule(UpdateRule):
         for name, shape in self._shapes().items():
             value = torch.empty((*axis, *shape)).uniform_(-bound, bound)
             self.register_parameter(name, nn.Parameter(torch.zeros_like(value) if name == "controller" else value))
+        for name, shape in SCHEDULE.items() if c.scheduler else ():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
 
     def init_state(self, param: Tensor) -> LSTMState | LSTMDMDState:
         """Zeros."""
@@ -293,7 +306,9 @@ class LSTMRule(UpdateRule):
         if c.rank and c.scope == "tensor":
             (window,) = self.online.push([dmd.Window(*window)], [param], context.loss)
             shared = dmd.features(self.online.eigenvalues([window]), c.eigenvalue_scale)
-        moments = nominal.update_moments(c, state.exp_avg, state.exp_avg_sq, grad)
+        learned = meta_params if c.scheduler else None
+        moments = nominal.update_moments(c, state.exp_avg, state.exp_avg_sq, grad, learned)
+        factor, momenta = self._multipliers(meta_params, moments, param, context)
         size, in_place = c.num_layers * c.hidden_size, context.in_place and not torch.is_grad_enabled()
         in_place = in_place and state.hidden.is_contiguous() and state.cell.is_contiguous()  # else rows are copies
         network = partial(self._network, self._weights(meta_params, grad.dim(), context.name, shared), in_place)
@@ -304,8 +319,20 @@ class LSTMRule(UpdateRule):
             layers = (c.num_layers, c.hidden_size, *grad.shape)
             hidden, cell = rows[-2 * size : -size].reshape(layers), rows[-size:].reshape(layers)
             rows, new = rows[: -2 * size], LSTMState(hidden, cell, *moments)
-        terms = nominal.stabilized_terms(c, rows, grad, *moments)
+        terms = nominal.stabilized_terms(c, rows, grad, *moments, eps=c.eps, factor=factor, weights=momenta)
         return terms, LSTMDMDState(*new, *window) if c.rank else new
+
+    def _multipliers(
+        self, meta_params: Mapping[str, Tensor], moments: tuple[Tensor, Tensor], param: Tensor, context: StepContext
+    ) -> tuple[Tensor | float, Tensor | None]:
+        """The factor of both terms and the weights of the momenta: 1 and equal ones without a scheduler."""
+        if not self.config.scheduler:
+            return 1.0, None
+        part, every = context.part, tuple(range(-param.dim(), 0))
+        squares = scheduler.scales(param, moments[0], feats.inverse_root(moments[1], self.config.eps))
+        asked = [dmd.whole(mean) for mean in means(part, *((square, every) for square in squares))]
+        run = context.step, context.num_steps, context.num_tensors
+        return scheduler.of_tensor(meta_params, asked, whole_shape(part, param), *run)
 
     def _weights(
         self, meta_params: Mapping[str, Tensor], ndim: int, name: str | None, shared: Tensor | None
@@ -316,7 +343,7 @@ class LSTMRule(UpdateRule):
             matching = (i for i, pattern in enumerate(c.name_splits) if fnmatch.fnmatchcase(name or "", pattern))
             by_name = next(matching, len(c.name_splits))
             number = by_name if c.name_splits else sum(ndim >= split for split in c.ndim_splits)
-            meta_params = {key: value[number] for key, value in meta_params.items()}
+            meta_params = {key: meta_params[key][number] for key in self._shapes()}
         layers = []
         for layer in range(c.num_layers):
             of_input, bias = meta_params[f"w_input{layer}"], meta_params[f"b{layer}"]

@@ -81,7 +81,7 @@ def train_together(
     key |= {"seeds": seeds}
 
     def compute() -> dict[str, Any]:
-        stacked = {name: torch.nn.Parameter(value) for name, value in _fresh(rule, seeds).items()}
+        stacked = {name: torch.nn.Parameter(value) for name, value in fresh(rule, seeds).items()}
         optimizer = torch.optim.Adam(stacked.values(), lr=lr)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps if schedule == "cosine" else 10**9)
         unroll = Together(rule, task, objective, second_order=second_order)
@@ -118,7 +118,7 @@ def normalized(grads: dict[str, Tensor], how: bool | str, seeds: int) -> dict[st
     return {name: grad / norms[name].reshape(-1, *[1] * (grad.dim() - 1)) for name, grad in grads.items()}
 
 
-def _fresh(rule: UpdateRule, seeds: Sequence[int]) -> dict[str, Tensor]:
+def fresh(rule: UpdateRule, seeds: Sequence[int]) -> dict[str, Tensor]:
     """The weights of `make` from each seed, stacked."""
     rows = []
     with torch.random.fork_rng(devices=[]):
