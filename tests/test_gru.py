@@ -12,7 +12,8 @@ import lightning_lopt as lopt
 from lightning_lopt import cli
 from lightning_lopt.evaluation.baselines import SGDM, Adam
 from lightning_lopt.evaluation.claims.base import Measured
-from lightning_lopt.evaluation.claims.gru import BEST_MOMENTUM, TASKS, draw, mean_ratios
+from lightning_lopt.evaluation.claims.gru import BEST_MOMENTUM, TASKS, Round, Searched, draw, mean_ratios, search
+from lightning_lopt.evaluation.compare import fingerprint
 from lightning_lopt.meta.estimators import FullUnroll
 from lightning_lopt.meta.unroll import Unroll
 from lightning_lopt.rules import GRUConfig, StepContext, make
@@ -221,6 +222,23 @@ def test_the_objective_is_the_mean_ratio_over_the_start_and_every_step():
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("rounds", [[Round(120, 12, 60)], [Round(120, 1, 20), Round(30, 8, 60), Round(5, 32, 60)]])
+def test_a_search_finds_the_best_of_a_grid_and_says_whether_it_is_at_its_edge(rounds):
+    task, told = make_task("linear-regression"), []
+    rates, momenta = [10 ** (i / 4) for i in range(-7, 5)], [0.0, 0.9, 0.999]
+    every = [SGDM(None, lr=lr, momentum=momentum) for lr in rates for momentum in momenta]
+    means = mean_ratios(every[0], [rule.meta_params() for rule in every], task, problems=64, seed=1, steps=60).mean(1)
+    best = every[int(means.argmin())]
+    options = {"seed": 7, "members": 320, "tick": lambda *counts: told.append(counts)}
+    found = search(Searched(SGDM, {"lr": rates, "momentum": momenta}), task, rounds, **options)
+    assert fingerprint(found.best) == fingerprint(best)
+    assert found.inside
+    assert told[-1] == (sum(settings for settings, _, _ in rounds),) * 2
+    edge = search(Searched(SGDM, {"lr": rates[:6], "momentum": momenta}), task, rounds, **options)
+    assert float(edge.best.lr.detach()) == pytest.approx(rates[5])
+    assert not edge.inside
+
+
 @pytest.mark.parametrize(
     ("name", "rival"),
     [
@@ -233,6 +251,14 @@ def test_bundled_rules_beat_the_best_of_their_rivals(name, rival):
     for rule in (lopt.load_rule(name), rival):
         objectives.append(float(mean_ratios(rule, [rule.meta_params()], task, problems=128, seed=9).mean()))
     assert objectives[0] < 0.85 * objectives[1]
+
+
+def test_the_bundled_rule_for_two_moons_beats_tuned_momentum_on_most_problems():
+    """The median, for one run in nine is far off. See the card."""
+    task, objectives = make_task("two-moons"), []
+    for rule in (lopt.load_rule("gru-two-moons"), SGDM(None, lr=0.398, momentum=0.816)):
+        objectives.append(mean_ratios(rule, [rule.meta_params()], task, problems=4, seed=77, steps=60).median())
+    assert objectives[0] < 0.95 * objectives[1]
 
 
 def test_figure_17_has_the_mean_of_every_optimizer():
