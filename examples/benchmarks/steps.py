@@ -64,8 +64,7 @@ LARGE = {"grow 1e+08": 8 * [(3536, 3536)]}  # 16 GB of memory
 def contenders(params):
     """name -> a function that makes the optimizer."""
     star = lopt.rules.make("star", nominal_stepsize=1e-2)
-    # As the bundled one: the nominal term with a scheduler, and no network.
-    scheduled = lopt.rules.make("hyperparam", nominal_stepsize=1e-2, nominal_controller=False, scheduler=True)
+    scheduled = lopt.load_rule("star")  # the nominal term with a scheduler, and no network
 
     def in_torch(rule):  # as where there is no compiler
         optimizer = lopt.RuleOptimizer(params, rule, safeguard=True, num_steps=1000)

@@ -273,7 +273,8 @@ class STAR(UpdateRule):
         factored = features is not None and feats.factored_dims(whole_shape(part, grad)) is not None
         groups: Sequence[Tensor] = () if features is None else features[:1] if factored else features
         questions = [feats.mean_square_of(channels) for channels in groups]
-        questions += [(x.square(), every) for x in (param, *(state.exp_avg * inv_root))] if c.scheduler else []
+        if c.scheduler:
+            questions += [(squares, every) for squares in scheduler.scales(param, state.exp_avg, inv_root)]
         questions += [(grad, every)] if c.selfnormalize_blackbox else []
         answers = means(part, *questions) if questions else []
         channels = answers[: len(groups)]
@@ -288,12 +289,8 @@ class STAR(UpdateRule):
         """The factor of both terms and the weights of the momenta: 1 and equal ones in the paper's form."""
         if not self.config.scheduler:
             return 1.0, None
-        shape = scheduler.shape_features(whole_shape(context.part, param), context.num_tensors)
-        shapes = torch.tensor([shape], dtype=param.dtype, device=param.device)
-        factor, momenta = scheduler.multipliers(
-            meta_params, torch.stack(list(mean_squares))[None], shapes, context.step, context.num_steps
-        )
-        return factor.squeeze(0), momenta.squeeze(0)
+        run = context.step, context.num_steps, context.num_tensors
+        return scheduler.of_tensor(meta_params, mean_squares, whole_shape(context.part, param), *run)
 
     @classmethod
     def from_jax(cls, theta: Mapping[str, Any], **arguments: Any) -> STAR:
