@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from lightning_lopt import RuleOptimizer
 
-SHAPES = ((5, 3), (4,), (1,), (3, 2, 2))  # of (1,), a process has nothing
+SHAPES = ((5, 3), (7,), (1,), (3, 2, 2))  # of (1,), a process has nothing; no state but of tensors ends in these
 
 
 def compare_all(rank, store):
