@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_lopt.rules.parts import Part, Unknown, dtensor
+from lightning_lopt.rules.parts import whole as whole  # for those who know shards by this module alone
 
 Result = TypeVar("Result")
 
@@ -134,8 +135,3 @@ def placed_as(other: Any, tensor: Any) -> Any:
     if not hasattr(tensor, "placements") or not hasattr(other, "placements"):
         return tensor
     return tensor.redistribute(other.device_mesh, other.placements)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor's value, the same on all ranks; any other as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -2,10 +2,11 @@
 
     python examples/recipes/lstm_dmd_robust.py --out runs/lstm-dmd-robust    # minutes of a core
 
-The rule begins as the bundled `star`, its readouts at 0. The scheduler stays; the network learns by the exact gradient
-of whole short runs, through the tasks' gradients too, on small images. Then the best of the weights on the way, the
-start among them, by longer runs on whole images. Nets have 8 hidden units, as L2O-DMD's for meta-training; none of the
-six that judge the result, which have 20, is here. Needs MNIST, Fashion-MNIST and CIFAR-10, from $LIGHTNING_LOPT_DATA.
+The rule begins as the bundled `star`, its readouts at 0; the bundled weights began as the `star` that their card names.
+The scheduler stays; the network learns by the exact gradient of whole short runs, through the tasks' gradients too, on
+small images. Then the best of the weights on the way, the start among them, by longer runs on whole images. Nets have 8
+hidden units, as L2O-DMD's for meta-training; none of the six that judge the result, which have 20, is here.
+Needs MNIST, Fashion-MNIST and CIFAR-10, from $LIGHTNING_LOPT_DATA.
 """
 
 import argparse

@@ -74,7 +74,7 @@ def supports(rule: UpdateRule) -> str | None:
         return f"the kernel does not have the option {others[0]!r}"
     if rule.config.hidden_size > LARGEST_HIDDEN:
         return f"the kernel takes networks of up to {LARGEST_HIDDEN} units, this one has {rule.config.hidden_size}"
-    if rule.config.scheduler and set(SCHEDULE) != {*scheduler.SHAPES, "caution"}:
+    if rule.config.scheduler and set(SCHEDULE) != set(scheduler.STAR_SHAPES):
         return f"the kernel's scheduler has other meta-parameters: {', '.join(SCHEDULE)}"
     library = _library(rule)
     return library if isinstance(library, str) else None

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lightning_lopt.rules import features as feats
-from lightning_lopt.rules.parts import dtensor
+from lightning_lopt.rules.parts import dtensor, whole
 
 METHODS = ("gram", "svd", "sketch")
 SNAPSHOTS = ("raw", "increments", "shifted")
@@ -315,11 +315,6 @@ def _shifted(grams: Tensor, newest: Tensor) -> Tensor:
 def _local(tensor: Tensor) -> Tensor:
     """The shard that lies here of a sharded tensor (DTensor); any other as it is."""
     return cast(Tensor, tensor.to_local()) if hasattr(tensor, "to_local") else tensor
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All of a sharded tensor (DTensor); any other as it is."""
-    return cast(Tensor, tensor.full_tensor()) if hasattr(tensor, "full_tensor") else tensor
 
 
 def _summed_over_shards(partials: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:

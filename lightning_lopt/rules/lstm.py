@@ -47,7 +47,7 @@ from torch import Tensor, nn
 from lightning_lopt.rules import dmd, networks, nominal, scheduler
 from lightning_lopt.rules import features as feats
 from lightning_lopt.rules.base import RuleConfig, StepContext, UpdateRule, register
-from lightning_lopt.rules.parts import means, whole_shape
+from lightning_lopt.rules.parts import means, whole, whole_shape
 
 PREPROCESSING = {"none": 1, "logsign": 2, "logsign1": 1}  # name -> number of features
 READOUTS = ("linear", "sum")
@@ -330,7 +330,7 @@ class LSTMRule(UpdateRule):
             return 1.0, None
         part, every = context.part, tuple(range(-param.dim(), 0))
         squares = scheduler.scales(param, moments[0], feats.inverse_root(moments[1], self.config.eps))
-        asked = [dmd.whole(mean) for mean in means(part, *((square, every) for square in squares))]
+        asked = [whole(mean) for mean in means(part, *((square, every) for square in squares))]
         run = context.step, context.num_steps, context.num_tensors
         return scheduler.of_tensor(meta_params, asked, whole_shape(part, param), *run)
 

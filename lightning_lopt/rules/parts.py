@@ -13,6 +13,7 @@ import importlib
 import math
 from collections.abc import Sequence
 from types import ModuleType
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -98,6 +99,16 @@ def means(part: Part | None, *questions: Question) -> list[Tensor]:
 def whole_shape(part: Part | None, tensor: Tensor) -> torch.Size:
     """The shape of the tensor of which `tensor` is a part, or all."""
     return tensor.shape if part is None else part.shape
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor's (DTensor's) value, the same on all ranks; any other as it is.
+
+    Example:
+        >>> whole(torch.ones(2))
+        tensor([1., 1.])
+    """
+    return cast(Tensor, tensor.full_tensor()) if hasattr(tensor, "full_tensor") else tensor
 
 
 def local(part: Part | None, tensor: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ SHAPES = {
     "tensor_powers": (2, 2, NUM_TENSOR_FEATURES),  # (vectors, matrices) x (start, end) x feature
     "momentum_mix": (2, 3),  # (start, end) x momentum: logits of the weights
 }
-CAUTION = (2,)  # shape of STAR's `caution`, (start, end), which only a rule with a nominal term has
+STAR_SHAPES = {**SHAPES, "caution": (2,)}  # (start, end) of `caution`, which STAR alone has so far
 LOG_LENGTHS = (-1.0, 0.5)  # log10(length / 1000) is held within these: no extrapolation to runs of a million steps
 LARGEST_POWER = 4.0  # a tensor's log factor stays within +-4
 
@@ -97,6 +97,11 @@ def of_tensor(
         step: () updates made so far.
         num_steps: the run's length, or None.
         num_tensors: how many tensors move, or None.
+
+    Example:
+        >>> zeros = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+        >>> of_tensor(zeros, [torch.tensor(1.0)] * 4, (8, 4), torch.tensor(0.0), 100, 2).factor
+        tensor(1.)
     """
     means = torch.stack(list(mean_squares))[None]
     shapes = torch.tensor([shape_features(shape, num_tensors)], dtype=means.dtype, device=means.device)
@@ -105,7 +110,17 @@ def of_tensor(
 
 
 def scales(param: Tensor, exp_avg: Tensor, inv_root: Tensor) -> list[Tensor]:
-    """The squares (*shape) x 4 whose means are a tensor's own numbers: of its value, of each momentum's strength."""
+    """The squares (*shape) x 4 whose means are a tensor's own numbers: of its value, of each momentum's strength.
+
+    Args:
+        param: (*shape).
+        exp_avg: (3, *shape) momenta.
+        inv_root: (*shape) as `features.inverse_root` gives it.
+
+    Example:
+        >>> scales(torch.tensor([2.0]), torch.ones(3, 1), torch.tensor([3.0]))
+        [tensor([4.]), tensor([9.]), tensor([9.]), tensor([9.])]
+    """
     return [x.square() for x in (param, *(exp_avg * inv_root))]
 
 
@@ -113,7 +128,7 @@ def caution(meta_params: Mapping[str, Tensor], step: Tensor, num_steps: Tensor |
     """What `nominal.cautious` takes, within 0 and 1: from its start to its end, linear in the fraction of the run.
 
     Args:
-        meta_params: with `caution`, of the shape `CAUTION`.
+        meta_params: with `caution`, (2,).
         step: () updates made so far, or (T,); the result has its shape.
         num_steps: the run's length, or None.
 

@@ -151,8 +151,7 @@ class STAR(UpdateRule):
         self.momentum_decays = nn.Parameter(torch.zeros(3))
         self.rms_decays = nn.Parameter(torch.zeros(1))
         self.adafactor_decays = nn.Parameter(torch.zeros(3))
-        of_scheduler = {**scheduler.SHAPES, "caution": scheduler.CAUTION} if self.config.scheduler else {}
-        for name, shape in of_scheduler.items():
+        for name, shape in scheduler.STAR_SHAPES.items() if self.config.scheduler else ():
             self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
 
     def init_state(self, param: Tensor) -> feats.Accumulators:
