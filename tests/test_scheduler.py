@@ -123,6 +123,34 @@ def test_the_mix_weighs_the_momenta():
         torch.testing.assert_close(delta, expected)
 
 
+@pytest.mark.parametrize(("rms", "grown"), [(0.0, 1.0), (0.2, 1.0), (0.25, 1.0), (0.5, 2.0), (0.75, 3.0)])
+@pytest.mark.parametrize("step", [0.0, 25.0, 100.0])
+def test_growth_is_the_exponent_of_how_far_a_matrix_is_above_one_over_the_root_of_its_fan_in(rms, grown, step):
+    theta = {**zeros(), "growth": torch.tensor([-1.0, -3.0], dtype=torch.float64)}
+    squares = torch.tensor([[rms**2, 1.0, 1.0, 1.0]], dtype=torch.float64)
+    for shape, is_matrix in (((5, 16), True), ((5, 4, 2, 2), True), ((16,), False), ((), False)):
+        shapes = torch.tensor([scheduler.shape_features(shape)], dtype=torch.float64)
+        found = scheduler.multipliers(theta, squares, shapes, torch.tensor(step), 101).factor.item()
+        assert found == pytest.approx(grown ** (-1 - 2 * step / 100) if is_matrix else 1.0, rel=1e-5)
+
+
+def test_where_gradients_are_noise_steps_relative_to_scale_feed_on_themselves_and_growth_stops_it():
+    ends = []
+    for exponent in (0.0, -2.0):
+        torch.manual_seed(0)
+        rule = rules.make("star", nominal_stepsize=0.1, step_mult=0.0, nominal_controller=False, scheduler=True)
+        theta = {name: torch.zeros_like(p) for name, p in rule.meta_params().items()}
+        theta["tensor_powers"][1, :, 1], theta["growth"] = 2.0, torch.full((2,), exponent)
+        param = torch.randn(32, 64) / 8
+        state = rule.init_state(param)
+        for step in range(200):
+            context = StepContext(torch.tensor(float(step)), None, 200)
+            delta, state = rule.update(theta, torch.randn(32, 64), state, param, context)
+            param = param + delta
+        ends.append(param.square().mean().sqrt().item())
+    assert ends[0] > 100 > 10 > ends[1]
+
+
 @pytest.mark.parametrize("ends", [(0.0, 0.0), (1.0, 0.5), (0.25, 3.0), (-1.0, 1.0)])
 def test_caution_goes_from_its_start_to_its_end_within_0_and_1(ends):
     theta = {"caution": torch.tensor(ends)}

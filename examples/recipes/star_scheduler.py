@@ -1,6 +1,6 @@
 """How the bundled `star` was made: its scheduler's readable numbers, fitted to many small tasks at two horizons.
 
-    python examples/recipes/star_scheduler.py --out runs/star --seed 5    # an hour of a core; can be interrupted
+    python examples/recipes/star_scheduler.py --out runs/star --seed 6    # an hour of a core; can be interrupted
 
 96 points in a box, then 72 and 56 in ever smaller ones about the best; then the best of nine candidates on other tasks
 (VALIDATION); see `lightning_lopt.meta.surface`. Needs MNIST, Fashion-MNIST, CIFAR-10 and tiny Shakespeare, from
@@ -24,27 +24,28 @@ from lightning_lopt.meta.surface import Knob, fit, sample, score
 from lightning_lopt.rules.scheduler import FRACTIONS, LOG_STEPS
 
 KNOBS = {  # boxes about what was best in an earlier fit
-    "peak": Knob(0.4, 1.2),  # log of the largest factor of the nominal step size 1e-2
-    "start": Knob(-0.7, 0.1),  # log of the first factor relative to the peak
-    "warmup": Knob(0.05, 0.35),  # fraction of the run until the peak
-    "anneal": Knob(0.35, 0.9),  # power of the cosine after it
-    "early": Knob(0.15, 0.7),  # 1: the second moment's bias correction; 0: none, which is the paper's form
+    "peak": Knob(0.3, 1.1),  # log of the largest factor of the nominal step size 1e-2
+    "start": Knob(-0.7, 0.0),  # log of the first factor relative to the peak
+    "warmup": Knob(0.12, 0.35),  # fraction of the run until the peak
+    "anneal": Knob(0.35, 0.8),  # power of the cosine after it
+    "early": Knob(0.1, 0.5),  # 1: the second moment's bias correction; 0: none, which is the paper's form
     "length": Knob(-1.0, -0.4),  # what ten times the length adds to the log factor
-    "start_length": Knob(0.0, 0.6),  # and to the first factor beyond that: a long run need not start as slowly
-    "depth": Knob(-1.2, -0.5),  # exponent of the number of tensors
-    "scale": Knob(0.3, 0.75),  # exponent of a matrix's root mean square
-    "size": Knob(-0.5, 0.3),  # what ten times the size adds to a matrix's log factor
-    "fan": Knob(-0.9, -0.2),  # and ten times the fan-in
-    "vectors": Knob(-1.1, -0.3),  # log factor of vectors
-    "strength_start": Knob(0.3, 0.9),  # exponents of the momenta's strength
-    "strength_end": Knob(0.0, 0.6),
-    "mix_start": Knob(-0.4, 0.8),  # the fastest momentum's logit; the slowest's is its negative
-    "mix_end": Knob(0.0, 1.0),
-    "caution_start": Knob(0.5, 1.0),  # how much of a step against the gradient is held back
-    "caution_end": Knob(0.2, 1.0),
-    "memory": Knob(0.04, 0.2),  # offset of the second moment's decay
-    "fast": Knob(0.05, 0.13),  # offset of the fastest momentum's decay
-    "slow": Knob(-0.05, 0.09),  # offset of the slowest's; the middle one's is half of it
+    "start_length": Knob(0.0, 0.5),  # and to the first factor beyond that: a long run need not start as slowly
+    "depth": Knob(-1.1, -0.6),  # exponent of the number of tensors
+    "scale": Knob(0.4, 0.8),  # exponent of a matrix's root mean square
+    "size": Knob(-0.35, 0.15),  # what ten times the size adds to a matrix's log factor
+    "fan": Knob(-0.9, -0.4),  # and ten times the fan-in
+    "growth": Knob(-1.5, -0.3),  # exponent of how far a matrix has grown
+    "vectors": Knob(-0.9, -0.2),  # log factor of vectors
+    "strength_start": Knob(0.4, 1.0),  # exponents of the momenta's strength
+    "strength_end": Knob(0.0, 0.5),
+    "mix_start": Knob(-0.6, 0.5),  # the fastest momentum's logit; the slowest's is its negative
+    "mix_end": Knob(-0.4, 0.7),
+    "caution_start": Knob(0.6, 1.0),  # how much of a step against the gradient is held back
+    "caution_end": Knob(0.3, 0.9),
+    "memory": Knob(0.07, 0.2),  # offset of the second moment's decay
+    "fast": Knob(0.03, 0.11),  # offset of the fastest momentum's decay
+    "slow": Knob(0.0, 0.1),  # offset of the slowest's; the middle one's is half of it
 }
 WITHOUT_LENGTH = {  # fitted second: the curve over steps, for runs whose length is not known
     "level": Knob(-1.5, 1.0),  # log factor at 300 steps
@@ -81,6 +82,9 @@ TASKS = [  # each is also run at a third of its steps
         200,
         {"dataset": "fashion_mnist", "image_size": 10, "strides": (2, 2, 1), "channels": (16, 32, 32)},
     ),
+    ("digits-es", 450, {"pairs": 1}),  # gradients that are nearly all noise
+    ("digits-es", 450, {"pairs": 1, "hidden": (32, 32, 32)}),
+    ("digits-es", 240, {}),
     ("digits-vit", 120, {"dataset": "fashion_mnist", "image_size": 8, "batch_size": 16, "depth": 3}),
 ]
 VALIDATION = [  # what the best candidate is chosen by: other nets, other data, a longer run; three starts each
@@ -96,6 +100,7 @@ VALIDATION = [  # what the best candidate is chosen by: other nets, other data, 
     ("shakespeare-transformer", 250, {"width": 24, "depth": 3, "heads": 4, "batch_size": 8}),
     ("digits-resnet", 150, {"channels": (12, 16)}),
     ("digits-mlp", 8000, {}),
+    ("digits-es", 600, {"base": "fashion8-mlp", "pairs": 2, "hidden": (32, 32)}),
 ]
 Run = tuple[str, int, dict[str, Any]]  # task, steps, options
 Theta = dict[str, torch.Tensor]
@@ -120,6 +125,7 @@ def theta(rule: lopt.rules.UpdateRule, knob: dict[str, float]) -> Theta:
     powers[:, 0, 5:], powers[:, 1, 5:] = 2 / 3 * knob["strength_start"], 2 / 3 * knob["strength_end"]
     for row, name in enumerate(("mix_start", "mix_end")):
         params["momentum_mix"][row] = torch.tensor([knob[name], 0.0, -knob[name]])
+    params["growth"] += knob["growth"]
     params["caution"] += torch.tensor([knob["caution_start"], knob["caution_end"]])
     params["rms_decays"] += knob["memory"]
     params["momentum_decays"] += torch.tensor([knob["fast"], knob["slow"] / 2, knob["slow"]])

@@ -39,7 +39,7 @@ DIRECTIONS = {
 # The scheduler's meta-parameters, in the order of star_schedule.h
 SCHEDULE = (
     *("schedule_fraction", "schedule_length", "schedule_early", "schedule_step"),
-    *("tensor_powers", "momentum_mix", "caution"),
+    *("tensor_powers", "momentum_mix", "growth", "caution"),
 )
 # Options that the kernel has, or that the rule puts into a tensor's multipliers or the decays. Any other must be off.
 OPTIONS = {

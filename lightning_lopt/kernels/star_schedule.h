@@ -12,7 +12,7 @@ struct Schedule {  // as packed by cpu.py: the scheduler's constants and meta-pa
   float fractions[FRACTIONS], log_steps[LOG_STEPS], log_lengths[2], largest_power;
   float schedule_fraction[FRACTIONS], schedule_length[FRACTIONS];
   float schedule_early[LOG_STEPS], schedule_step[LOG_STEPS];
-  float tensor_powers[2][2][8], momentum_mix[2][3], caution[2];
+  float tensor_powers[2][2][8], momentum_mix[2][3], growth[2], caution[2];
 };
 
 inline float clamp(float x, float low, float high) { return x < low ? low : x > high ? high : x; }  // NaN stays
@@ -45,6 +45,10 @@ void schedule(Work& w, const float (&means)[4]) {
   for (int k = 0; k < 3; k++) x[5 + k] = std::log(clamp(means[1 + k], 1e-6f, INFINITY)) / 4 + 1;
   const float(*powers)[8] = s.tensor_powers[shape[0] > 0 ? 0 : 1];
   for (int i = 0; i < 8; i++) own += lerp(powers[0][i], powers[1][i], fraction) * x[i];
+  if (shape[0] == 0) {  // see scheduler.growth
+    float grown = (std::log(clamp(means[0], 1e-30f, INFINITY)) + 2.302585f * (shape[2] + 1.5f)) / 2;
+    own += lerp(s.growth[0], s.growth[1], fraction) * clamp(grown, 0, INFINITY);
+  }
   w.factor = std::exp(log_factor + clamp(own, -s.largest_power, s.largest_power));
   w.caution = clamp(lerp(s.caution[0], s.caution[1], fraction), 0, 1);
   if (!w.rule.mixed) return;

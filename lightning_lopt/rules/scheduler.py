@@ -10,9 +10,11 @@ can be drawn and read:
 
 with the exponents a_i going linearly from their start to their end over the run, of one kind for matrices and another
 for vectors and scalars. Steps relative to a tensor's scale are Adafactor's (Shazeer and Stern 2018, arXiv 1804.04235,
-section 8). The momenta of the nominal term are mixed by learned weights instead of averaged, again from start to end.
-`caution` says how much of the nominal step is held back where it goes against the gradient of the moment. All
-meta-parameters at 0 leave the paper's form.
+section 8). Where gradients are nearly all noise such steps feed on themselves: weights grow as a random walk does, and
+steps with them. So `growth` is the exponent of how far a matrix has grown, and is meant to be negative. The momenta of
+the nominal term are mixed by learned weights instead of averaged, again from start to end. `caution` says how much of
+the nominal step is held back where it goes against the gradient of the moment. All meta-parameters at 0 leave the
+paper's form.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ SHAPES = {
     "tensor_powers": (2, 2, NUM_TENSOR_FEATURES),  # (vectors, matrices) x (start, end) x feature
     "momentum_mix": (2, 3),  # (start, end) x momentum: logits of the weights
 }
-STAR_SHAPES = {**SHAPES, "caution": (2,)}  # (start, end) of `caution`, which STAR alone has so far
+STAR_SHAPES = {**SHAPES, "growth": (2,), "caution": (2,)}  # (start, end) of what STAR alone has so far
 LOG_LENGTHS = (-1.0, 0.5)  # log10(length / 1000) is held within these: no extrapolation to runs of a million steps
 LARGEST_POWER = 4.0  # a tensor's log factor stays within +-4
 
@@ -57,7 +59,7 @@ def multipliers(
     """The learned scheduler, for T tensors at once.
 
     Args:
-        meta_params: with the names and shapes of `SHAPES`.
+        meta_params: with the names and shapes of `SHAPES`, and `growth` where the rule has it.
         mean_squares: (T, 4) over each tensor, of the parameter and of the three momenta / sqrt(second moment).
         shapes: (T, 4) as `shape_features` gives them.
         step: () updates made so far, or (T,).
@@ -74,7 +76,11 @@ def multipliers(
     vector = shapes[:, :1]
     start, end = (powers[1, i] + vector * (powers[0, i] - powers[1, i]) for i in (0, 1))
     exponents = torch.lerp(start, end, fraction)
-    own = (exponents * tensor_features(mean_squares, shapes)).sum(1).clamp(-LARGEST_POWER, LARGEST_POWER)
+    own = (exponents * tensor_features(mean_squares, shapes)).sum(1)
+    if "growth" in meta_params:
+        start, end = meta_params["growth"]
+        own = own + torch.lerp(start, end, fraction.squeeze(1)) * growth(mean_squares, shapes)
+    own = own.clamp(-LARGEST_POWER, LARGEST_POWER)
     factor = torch.exp(log_factor(meta_params, step, num_steps) + own)
     mix = meta_params["momentum_mix"]
     return Multipliers(factor, torch.softmax(torch.lerp(mix[:1], mix[1:], fraction), 1))
@@ -150,6 +156,21 @@ def tensor_features(mean_squares: Tensor, shapes: Tensor) -> Tensor:
     scale = torch.log(mean_squares[:, :1].clamp(min=1e-4) / 1e-2) / 4
     strength = torch.log(mean_squares[:, 1:].clamp(min=1e-6)) / 4 + 1
     return torch.cat([torch.ones_like(scale), scale, shapes[:, 1:], strength], 1)
+
+
+def growth(mean_squares: Tensor, shapes: Tensor) -> Tensor:
+    """(T,) logarithms of how far the root mean square is above 1 / sqrt(fan-in), 0 below it and for vectors.
+
+    Layers begin about there (torch's at 0.58 of it, He's at 1.4), so it tells of growth without keeping the beginning.
+
+    Example:
+        >>> shapes = torch.tensor([shape_features((8, 4)), shape_features((8, 4))])
+        >>> growth(torch.tensor([[0.25], [1.0]]).expand(2, 4), shapes)
+        tensor([0.0000, 0.6931])
+    """
+    fan_in = math.log(10) * (shapes[:, 2] + 1.5)
+    grown = (torch.log(mean_squares[:, 0].clamp(min=1e-30)) + fan_in) / 2
+    return grown.clamp(min=0) * (1 - shapes[:, 0])
 
 
 def shape_features(shape: tuple[int, ...], num_tensors: int | None = None) -> tuple[float, float, float, float]:

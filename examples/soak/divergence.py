@@ -1,0 +1,62 @@
+"""Runs a rule on every task of the catalog and counts the runs that end worse than they began.
+
+    python examples/soak/divergence.py                                  # the bundled star, half an hour of a core
+    python examples/soak/divergence.py --rule runs/star/rule --tasks digits --steps 600
+
+The catalog has tasks that no rule was meta-trained on, some of them hostile: gradients by evolution strategies, which
+are nearly all noise, re-scaled parameters, nets of many shapes. A run counts as diverged as in `lopt evaluate`: a loss
+that is not finite, or a final loss of more than twice the initial one. Those that end above where they began are
+told of too. Needs the image data and tiny Shakespeare in $LIGHTNING_LOPT_DATA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import lightning_lopt as lopt
+from lightning_lopt import tasks
+from lightning_lopt.evaluation.runs import run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rule", default="star", help="name of a bundled rule, or a directory")
+    parser.add_argument("--tasks", default="", help="only those with this in their names")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--largest", type=int, default=100_000, help="skip nets of more parameters than this")
+    arguments = parser.parse_args()
+    rule = lopt.load_rule(arguments.rule)
+    table, counts = (
+        Table("task", "parameters", "initial loss", "final loss", ""),
+        {"diverged": 0, "above": 0, "runs": 0},
+    )
+    skipped = []
+    for name in track([name for name in tasks.list_tasks() if arguments.tasks in name], description=str(rule.kind)):
+        task = tasks.make(name)
+        size = task.num_params
+        if size > arguments.largest:
+            skipped.append(name)
+            continue
+        (runs,) = run(rule, [rule.meta_params()], task, steps=arguments.steps, seeds=arguments.seeds)
+        diverged, above = sum(runs.diverged), sum(final > runs.scale for final in runs.final)
+        counts["diverged"] += diverged
+        counts["above where they began"] += above
+        counts["runs"] += arguments.seeds
+        note = f"{diverged} diverged" if diverged else f"{above} above" if above else ""
+        table.add_row(name, f"{size:,}", f"{runs.scale:.4g}", f"{runs.average('final'):.4g}", note)
+    Console(width=120).print(table)
+    print("not run, too large:", ", ".join(skipped) or "none")
+    print(*(f"{number} {what}" for what, number in counts.items()), f"of {arguments.steps} steps", sep=", ")
+    sys.exit(counts["diverged"] > 0)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
