@@ -52,8 +52,9 @@ WITHOUT_LENGTH = {  # fitted second: the curve over steps, for runs whose length
     "early": Knob(-1.5, 1.0),  # what ten times fewer steps add to it
     "late": Knob(-1.5, 0.3),  # what ten times more do
 }
+Run = tuple[str, int, dict[str, Any]]  # task, steps, options
 SIZES = {"width": 16, "depth": 2, "heads": 2}
-TASKS = [  # each is also run at a third of its steps
+TASKS: list[Run] = [  # each is also run at a third of its steps
     *((f"digits-{name}-mlp", 600, {}) for name in ("deep", "sigmoid", "mse")),
     *((name, 600, {}) for name in ("digits-mlp", "digits-logreg", "digits-autoencoder", "diabetes-mlp", "wine-mlp")),
     ("fashion-autoencoder", 300, {"dataset": "mnist", "image_size": 10, "hidden": (48, 12, 48)}),
@@ -87,7 +88,9 @@ TASKS = [  # each is also run at a third of its steps
     ("digits-es", 240, {}),
     ("digits-vit", 120, {"dataset": "fashion_mnist", "image_size": 8, "batch_size": 16, "depth": 3}),
 ]
-VALIDATION = [  # what the best candidate is chosen by: other nets, other data, a longer run; three starts each
+VALIDATION: list[
+    Run
+] = [  # what the best is chosen by: other nets, other data, a longer run; three starts each
     ("digits-tanh-mlp", 600, {}),
     ("wine-deep-mlp", 800, {}),
     ("breast-cancer-logreg", 400, {}),
@@ -102,7 +105,6 @@ VALIDATION = [  # what the best candidate is chosen by: other nets, other data, 
     ("digits-mlp", 8000, {}),
     ("digits-es", 600, {"base": "fashion8-mlp", "pairs": 2, "hidden": (32, 32)}),
 ]
-Run = tuple[str, int, dict[str, Any]]  # task, steps, options
 Theta = dict[str, torch.Tensor]
 WORST, SMALLEST = 2.0, 0.1  # a run counts as e^2 times the best at most; what is added to a task's unit
 MEAN = 1.0  # weight of the mean loss beside the final one
@@ -211,12 +213,26 @@ def search(
     return make(chosen)
 
 
+def compare(judge: Study, names: list[str], seed: int) -> None:
+    """Print what rules of this recipe lose on the judge's tasks, final and mean, relative to the first of them."""
+    rules = [lopt.load_rule(name) for name in names]
+    if other := [name for name, rule in zip(names, rules, strict=True) if rule.config != judge.rule.config]:
+        raise SystemExit(f"{other[0]} is not a rule of this recipe: {judge.rule.config} is what these are.")
+    scores = judge.scores([dict(rule.meta_params()) for rule in rules], seed, True)
+    ratios = (scores - scores[:, :, :1]).exp()
+    for (task, steps, _), row in zip(judge.runs, ratios, strict=True):
+        print(f"{task}@{steps}", *(f"{final:.3f}/{mean:.3f}" for final, mean in row.T.tolist()))
+    for name, (final, mean) in zip(names, ratios.log().mean(0).exp().T.tolist(), strict=True):
+        print(f"{name}: geometric means of final and mean losses over {names[0]}'s: {final:.3f} and {mean:.3f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/star"))
     parser.add_argument("--points", type=int, nargs="+", default=[96, 72, 56], help="of each round")
     parser.add_argument("--tasks", nargs="+", help="only these, for a quick look")
     parser.add_argument("--eps", type=float, default=1e-10, help="added to the second moment before its root")
+    parser.add_argument("--compare", nargs="+", metavar="RULE", help="no fit: these rules on the validation tasks")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     (arguments.out / "validation").mkdir(parents=True, exist_ok=True)
@@ -228,6 +244,9 @@ def main() -> None:
     judges = [run for run in VALIDATION if arguments.tasks is None or run[0] in arguments.tasks] or runs
     study, seed = Study(rule, arguments.out, runs), 10 * arguments.seed
     judge = Study(rule, arguments.out / "validation", judges, starts=3)
+    if arguments.compare:
+        compare(judge, arguments.compare, seed)
+        return
     found = search(study, judge, KNOBS, lambda knob: theta(rule, knob), arguments.points, seed, True)
     count = [max(arguments.points[0] // 4, 4)]
     found = search(study, study, WITHOUT_LENGTH, lambda knob: theta_without_length(found, knob), count, seed + 6, False)

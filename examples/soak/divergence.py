@@ -44,6 +44,8 @@ def main() -> None:
         if size > arguments.largest:
             skipped.append(name)
             continue
+        if name == "random-slopes":  # begins at 0 and falls without end
+            continue
         (runs,) = run(rule, [rule.meta_params()], task, steps=arguments.steps, seeds=arguments.seeds)
         diverged, above = sum(runs.diverged), sum(final > runs.scale for final in runs.final)
         counts["diverged"] += diverged
