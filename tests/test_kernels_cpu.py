@@ -52,12 +52,14 @@ def rule_of(config):
     rule = star(**config)
     with torch.no_grad():
         for name, value in rule.named_parameters():  # those that start at zero
-            if name.startswith(("schedule", "tensor", "momentum_mix", "growth", "b")):
+            if name.startswith(("schedule", "tensor", "momentum_mix", "b")):
                 value.copy_(0.3 * torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name))))
             if name == "caution":
                 value.copy_(torch.tensor([0.9, 0.3]))
             if name.endswith("decays"):
                 value.add_(0.01)
+            if name == "growth":  # early on noise's level is (1 - slowest decay)^2 / (1 - second moment's), times 1000
+                value.copy_(torch.tensor([-0.9, 0.5, 20 * 0.01 - 10 * 0.01]))
     return rule
 
 

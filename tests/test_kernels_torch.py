@@ -56,7 +56,7 @@ def test_every_configuration(config, monkeypatch):
     rule = star(**config)
     with torch.no_grad():
         for name, value in rule.named_parameters():  # those that start at zero
-            if name.startswith(("schedule", "tensor", "momentum_mix", "growth", "b")):
+            if name.startswith(("schedule", "tensor", "momentum_mix", "b")):
                 value.copy_(0.3 * torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name))))
             if name == "caution":
                 value.copy_(torch.tensor([0.9, 0.3]))

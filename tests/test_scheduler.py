@@ -124,14 +124,28 @@ def test_the_mix_weighs_the_momenta():
 
 
 @pytest.mark.parametrize(("rms", "grown"), [(0.0, 1.0), (0.2, 1.0), (0.25, 1.0), (0.5, 2.0), (0.75, 3.0)])
-@pytest.mark.parametrize("step", [0.0, 25.0, 100.0])
-def test_growth_is_the_exponent_of_how_far_a_matrix_is_above_one_over_the_root_of_its_fan_in(rms, grown, step):
-    theta = {**zeros(), "growth": torch.tensor([-1.0, -3.0], dtype=torch.float64)}
-    squares = torch.tensor([[rms**2, 1.0, 1.0, 1.0]], dtype=torch.float64)
+@pytest.mark.parametrize(
+    ("strength", "counts"),
+    [(1.0, 1.0), (math.exp(0.19), 1.0), (math.exp(-0.3), 0.5), (math.exp(0.3), 0.5), (2.0, 0.0), (0.0, 0.0)],
+)
+@pytest.mark.parametrize("step", [0.0, 100.0])
+def test_growth_is_the_exponent_of_how_far_noise_has_moved_a_matrix(rms, grown, strength, counts, step):
+    noise = 0.7e-3
+    theta = {**zeros(), "growth": torch.tensor([-1.0, -3.0, math.log(1e3 * noise)], dtype=torch.float64)}
+    squares = torch.tensor([[rms**2, 1.0, 1.0, noise * strength]], dtype=torch.float64)
     for shape, is_matrix in (((5, 16), True), ((5, 4, 2, 2), True), ((16,), False), ((), False)):
         shapes = torch.tensor([scheduler.shape_features(shape)], dtype=torch.float64)
         found = scheduler.multipliers(theta, squares, shapes, torch.tensor(step), 101).factor.item()
-        assert found == pytest.approx(grown ** (-1 - 2 * step / 100) if is_matrix else 1.0, rel=1e-5)
+        assert found == pytest.approx(grown ** (counts * (-1 - 2 * step / 100)) if is_matrix else 1.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("decay", [0.99, 0.999])
+def test_white_noise_has_the_strength_that_growth_looks_for(decay):
+    torch.manual_seed(0)
+    grads, average = torch.randn(8000, 2000), torch.zeros(2000)
+    for grad in grads:
+        average = decay * average + (1 - decay) * grad
+    assert average.square().mean().item() == pytest.approx((1 - decay) / (1 + decay), rel=math.expm1(scheduler.DOUBT))
 
 
 def test_where_gradients_are_noise_steps_relative_to_scale_feed_on_themselves_and_growth_stops_it():
@@ -140,7 +154,8 @@ def test_where_gradients_are_noise_steps_relative_to_scale_feed_on_themselves_an
         torch.manual_seed(0)
         rule = rules.make("star", nominal_stepsize=0.1, step_mult=0.0, nominal_controller=False, scheduler=True)
         theta = {name: torch.zeros_like(p) for name, p in rule.meta_params().items()}
-        theta["tensor_powers"][1, :, 1], theta["growth"] = 2.0, torch.full((2,), exponent)
+        theta["tensor_powers"][1, :, 1] = 2.0
+        theta["growth"] = torch.tensor([exponent, exponent, 0.0])  # 1e-3: both averages are young
         param = torch.randn(32, 64) / 8
         state = rule.init_state(param)
         for step in range(200):
@@ -148,7 +163,7 @@ def test_where_gradients_are_noise_steps_relative_to_scale_feed_on_themselves_an
             delta, state = rule.update(theta, torch.randn(32, 64), state, param, context)
             param = param + delta
         ends.append(param.square().mean().sqrt().item())
-    assert ends[0] > 100 > 10 > ends[1]
+    assert ends[0] > 10 * ends[1], ends
 
 
 @pytest.mark.parametrize("ends", [(0.0, 0.0), (1.0, 0.5), (0.25, 3.0), (-1.0, 1.0)])

@@ -273,5 +273,6 @@ def _pack(rule: STAR, meta_params: Mapping[str, Tensor]) -> tuple[tuple[Tensor, 
 
 def _schedule(meta_params: Mapping[str, Tensor]) -> Tensor:
     """As in star_schedule.h."""
-    knots = (*scheduler.FRACTIONS, *scheduler.LOG_STEPS, *scheduler.LOG_LENGTHS, scheduler.LARGEST_POWER)
+    bounds = (*scheduler.LOG_LENGTHS, scheduler.LARGEST_POWER, scheduler.DOUBT)
+    knots = (*scheduler.FRACTIONS, *scheduler.LOG_STEPS, *bounds)
     return torch.cat([torch.tensor(knots), *(meta_params[name].flatten() for name in SCHEDULE)])

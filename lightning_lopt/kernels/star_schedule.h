@@ -9,10 +9,10 @@
 namespace {
 
 struct Schedule {  // as packed by cpu.py: the scheduler's constants and meta-parameters
-  float fractions[FRACTIONS], log_steps[LOG_STEPS], log_lengths[2], largest_power;
+  float fractions[FRACTIONS], log_steps[LOG_STEPS], log_lengths[2], largest_power, doubt;
   float schedule_fraction[FRACTIONS], schedule_length[FRACTIONS];
   float schedule_early[LOG_STEPS], schedule_step[LOG_STEPS];
-  float tensor_powers[2][2][8], momentum_mix[2][3], growth[2], caution[2];
+  float tensor_powers[2][2][8], momentum_mix[2][3], growth[3], caution[2];
 };
 
 inline float clamp(float x, float low, float high) { return x < low ? low : x > high ? high : x; }  // NaN stays
@@ -47,7 +47,9 @@ void schedule(Work& w, const float (&means)[4]) {
   for (int i = 0; i < 8; i++) own += lerp(powers[0][i], powers[1][i], fraction) * x[i];
   if (shape[0] == 0) {  // see scheduler.growth
     float grown = (std::log(clamp(means[0], 1e-30f, INFINITY)) + 2.302585f * (shape[2] + 1.5f)) / 2;
-    own += lerp(s.growth[0], s.growth[1], fraction) * clamp(grown, 0, INFINITY);
+    float signal = std::log(clamp(means[3], 1e-12f, INFINITY) * 1e3f) - s.growth[2];
+    float noisy = clamp(2 - std::abs(signal) / s.doubt, 0, 1);
+    own += lerp(s.growth[0], s.growth[1], fraction) * clamp(grown, 0, INFINITY) * noisy;
   }
   w.factor = std::exp(log_factor + clamp(own, -s.largest_power, s.largest_power));
   w.caution = clamp(lerp(s.caution[0], s.caution[1], fraction), 0, 1);

@@ -10,8 +10,8 @@ can be drawn and read:
 
 with the exponents a_i going linearly from their start to their end over the run, of one kind for matrices and another
 for vectors and scalars. Steps relative to a tensor's scale are Adafactor's (Shazeer and Stern 2018, arXiv 1804.04235,
-section 8). Where gradients are nearly all noise such steps feed on themselves: weights grow as a random walk does, and
-steps with them. So `growth` is the exponent of how far a matrix has grown, and is meant to be negative. The momenta of
+section 8). Where gradients are nothing but noise such steps feed on themselves: weights grow as a random walk does, and
+steps with them. So `growth` has an exponent, meant to be negative, of how far such a matrix has grown. The momenta of
 the nominal term are mixed by learned weights instead of averaged, again from start to end. `caution` says how much of
 the nominal step is held back where it goes against the gradient of the moment. All meta-parameters at 0 leave the
 paper's form.
@@ -37,9 +37,14 @@ SHAPES = {
     "tensor_powers": (2, 2, NUM_TENSOR_FEATURES),  # (vectors, matrices) x (start, end) x feature
     "momentum_mix": (2, 3),  # (start, end) x momentum: logits of the weights
 }
-STAR_SHAPES = {**SHAPES, "growth": (2,), "caution": (2,)}  # (start, end) of what STAR alone has so far
+STAR_SHAPES = {  # what STAR alone has so far
+    **SHAPES,
+    "growth": (3,),  # (start, end) exponent, and log(1000 x) of the slowest momentum's squared strength x in pure noise
+    "caution": (2,),  # (start, end)
+}
 LOG_LENGTHS = (-1.0, 0.5)  # log10(length / 1000) is held within these: no extrapolation to runs of a million steps
 LARGEST_POWER = 4.0  # a tensor's log factor stays within +-4
+DOUBT = 0.2  # gradients are taken for noise while the logarithm of the squared strength is this near to noise's
 
 
 class Multipliers(NamedTuple):
@@ -78,8 +83,8 @@ def multipliers(
     exponents = torch.lerp(start, end, fraction)
     own = (exponents * tensor_features(mean_squares, shapes)).sum(1)
     if "growth" in meta_params:
-        start, end = meta_params["growth"]
-        own = own + torch.lerp(start, end, fraction.squeeze(1)) * growth(mean_squares, shapes)
+        start, end, noise = meta_params["growth"]
+        own = own + torch.lerp(start, end, fraction.squeeze(1)) * growth(mean_squares, shapes, noise)
     own = own.clamp(-LARGEST_POWER, LARGEST_POWER)
     factor = torch.exp(log_factor(meta_params, step, num_steps) + own)
     mix = meta_params["momentum_mix"]
@@ -158,19 +163,31 @@ def tensor_features(mean_squares: Tensor, shapes: Tensor) -> Tensor:
     return torch.cat([torch.ones_like(scale), scale, shapes[:, 1:], strength], 1)
 
 
-def growth(mean_squares: Tensor, shapes: Tensor) -> Tensor:
-    """(T,) logarithms of how far the root mean square is above 1 / sqrt(fan-in), 0 below it and for vectors.
+def growth(mean_squares: Tensor, shapes: Tensor, noise: Tensor) -> Tensor:
+    """(T,) logarithms of how far the root mean square is above 1 / sqrt(fan-in), for matrices moved by noise, else 0.
 
     Layers begin about there (torch's at 0.58 of it, He's at 1.4), so it tells of growth without keeping the beginning.
+    Matrices also grow as they learn, behind sigmoids by factors of twenty. But white noise gives the slowest momentum
+    (1 - decay) / (1 + decay) of the gradient's mean square, no more and no less: what is learned makes it stronger, and
+    falling gradients weaker. Growth counts in full within e^+-DOUBT of that, and not at all beyond twice as far. In the
+    beginning, when both averages are young, it is (1 - decay)^2 / (1 - the second moment's), near it in `star`.
+
+    Args:
+        mean_squares: (T, 4) as `multipliers` has them.
+        shapes: (T, 4) as `shape_features` gives them.
+        noise: () logarithm of 1000 times the squared strength of the slowest momentum in white noise.
 
     Example:
-        >>> shapes = torch.tensor([shape_features((8, 4)), shape_features((8, 4))])
-        >>> growth(torch.tensor([[0.25], [1.0]]).expand(2, 4), shapes)
-        tensor([0.0000, 0.6931])
+        >>> shapes = torch.tensor([shape_features((8, 4))] * 3)
+        >>> squares, strength = torch.tensor([0.25, 1.0, 1.0]), torch.tensor([5e-4, 5e-4, 1e-3])
+        >>> mean_squares = torch.stack([squares, strength, strength, strength], 1)
+        >>> growth(mean_squares, shapes, torch.tensor(0.5).log())
+        tensor([0.0000, 0.6931, 0.0000])
     """
     fan_in = math.log(10) * (shapes[:, 2] + 1.5)
-    grown = (torch.log(mean_squares[:, 0].clamp(min=1e-30)) + fan_in) / 2
-    return grown.clamp(min=0) * (1 - shapes[:, 0])
+    grown = ((torch.log(mean_squares[:, 0].clamp(min=1e-30)) + fan_in) / 2).clamp(min=0)
+    signal = torch.log(mean_squares[:, 3].clamp(min=1e-12) * 1e3) - noise
+    return grown * (2 - signal.abs() / DOUBT).clamp(0, 1) * (1 - shapes[:, 0])
 
 
 def shape_features(shape: tuple[int, ...], num_tensors: int | None = None) -> tuple[float, float, float, float]:
