@@ -19,7 +19,7 @@ from lightning_lopt.rules import UpdateRule
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TASKS = {"gru-rosenbrock": "rosenbrock", "gru-two-moons": "two-moons"}
+TASKS = {"gru-rosenbrock": "rosenbrock", "gru-two-moons": "two-moons", "gru-mnist": "mnist-conv"}
 DEFAULT_TASK = "linear-regression"
 BEST_MOMENTUM = {"linear-regression": (3.7585, 0.88114)}
 """Task -> (learning rate, momentum): optimal for the range of its eigenvalues, 1e-3 to 1 (Polyak)."""
