@@ -179,7 +179,7 @@ def growth(mean_squares: Tensor, shapes: Tensor, noise: Tensor) -> Tensor:
 
     Example:
         >>> shapes = torch.tensor([shape_features((8, 4))] * 3)
-        >>> squares, strength = torch.tensor([0.25, 1.0, 1.0]), torch.tensor([5e-4, 5e-4, 1e-3])
+        >>> squares, strength = torch.tensor([0.2, 1.0, 1.0]), torch.tensor([5e-4, 5e-4, 1e-3])
         >>> mean_squares = torch.stack([squares, strength, strength, strength], 1)
         >>> growth(mean_squares, shapes, torch.tensor(0.5).log())
         tensor([0.0000, 0.6931, 0.0000])
