@@ -13,7 +13,19 @@ import torch
 
 import lightning_lopt as lopt
 from lightning_lopt import tasks
-from lightning_lopt.evaluation import HELDOUT, Case, Entry, Options, Results, Runs, cli, compare, evaluate, fingerprint
+from lightning_lopt.evaluation import (
+    HELDOUT,
+    SUITES,
+    Case,
+    Entry,
+    Options,
+    Results,
+    Runs,
+    cli,
+    compare,
+    evaluate,
+    fingerprint,
+)
 from lightning_lopt.evaluation import runs as runs_module
 from lightning_lopt.evaluation.cache import Cache
 from lightning_lopt.evaluation.results import DEFAULT_ADAM
@@ -314,6 +326,7 @@ def test_data_that_are_not_here_are_missed_before_anything_runs(monkeypatch, opt
 
 def test_the_heldout_suite_is_in_the_catalog():
     assert len(HELDOUT) >= 12
+    assert set(HELDOUT) - set(SUITES["unseen"]) == {Case("digits-mlp", 20_000)}
     assert len(set(HELDOUT)) == len(HELDOUT)
     assert {case.task for case in HELDOUT} <= set(tasks.list_tasks())
     assert max(case.steps for case in HELDOUT) == 20_000

@@ -81,6 +81,7 @@ def test_a_tensors_own_factor_is_bounded():
 
 def test_tensors_at_once_are_as_each_alone():
     theta, generator = drawn(1), torch.Generator().manual_seed(2)
+    theta["growth"] = torch.tensor([-1.0, -2.0, math.log(1e3 * 0.5)], dtype=torch.float64)
     squares = torch.rand(5, 4, generator=generator, dtype=torch.float64)
     shapes = torch.tensor([scheduler.shape_features(s, 5) for s in [(3,), (4, 5), (), (2, 3, 4), (7, 1)]])
     steps = torch.tensor([0.0, 3.0, 50.0, 99.0, 200.0], dtype=torch.float64)
@@ -213,6 +214,7 @@ def test_behind_the_optimizer_it_is_what_the_rule_says(backend, num_steps):
     rule = rules.make("star", scheduler=True, **OPTIONS)
     rule.load_state_dict({**rule.state_dict(), **{name: value.float() for name, value in drawn(3).items()}})
     rule.caution.data.copy_(torch.tensor([0.8, 0.4]))
+    rule.growth.data.copy_(torch.tensor([-0.9, 0.5, 0.0]))
     params = [torch.nn.Parameter(torch.randn(shape)) for shape in ((6, 4), (6,), (3, 2, 3, 3), ())]
     expected, states = [p.detach().clone() for p in params], [rule.init_state(p) for p in params]
     optimizer = lopt.RuleOptimizer(params, rule, num_steps=num_steps, backend=backend)

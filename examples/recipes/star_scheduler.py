@@ -1,6 +1,6 @@
 """How the bundled `star` was made: its scheduler's readable numbers, fitted to many small tasks at two horizons.
 
-    python examples/recipes/star_scheduler.py --out runs/star --seed 5    # an hour of a core; can be interrupted
+    python examples/recipes/star_scheduler.py --out runs/star --seed 5    # 75 minutes of a core; resumes
 
 96 points in a box, then 72 and 56 in ever smaller ones about the best; then the best of nine candidates on other tasks
 (VALIDATION); see `lightning_lopt.meta.surface`. The curve for runs of unknown length is fitted after that, and `growth`
@@ -243,6 +243,8 @@ def main() -> None:
     parser.add_argument("--compare", nargs="+", metavar="RULE", help="no fit: these rules on the validation tasks")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
+    if wrong := set(arguments.tasks or ()) - {name for name, _, _ in TASKS + NOISY + VALIDATION}:
+        parser.error(f"--tasks: {sorted(wrong)[0]!r} is not a task of this recipe; TASKS, NOISY and VALIDATION are.")
     rule = lopt.rules.make(
         "star", nominal_stepsize=1e-2, step_mult=0.0, nominal_controller=False, scheduler=True, eps=arguments.eps
     )

@@ -47,6 +47,11 @@ def main() -> None:
         counts["runs"] += arguments.seeds
         note = f"{diverged} diverged" if diverged else f"{above} above" if above else ""
         table.add_row(name, f"{task.num_params:,}", f"{runs.scale:.4g}", f"{runs.average('final'):.4g}", note)
+    if not counts["runs"]:
+        parser.error(
+            f"no task of at most {arguments.largest:,} parameters has {arguments.tasks!r} in its name; "
+            "tasks.list_tasks() has the names, --largest takes larger nets."
+        )
     Console(width=120).print(table)
     print("not run:", ", ".join(skipped) or "none")
     print(*(f"{number} {what}" for what, number in counts.items()), f"of {arguments.steps} steps", sep=", ")

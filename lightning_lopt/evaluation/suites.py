@@ -37,9 +37,12 @@ HELDOUT = (
 Fifteen tasks unlike those that rules are meta-trained on (small MLPs, conv nets and transformers on digits, 8 x 8 MNIST
 and Fashion-MNIST, small tables, made-up data): other data or resolutions, eight-layer and six-layer nets, LayerNorm and
 BatchNorm, residual connections, attention, recurrence, reconstruction, batches of 8, and runs of 200 to 20,000 steps.
-`digits-mlp` alone is a task that rules see; what is held out there is the length, ten times the longest.
+`digits-mlp` alone is a task that rules see; what is held out there is the length, ten times the longest of a fit.
 All of it with three seeds takes a learned rule about half an hour on one core.
 """
 
-SUITES = {"heldout": HELDOUT}
+UNSEEN = tuple(case for case in HELDOUT if case.task != "digits-mlp")
+"""Those of `HELDOUT` that no rule has seen at any length."""
+
+SUITES = {"heldout": HELDOUT, "unseen": UNSEEN}
 """The sets by name."""

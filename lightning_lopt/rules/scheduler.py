@@ -83,8 +83,8 @@ def multipliers(
     exponents = torch.lerp(start, end, fraction)
     own = (exponents * tensor_features(mean_squares, shapes)).sum(1)
     if "growth" in meta_params:
-        start, end, noise = meta_params["growth"]
-        own = own + torch.lerp(start, end, fraction.squeeze(1)) * growth(mean_squares, shapes, noise)
+        first, last, noise = meta_params["growth"]
+        own = own + torch.lerp(first, last, fraction.squeeze(1)) * growth(mean_squares, shapes, noise)
     own = own.clamp(-LARGEST_POWER, LARGEST_POWER)
     factor = torch.exp(log_factor(meta_params, step, num_steps) + own)
     mix = meta_params["momentum_mix"]
