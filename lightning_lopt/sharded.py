@@ -7,7 +7,7 @@ DTensor's own operations instead: the same numbers, with a message for every mea
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
@@ -27,11 +27,19 @@ class ShardedPart(Part):
         shape: of the whole tensor.
         start: where the shard begins, per dim.
         local: its shape.
+        split: the dims that are sharded.
         groups: the process groups over which the shards lie, one per dim of the mesh that shards.
     """
 
-    def __init__(self, shape: Sequence[int], start: Sequence[int], local: Sequence[int], groups: Sequence[Any]) -> None:
-        super().__init__(shape, start, local)
+    def __init__(
+        self,
+        shape: Sequence[int],
+        start: Sequence[int],
+        local: Sequence[int],
+        split: Iterable[int],
+        groups: Sequence[Any],
+    ) -> None:
+        super().__init__(shape, start, local, split)
         self.groups = tuple(groups)
 
 
@@ -51,7 +59,8 @@ def part_of(param: Any) -> ShardedPart | None:
             start[placement.dim] += begin
             length[placement.dim] = min(chunk, length[placement.dim] - begin)
             groups.append(mesh.get_group(number))
-    return ShardedPart(shape, start, length, groups) if list(param.to_local().shape) == length else None
+    split = [placement.dim for placement in param.placements if placement.is_shard()]
+    return ShardedPart(shape, start, length, split, groups) if list(param.to_local().shape) == length else None
 
 
 def local_of(tensor: Any, like: Any = None) -> Tensor:

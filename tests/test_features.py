@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_lopt.rules import features as feats
+from lightning_lopt.rules.parts import Part, Unknown
 
 PRECISIONS = ("f64", "f32")
 RECORDED_STEPS = (0, 10)
@@ -119,3 +120,54 @@ def test_features_of_a_factored_tensor_keep_their_rows_and_columns_small():
 
 def test_the_groups_of_channels_cover_the_reference_order_once():
     assert sorted((*feats.DENSE, *feats.ROW, *feats.COL)) == list(range(feats.NUM_CHANNELS))
+
+
+# --- centered gradients ---
+
+
+def test_a_centered_gradient_is_that_of_inputs_less_their_means():
+    """The law behind it: a linear layer's gradient, centered, is that of every sample's inputs less their own mean."""
+    inputs, back = torch.randn(50, 7) + 3, torch.randn(50, 4)
+    grad = back.T @ inputs
+    expected = back.T @ (inputs - inputs.mean(1, keepdim=True))
+    torch.testing.assert_close(feats.centered(grad, torch.tensor(1.0)), expected, rtol=1e-4, atol=1e-4)
+    half = feats.centered(grad, torch.tensor(0.5))
+    torch.testing.assert_close(half, (grad + expected) / 2, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (1, 1), (4, 1), (3, 6), (2, 3, 3, 3), (0, 3), (3, 0)], ids=str)
+def test_centering_leaves_vectors_zeros_and_shares_of_0_alone(shape):
+    grad = torch.randn(shape) + 1
+    grad[torch.rand(shape) < 0.5] = 0.0
+    assert torch.equal(feats.centered(grad, torch.tensor(0.0)), grad)
+    found = feats.centered(grad, torch.tensor(0.75))
+    assert torch.equal(found[grad == 0], grad[grad == 0])
+    if len(shape) < 2:
+        assert torch.equal(found, grad)
+    elif grad.numel():
+        rows = grad.flatten(1)
+        expected = torch.where(rows == 0, rows, rows - 0.75 * rows.mean(1, keepdim=True)).reshape(shape)
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("split", [0, 1])
+def test_a_part_is_centered_by_the_means_of_whole_rows(split):
+    grad, share = torch.randn(6, 4, 3) + 1, torch.tensor(0.6)
+    expected, shape = feats.centered(grad, share), [6, 4, 3]
+    halves = grad.chunk(2, split)
+    parts = []
+    for number, half in enumerate(halves):
+        start = [0, 0, 0]
+        start[split] = number * half.shape[split]
+        parts.append(Part(shape, start, half.shape, [split]))
+    if split:  # each asks for what the others have
+        shares = []
+        for part, half in zip(parts, halves, strict=True):
+            with pytest.raises(Unknown) as caught:
+                feats.centered(half, share, part)
+            shares.append(caught.value.sums[0])
+        for part in parts:
+            part.asked, part.known = 0, [[sum(shares)]]
+    found = [feats.centered(half, share, part) for part, half in zip(parts, halves, strict=True)]
+    torch.testing.assert_close(torch.cat(found, split), expected)
+    assert all(bool(part.asked) == bool(split) for part in parts)

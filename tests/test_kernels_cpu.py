@@ -54,6 +54,8 @@ def rule_of(config):
         for name, value in rule.named_parameters():  # those that start at zero
             if name.startswith(("schedule", "tensor", "momentum_mix", "b")):
                 value.copy_(0.3 * torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name))))
+            if name == "centering":
+                value.copy_(torch.tensor([0.9, 0.5]))
             if name == "caution":
                 value.copy_(torch.tensor([0.9, 0.3]))
             if name.endswith("decays"):
@@ -89,6 +91,27 @@ def assert_same(reference, fused, tolerance=1e-5):
 def test_every_configuration(config):
     shapes, steps = (SHAPES, STEPS) if not config else (SHAPES[3:10], 20)
     assert_same(*both(lambda: parameters(shapes), rule_of(config), steps, num_steps=15, safeguard=True))
+
+
+@pytest.mark.parametrize(
+    "config", [CONFIGS["scheduler"], CONFIGS["scheduler without network"]], ids=["network", "none"]
+)
+@pytest.mark.parametrize("maximize", [False, True])
+def test_gradients_with_means_and_zeros_are_centered(config, maximize):
+    """Rows from one number to 70,000, and dims before the factored ones; in quarters, as signs of what cancels to 1e-7
+    of it are the rounding's."""
+    pair = []
+    for backend in ("reference", "fused"):
+        params = parameters(SHAPES)
+        optimizer = RuleOptimizer(params, rule_of(config), backend=backend, num_steps=9, maximize=maximize)
+        for step in range(4):
+            set_gradients(params, step)
+            for param in params:
+                there = torch.rand(param.shape, generator=torch.Generator().manual_seed(step)) > 0.3
+                param.grad.mul_(4).round_().div_(4).add_(2).mul_(there)
+            optimizer.step()
+        pair.append(optimizer)
+    assert_same(*pair)
 
 
 @pytest.mark.parametrize("config", [{}, {"step_mult": 0.1}], ids=str)

@@ -58,6 +58,8 @@ def test_every_configuration(config, monkeypatch):
         for name, value in rule.named_parameters():  # those that start at zero
             if name.startswith(("schedule", "tensor", "momentum_mix", "b")):
                 value.copy_(0.3 * torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name))))
+            if name == "centering":
+                value.copy_(torch.tensor([0.9, 0.5]))
             if name == "caution":
                 value.copy_(torch.tensor([0.9, 0.3]))
             if name == "growth":  # early on noise's level is (1 - slowest decay)^2 / (1 - second moment's), times 1000

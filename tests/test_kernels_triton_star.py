@@ -45,6 +45,8 @@ def make_rule(kind="star", **config):
     rule = lopt.rules.make(kind, **config).to(DEVICE)
     for name, value in rule.named_parameters():
         value.data.normal_(0, 0.1 if name.endswith("decays") else 0.3)
+        if name == "centering":
+            value.data.copy_(torch.tensor([0.9, 0.5]))
         if name == "caution":  # otherwise it may be 0
             value.data.copy_(torch.tensor([0.9, 0.3]))
         if name == "growth":  # early on noise's level is (1 - slowest decay)^2 / (1 - second moment's), times 1000
@@ -170,11 +172,17 @@ def test_lower_precision_and_mixed_dtypes(dtype):
         torch.testing.assert_close(state["exp_avg"], other["exp_avg"], rtol=1e-5, atol=1e-7)
 
 
-def test_other_memory_orders_and_grads_laid_out_otherwise():
-    def channels_last(shape):
-        return torch.randn(shape).to(memory_format=torch.channels_last)
+def channels_last(shape):
+    return torch.randn(shape).to(memory_format=torch.channels_last)
 
-    run = Run(make_rule(step_mult=1e-4), [(2, 3, 2, 2)], make=channels_last)
+
+def transposed(shape):
+    return torch.randn(shape[::-1]).permute(*reversed(range(len(shape))))
+
+
+@pytest.mark.parametrize(("make", "scheduler"), [(channels_last, False), (channels_last, True), (transposed, True)])
+def test_other_memory_orders_and_grads_laid_out_otherwise(make, scheduler):
+    run = Run(make_rule(step_mult=1e-4, scheduler=scheduler), [(2, 3, 2, 2)], make=make)
     for _ in range(2):
         run.draw()
         run.grads = [grad.contiguous() for grad in run.grads]

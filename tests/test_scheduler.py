@@ -168,11 +168,12 @@ def test_where_gradients_are_noise_steps_relative_to_scale_feed_on_themselves_an
 
 
 @pytest.mark.parametrize("ends", [(0.0, 0.0), (1.0, 0.5), (0.25, 3.0), (-1.0, 1.0)])
-def test_caution_goes_from_its_start_to_its_end_within_0_and_1(ends):
-    theta = {"caution": torch.tensor(ends)}
+@pytest.mark.parametrize("name", ["caution", "centering"])
+def test_a_share_goes_from_its_start_to_its_end_within_0_and_1(name, ends):
+    theta = {name: torch.tensor(ends)}
     for step, num_steps, fraction in ((0, 101, 0.0), (25, 101, 0.25), (500, 101, 1.0), (7, None, 0.5)):
         expected = np.clip(np.interp(fraction, (0, 1), ends), 0, 1)
-        assert scheduler.caution(theta, torch.tensor(float(step)), num_steps).item() == pytest.approx(expected)
+        assert scheduler.share(theta, name, torch.tensor(float(step)), num_steps).item() == pytest.approx(expected)
 
 
 def test_caution_1_is_the_cautious_adam_of_its_paper_without_the_division():
@@ -207,6 +208,31 @@ def test_caution_lets_momenta_go_on_where_there_is_no_gradient():
     assert delta[0] < 0 < delta[1]
 
 
+def test_centering_1_is_adam_on_centralized_gradients():
+    """Yong et al. 2020, algorithm 2 without its bias corrections, in NumPy."""
+    rule = rules.make("star", nominal_stepsize=0.1, step_mult=0.0, nominal_controller=False, scheduler=True)
+    rule = rules.make("star", **{**rule.config.to_dict(), "exp_mult": (0.0, 0.0, 0.0)})
+    theta = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in rule.meta_params().items()}
+    theta["momentum_mix"] = torch.tensor([[0.0, -200.0, -200.0]] * 2, dtype=torch.float64)
+    theta["centering"] = torch.ones(2, dtype=torch.float64)
+    draw = np.random.default_rng(0)
+    shape = (4, 3, 2, 2)
+    param, m, v = torch.zeros(shape, dtype=torch.float64), np.zeros(shape), np.zeros(shape)
+    state = rule.init_state(param)
+    for step in range(30):
+        grad = draw.standard_normal(shape) + 1
+        central = grad - grad.mean((1, 2, 3), keepdims=True)
+        m, v = 0.9 * m + 0.1 * central, 0.999 * v + 0.001 * central**2
+        context = StepContext(torch.tensor(float(step)), None, 30)
+        delta, state = rule.update(theta, torch.from_numpy(grad), state, param, context)
+        np.testing.assert_allclose(delta, -0.1 * m / np.sqrt(v + 1e-6), rtol=1e-9, atol=1e-12)
+    theta["centering"] = torch.tensor([1.0, 0.0], dtype=torch.float64)  # all at the start, nothing at the end
+    for step, share in ((0, 1.0), (29, 0.0)):
+        context = StepContext(torch.tensor(float(step)), None, 30)
+        _, found = rule.update(theta, torch.from_numpy(grad), rule.init_state(param), param, context)
+        torch.testing.assert_close(found.exp_avg[0], torch.from_numpy(0.1 * (grad - share * (grad - central))))
+
+
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 @pytest.mark.parametrize("num_steps", [None, 30])
 def test_behind_the_optimizer_it_is_what_the_rule_says(backend, num_steps):
@@ -214,6 +240,7 @@ def test_behind_the_optimizer_it_is_what_the_rule_says(backend, num_steps):
     rule = rules.make("star", scheduler=True, **OPTIONS)
     rule.load_state_dict({**rule.state_dict(), **{name: value.float() for name, value in drawn(3).items()}})
     rule.caution.data.copy_(torch.tensor([0.8, 0.4]))
+    rule.centering.data.copy_(torch.tensor([0.9, 0.3]))
     rule.growth.data.copy_(torch.tensor([-0.9, 0.5, 0.0]))
     params = [torch.nn.Parameter(torch.randn(shape)) for shape in ((6, 4), (6,), (3, 2, 3, 3), ())]
     expected, states = [p.detach().clone() for p in params], [rule.init_state(p) for p in params]

@@ -52,6 +52,8 @@ def make(kind, config):
     with torch.no_grad():
         for param in rule.parameters():
             param += 0.01 * torch.randn(param.shape)
+        if hasattr(rule, "centering"):
+            rule.centering.copy_(torch.tensor([0.9, 0.5]))
     return rule
 
 

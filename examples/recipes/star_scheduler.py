@@ -25,7 +25,7 @@ from lightning_lopt.meta.surface import Knob, fit, sample, score
 from lightning_lopt.rules.scheduler import FRACTIONS, LOG_STEPS
 
 KNOBS = {  # boxes about what was best in an earlier fit
-    "peak": Knob(0.4, 1.2),  # log of the largest factor of the nominal step size 1e-2
+    "peak": Knob(0.4, 1.4),  # log of the largest factor of the nominal step size 1e-2
     "start": Knob(-0.7, 0.1),  # log of the first factor relative to the peak
     "warmup": Knob(0.05, 0.35),  # fraction of the run until the peak
     "anneal": Knob(0.35, 0.9),  # power of the cosine after it
@@ -36,11 +36,13 @@ KNOBS = {  # boxes about what was best in an earlier fit
     "scale": Knob(0.3, 0.75),  # exponent of a matrix's root mean square
     "size": Knob(-0.5, 0.3),  # what ten times the size adds to a matrix's log factor
     "fan": Knob(-0.9, -0.2),  # and ten times the fan-in
-    "vectors": Knob(-1.1, -0.3),  # log factor of vectors
+    "vectors": Knob(-1.1, 0.1),  # log factor of vectors
     "strength_start": Knob(0.3, 0.9),  # exponents of the momenta's strength
     "strength_end": Knob(0.0, 0.6),
     "mix_start": Knob(-0.4, 0.8),  # the fastest momentum's logit; the slowest's is its negative
     "mix_end": Knob(0.0, 1.0),
+    "centering_start": Knob(0.5, 0.95),  # how much of a gradient's mean over the fan-in is taken out of it
+    "centering_end": Knob(0.2, 0.95),
     "caution_start": Knob(0.5, 1.0),  # how much of a step against the gradient is held back
     "caution_end": Knob(0.2, 1.0),
     "memory": Knob(0.04, 0.2),  # offset of the second moment's decay
@@ -130,7 +132,8 @@ def theta(rule: lopt.rules.UpdateRule, knob: dict[str, float]) -> Theta:
     powers[:, 0, 5:], powers[:, 1, 5:] = 2 / 3 * knob["strength_start"], 2 / 3 * knob["strength_end"]
     for row, name in enumerate(("mix_start", "mix_end")):
         params["momentum_mix"][row] = torch.tensor([knob[name], 0.0, -knob[name]])
-    params["caution"] += torch.tensor([knob["caution_start"], knob["caution_end"]])
+    for name in ("centering", "caution"):
+        params[name] += torch.tensor([knob[f"{name}_start"], knob[f"{name}_end"]])
     params["rms_decays"] += knob["memory"]
     params["momentum_decays"] += torch.tensor([knob["fast"], knob["slow"] / 2, knob["slow"]])
     decay = 1 - 1e-3 * math.exp(10 * knob["memory"])

@@ -39,7 +39,7 @@ DIRECTIONS = {
 # The scheduler's meta-parameters, in the order of star_schedule.h
 SCHEDULE = (
     *("schedule_fraction", "schedule_length", "schedule_early", "schedule_step"),
-    *("tensor_powers", "momentum_mix", "growth", "caution"),
+    *("tensor_powers", "momentum_mix", "growth", "centering", "caution"),
 )
 # Options that the kernel has, or that the rule puts into a tensor's multipliers or the decays. Any other must be off.
 OPTIONS = {
@@ -130,7 +130,7 @@ class _Entry(NamedTuple):
     param: Tensor
     moments: tuple[int, ...]  # of star.cpp's Part: exp_avg to step
     counters: tuple[int, int]
-    geometry: tuple[int, ...]  # of star.cpp's Part: size to left_is_row
+    geometry: tuple[int, ...]  # of star.cpp's Part: size to rows
     kept: tuple[Tensor, ...]  # the state's tensors
     num_tensors: int | None
     shape: tuple[float, ...]  # what the scheduler knows of the tensor
@@ -229,12 +229,12 @@ def _make_entry(part: Part, safeguard: bool, num_tensors: int | None) -> _Entry:
     for name in FIELDS:
         state[name] = _plain(state[name])  # as it is, unless it came from elsewhere
     dims = factored_dims(shape)
-    geometry, sides = (0, 0, 0, 0, 0, 0), ("diag", "diag")
+    geometry, sides = (0, 0, 0, 0, 0, 0, 0), ("diag", "diag")
     if dims is not None:
         (first, second), last = sorted(dims), dims[1]
         left_is_row = last == second
         products = (math.prod(shape[:first]), shape[first], math.prod(shape[first + 1 : second]), shape[second])
-        geometry = (*products, math.prod(shape[second + 1 :]), int(left_is_row))
+        geometry = (*products, math.prod(shape[second + 1 :]), int(left_is_row), shape[0])
         sides = ("row", "col") if left_is_row else ("col", "row")
     names = ("exp_avg", "exp_avg_sq", *sides, "step")
     return _Entry(

@@ -5,6 +5,7 @@
 //   A  sums of squared gradients per row and column -> factored second moments
 //   B  the mean squares of the 16 dense features
 //   C  the network, the new value, the new momenta
+// Before them, where the rule centers gradients, their rows' means.
 // Between them only vectors (per row, per column) and 16 numbers are kept: features are computed again, never stored.
 //
 // A contiguous tensor is seen as [A, X, B, Y, C], X and Y being the two factored dims in memory order. A "line" is the
@@ -31,9 +32,10 @@ inline VI flipping(float sign) { return VI{} + (sign < 0 ? INT32_MIN : 0); }
 struct Coordinates {
   V grad, param, momentum[3], second;
 
-  inline Coordinates(const Rule& rule, const Part& t, VI flip, int64_t at, int n) {
+  inline Coordinates(const Rule& rule, const Part& t, VI flip, const Run& run, int i, int n) {
+    int64_t at = run.at + i;
     auto get = [&](const float* p) { return n == LANES ? load(p + at) : some(p + at, n); };
-    grad = (V)((VI)get(t.grad) ^ flip), param = get(t.param);
+    grad = (V)((VI)without(get(run.grad - run.at), run.mean) ^ flip), param = get(t.param);
     for (int k = 0; k < 3; k++)
       momentum[k] = get(t.exp_avg + k * t.size) * rule.momentum[k] + grad * (1 - rule.momentum[k]);
     second = get(t.exp_avg_sq) * rule.rms + grad * (1 - rule.rms) * grad;
@@ -50,14 +52,11 @@ void moments(Work& w, int64_t block) {
   const VI flip = flipping(w.scalars.sign);
   V totals[DENSE] = {};
   int64_t end = std::min(t.size, (block + 1) * BLOCK);
-  for (Run run{block * BLOCK, 0, {}, {}, {}}; run.at < end; run.at += run.n) {
-    if (heads)
-      run = run_at(w, run.at, end, room, false);
-    else
-      run.n = (int)std::min<int64_t>(CHUNK, end - run.at);
+  for (Run run{block * BLOCK, 0, {}, {}, {}, {}}; run.at < end; run.at += run.n) {
+    run = run_at<heads>(w, run.at, end, room, false);
     V sums[DENSE] = {};
     auto add = [&](int i, int n) {
-      Coordinates c(rule, t, flip, run.at + i, n);
+      Coordinates c(rule, t, flip, run, i, n);
       V root = 1.0f / (c.second + EPS);  // its square
       sums[1] += c.param * c.param;
       if (!heads) sums[5] += c.second;
@@ -221,11 +220,8 @@ void apply(Work& w, int64_t block) {
   const float kept = 1 - w.caution;  // of a nominal step that would climb
   V outside = {}, sums[4] = {}, head_sums[HEADS] = {};
   int64_t end = std::min(t.size, (block + 1) * BLOCK);
-  for (Run run{block * BLOCK, 0, {}, {}, {}}; run.at < end; run.at += run.n) {
-    if (heads)
-      run = run_at(w, run.at, end, room, true);
-    else
-      run.n = (int)std::min<int64_t>(CHUNK, end - run.at);
+  for (Run run{block * BLOCK, 0, {}, {}, {}, {}}; run.at < end; run.at += run.n) {
+    run = run_at<heads>(w, run.at, end, room, true);
     for (int k = 0; heads && k < 3; k++)  // what is constant along the run goes into the weights
       for (int j = 0; j < HIDDEN; j++) {
         weights[10 + k][j] = w.weights[10 + k][j] * run.left_root[k];
@@ -233,7 +229,7 @@ void apply(Work& w, int64_t block) {
       }
     auto move = [&](int i, int n) {
       int64_t at = run.at + i;
-      Coordinates c(rule, t, flip, at, n);
+      Coordinates c(rule, t, flip, run, i, n);
       V root = inverse_root(c.second + EPS), head[4] = {};
       if (heads) {
         auto get = [&](const float* p) { return n == LANES ? load(p + i) : some(p + i, n); };
@@ -335,6 +331,11 @@ struct Team {
 
 // Passes A and B of one tensor, by a whole team: every member runs this, with the same Work.
 void look(Team& team, int member, Work& w) {
+  if (float share = centering(w)) {
+    team.once(member, [&] { w.fan_in = w.part.size / w.part.rows, w.row_means.resize(w.part.rows); });
+    int64_t tasks = (w.part.rows + rows_at_once(w) - 1) / rows_at_once(w);
+    team.each(member, tasks, [&](int64_t i) { average_rows(w, i, share); });
+  }
   if (w.part.A) team.each(member, w.row_blocks, [&](int64_t i) { sum_squares(w, i); });
   team.once(member, [&] { vectors(w); });
   if (!w.rule.needs_heads && !w.rule.scheduled) return;

@@ -12,7 +12,7 @@ struct Schedule {  // as packed by cpu.py: the scheduler's constants and meta-pa
   float fractions[FRACTIONS], log_steps[LOG_STEPS], log_lengths[2], largest_power, doubt;
   float schedule_fraction[FRACTIONS], schedule_length[FRACTIONS];
   float schedule_early[LOG_STEPS], schedule_step[LOG_STEPS];
-  float tensor_powers[2][2][8], momentum_mix[2][3], growth[3], caution[2];
+  float tensor_powers[2][2][8], momentum_mix[2][3], growth[3], centering[2], caution[2];
 };
 
 inline float clamp(float x, float low, float high) { return x < low ? low : x > high ? high : x; }  // NaN stays
@@ -26,13 +26,28 @@ float interpolate(float x, const float* knots, const float* values, int n) {
   return lerp(values[i], values[i + 1], (x - knots[i]) / (knots[i + 1] - knots[i]));
 }
 
+// The fraction of the run that is done.
+float progress(const Work& w) {
+  float step = *w.part.step, length = w.rule.num_steps;
+  return length ? std::min(1.0f, step / std::max(1.0f, length - 1)) : 0.5f;
+}
+
+const Schedule& schedule_of(const Work& w) { return *reinterpret_cast<const Schedule*>(w.rule.schedule); }
+
+// How much of its rows' means is taken out of the gradient; 0 where nothing is.
+float centering(const Work& w) {
+  if (!w.rule.scheduled || !w.part.rows) return 0;
+  const Schedule& s = schedule_of(w);
+  return clamp(lerp(s.centering[0], s.centering[1], progress(w)), 0, 1);
+}
+
 // means: of the squares of the parameter and of the three momenta / sqrt(second moment)
 void schedule(Work& w, const float (&means)[4]) {
-  const Schedule& s = *reinterpret_cast<const Schedule*>(w.rule.schedule);
+  const Schedule& s = schedule_of(w);
   const float* shape = w.scalars.shape;
   float step = *w.part.step, length = w.rule.num_steps, curve[FRACTIONS], log_factor;
   float log_step = std::log10(step + 1);
-  float fraction = length ? std::min(1.0f, step / std::max(1.0f, length - 1)) : 0.5f;
+  float fraction = progress(w);
   if (length) {
     float log_length = clamp(std::log10(length) - 3, s.log_lengths[0], s.log_lengths[1]);
     for (int i = 0; i < FRACTIONS; i++) curve[i] = s.schedule_fraction[i] + s.schedule_length[i] * log_length;

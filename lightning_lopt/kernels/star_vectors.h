@@ -64,7 +64,7 @@ struct Part {  // as in cpu.py
   const float* grad;
   float *exp_avg, *exp_avg_sq, *left, *right, *step;
   int64_t *skipped, *skipped_in_row;
-  int64_t size, A, X, B, Y, C, left_is_row;
+  int64_t size, A, X, B, Y, C, left_is_row, rows;  // rows: of a matrix, the first dim; 0 of a vector
 };
 
 struct Scalars {  // as in cpu.py
@@ -73,6 +73,9 @@ struct Scalars {  // as in cpu.py
 };
 
 inline float clamped_rsqrt(float x) { return 1.0f / std::sqrt(x < 1e-9f ? 1e-9f : x); }
+
+// What centering leaves of a gradient; `mean` is a share of its row's. See features.centered.
+inline V without(V grad, float mean) { return grad == 0 ? grad : grad - mean; }
 
 float inverse_rms(double squares, int64_t n) { return (float)(1.0 / std::sqrt(1e-5 + squares / n)); }
 
@@ -86,8 +89,10 @@ struct Work {
   std::vector<float> left_root, right_root;      // 3 factors of gradient and momenta; a diagonal's second 3: momenta's
   std::vector<float> left_hidden, right_hidden;  // HIDDEN first-layer sums; the bias is in the left ones
   std::vector<float> right_sums;                 // one row for each row block
+  std::vector<float> row_means;                  // of a centered gradient: what is taken from each row
   std::vector<double> grad_sums, partial, head_sums, squares;  // one row for each block
   float weights[DENSE][HIDDEN], head_means[HEADS], mean_grad = 0, widest[HIDDEN];
+  int64_t fan_in = 0;            // of a centered gradient
   float factor = 1, momenta[3];  // of blackbox and nominal term; the momenta's weights in the nominal direction
   float caution = 0;             // how much of the nominal direction is held back where it would climb
   bool finite = true, proven = false;
@@ -117,6 +122,26 @@ struct Work {
   }
 };
 
+// Before pass A: the mean of each row of a gradient that is to be centered, of so many rows in a task.
+
+int64_t rows_at_once(const Work& w) { return std::max<int64_t>(1, BLOCK / w.fan_in); }
+
+void average_rows(Work& w, int64_t block, float share) {
+  int64_t first = block * rows_at_once(w), last = std::min(w.part.rows, first + rows_at_once(w));
+  for (int64_t row = first; row < last; row++) {
+    double total = 0;
+    for (int64_t start = 0; start < w.fan_in; start += CHUNK) {
+      const float* g = w.part.grad + row * w.fan_in + start;
+      int64_t n = std::min<int64_t>(CHUNK, w.fan_in - start), i = 0;
+      V sums = {};
+      for (; i + LANES <= n; i += LANES) sums += load(g + i);
+      if (i < n) sums += load(g + i, (int)(n - i));
+      total += sum(sums);
+    }
+    w.row_means[row] = share * (float)(total / w.fan_in);
+  }
+}
+
 // Pass A
 
 void sum_squares(Work& w, int64_t block) {
@@ -127,12 +152,13 @@ void sum_squares(Work& w, int64_t block) {
     const float* g = t.grad + line * w.length;
     float* right = w.right_sums.data() + block * w.n_right + (line / (t.X * t.B) * t.B + line % t.B) * w.length;
     float* left = w.left.data() + line * t.C;
+    float mean = w.fan_in ? w.row_means[line * w.length / w.fan_in] : 0;  // a line lies in one row
     V sums = {}, phases[LANES];
     for (int64_t p = 0; p < std::min<int64_t>(t.C, LANES); p++) phases[p] = V{};
     int phase = 0, forward = (int)(LANES % t.C);
     for (int64_t i = 0; i < w.length; i += LANES) {
       int n = (int)std::min<int64_t>(LANES, w.length - i);
-      V x = n == LANES ? load(g + i) : load(g + i, n), square = x * x;
+      V x = without(n == LANES ? load(g + i) : load(g + i, n), mean), square = x * x;
       sums += x;
       if (t.C <= LANES) {
         phases[phase] += square;
@@ -153,7 +179,10 @@ void sum_squares(Work& w, int64_t block) {
     } else {
       for (int64_t c = 0; c < t.C; c++) left[c] = 0;
       for (int64_t y = 0; y < t.Y; y++)
-        for (int64_t c = 0; c < t.C; c++) left[c] += g[y * t.C + c] * g[y * t.C + c];
+        for (int64_t c = 0; c < t.C; c++) {
+          float x = g[y * t.C + c] == 0 ? 0 : g[y * t.C + c] - mean;
+          left[c] += x * x;
+        }
     }
     total += sum(sums);
   }
@@ -257,7 +286,7 @@ void vectors(Work& w) {
 
 // A chunk's left and right vectors, one value for each coordinate.
 struct Expanded {
-  float root[3][CHUNK], hidden[HIDDEN][CHUNK];
+  float root[3][CHUNK], hidden[HIDDEN][CHUNK], grad[CHUNK];
 };
 
 // out = combine(left, right) for K pairs of vectors, along `run` coordinates of a line, the first of which is number
@@ -298,17 +327,18 @@ inline void along_line(const float* left, int64_t nl, const float* right, int64_
 struct Run {
   int64_t at;
   int n;
-  const float *grad_root[3], *momentum_root[3], *hidden[HIDDEN];  // n numbers each
-  float left_root[3] = {1, 1, 1}, left_hidden[HIDDEN] = {};       // beside these: a factor, and what is added
+  const float *grad_root[3], *momentum_root[3], *hidden[HIDDEN], *grad;  // n numbers each
+  float left_root[3] = {1, 1, 1}, left_hidden[HIDDEN] = {};  // beside these: a factor, and what is added
+  float mean = 0;                                            // and what is taken from the gradient
 };
 
 constexpr int64_t LONG = 4 * LANES;  // lines from here on are runs of their own, with nothing copied
 
-// The run that begins at a coordinate and does not go beyond `end`; vectors that must be made are put into `room`.
-Run run_at(const Work& w, int64_t start, int64_t end, Expanded& room, bool with_hidden) {
+// A run's vectors for the network; those that must be made are put into `room`.
+Run with_vectors(const Work& w, int64_t start, int64_t end, Expanded& room, bool with_hidden) {
   const Part& t = w.part;
   int64_t nl = w.n_left, nr = w.n_right, C = t.C;
-  Run run{start, (int)std::min<int64_t>(CHUNK, end - start), {}, {}, {}};
+  Run run{start, (int)std::min<int64_t>(CHUNK, end - start), {}, {}, {}, {}};
   auto right_of = [&](int64_t line) { return (line / (t.X * t.B) * t.B + line % t.B) * w.length; };
   if (!t.A) {
     for (int k = 0; k < 3; k++) {
@@ -346,6 +376,24 @@ Run run_at(const Work& w, int64_t start, int64_t end, Expanded& room, bool with_
   }
   for (int k = 0; k < 3; k++) run.grad_root[k] = run.momentum_root[k] = room.root[k];
   for (int j = 0; j < HIDDEN; j++) run.hidden[j] = room.hidden[j];
+  return run;
+}
+
+// The run that begins at a coordinate and does not go beyond `end`.
+template <bool heads>
+Run run_at(const Work& w, int64_t start, int64_t end, Expanded& room, bool with_hidden) {
+  const bool long_rows = w.fan_in >= LONG;
+  if (long_rows) end = std::min(end, (start / w.fan_in + 1) * w.fan_in);
+  Run run{start, (int)std::min<int64_t>(CHUNK, end - start), {}, {}, {}, {}};
+  if (heads) run = with_vectors(w, start, end, room, with_hidden);
+  run.grad = w.part.grad + start;
+  if (long_rows) run.mean = w.row_means[start / w.fan_in];
+  if (long_rows || !w.fan_in) return run;
+  for (int64_t i = 0; i < run.n;) {
+    int64_t row = (start + i) / w.fan_in, last = std::min<int64_t>(run.n, (row + 1) * w.fan_in - start);
+    for (float mean = w.row_means[row]; i < last; i++) room.grad[i] = run.grad[i] == 0 ? 0 : run.grad[i] - mean;
+  }
+  run.grad = room.grad;
   return run;
 }
 

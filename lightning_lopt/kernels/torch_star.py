@@ -112,6 +112,8 @@ class TorchStar:
         if self.known is None or self.known[0] is not meta:
             self.known = meta, self.rule.decays(meta)
         decays = self.known[1]
+        if self.rule.config.scheduler:
+            s.grad = self._centered(s, meta, lengths[0])
         vectors = self._vectors(s, meta, decays)
         chunks, sums = _chunks(s.shape), torch.zeros(())
         for chunk in chunks:
@@ -142,6 +144,11 @@ class TorchStar:
             gained = [Squares(of_change, dict(zip(self._names(), of_terms, strict=True)))]
         self._write(s, moved, vectors, x if len(chunks) == 1 else None, decays, good.tolist(), safeguard)
         return gained
+
+    def _centered(self, s: _Stack, meta: _Meta, num_steps: int | None) -> Tensor:
+        share = scheduler.share(meta, "centering", s.step, num_steps)
+        found: Tensor = torch.func.vmap(feats.centered)(s.grad.squeeze(1), share)
+        return found.unsqueeze(1)
 
     def _vectors(self, s: _Stack, meta: _Meta, decays: feats.Decays) -> _Vectors:
         """New second moments per row and column, and what follows from them alone."""
@@ -221,7 +228,7 @@ class TorchStar:
         shapes = torch.tensor([scheduler.shape_features(s.shape, num_tensors)]).expand(len(s.parts), -1)
         factor, momenta = scheduler.multipliers(meta, read, shapes, s.step, num_steps)
         ones = [1] * len(s.shape)
-        caution = scheduler.caution(meta, s.step, num_steps)
+        caution = scheduler.share(meta, "caution", s.step, num_steps)
         momenta = momenta.expand(len(s.parts), -1).reshape(-1, 3, *ones)
         return factor.reshape(-1, 1, *ones), momenta, caution.reshape(-1, 1, *ones)
 

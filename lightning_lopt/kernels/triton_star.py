@@ -4,6 +4,7 @@ A step reads every gradient three times and every parameter and state twice, 72 
 STAR's normalizers are means over tensors whose channels follow from other means over tensors:
 
 launch            | a program is of | computes
+(row_means)       | a few rows      | what centering takes from the gradient, if the rule has a scheduler
 gradient_squares  | a tile          | sums of g^2 over rows and columns
 (clip)            | all             | the gradient's norm, if it is to be clipped
 vector_sums       | a block of rows | factored moments: their means and their channels' mean squares
@@ -82,6 +83,7 @@ def pack(rule: STAR, meta_params: Mapping[str, Tensor]) -> Tensor:
         *(meta_params[name] for name in ("b0", "w1", "b1")),
         *(pad(meta_params[name], (0, 4 - last)) for name in ("w2", "b2")),
         *(decays.momentum, decays.rms, decays.adafactor, first.new_tensor(settings)),
+        meta_params["centering"] if c.scheduler else first.new_zeros(2),
     ]
     return torch.cat([part.detach().reshape(-1).float() for part in parts])
 
@@ -108,6 +110,7 @@ class _Plan:
             return torch.zeros(shape, device=device)
 
         self.sums, self.means = new(tiling.num_sums), new(tiling.num_entries)
+        self.row_means = new(tiling.num_rows)
         self.entries = new(7, tiling.num_entries)
         self.tile_squares, self.tile_sums = new(self.num_tiles), new(self.num_tiles, factored.TILE_SUMS.value)
         self.block_sums = new(self.num_blocks, factored.BLOCK_SUMS.value)
@@ -192,13 +195,22 @@ class StarKernel:
         grad_scale = plan.one if control.grad_scale is None else control.grad_scale
         found_inf = plan.zero if control.found_inf is None else control.found_inf
         clipping = plan.unclipped if control.max_norm is None else plan.clipping
+        center, length = self.rule.config.scheduler, lengths[0]
+        num_steps = plan.num_steps.update([(0 if length is None else length,)])
         of_tensors = {"PARAMS": t.param_dtype, "GRADS": t.grad_dtype, "BF16": self.state_dtype == torch.bfloat16}
+        of_tensors["CENTER"] = center
         arguments = (addresses, t.sizes, numbers, grad_scale)
 
+        if center:
+            launch(
+                *(factored.row_means, len(t.rows), t.rows, addresses, t.sizes, theta, num_steps, plan.row_means),
+                GRADS=t.grad_dtype,
+            )
         launch(
             *(factored.gradient_squares, plan.num_tiles, t.tiles, *arguments),
-            *(plan.sums, plan.tile_squares, plan.bad),
+            *(plan.row_means, plan.sums, plan.tile_squares, plan.bad),
             GRADS=t.grad_dtype,
+            CENTER=center,
         )
         if control.max_norm is not None:
             launch(factored.clip, 1, plan.tile_squares, plan.num_tiles, control.max_norm, clipping)
@@ -213,7 +225,7 @@ class StarKernel:
             *(t.num_entries, plan.entries, plan.bad),
         )
         launch(
-            *(step.channel_sums, plan.num_tiles, t.tiles, *arguments, clipping, theta),
+            *(step.channel_sums, plan.num_tiles, t.tiles, *arguments, clipping, plan.row_means, theta),
             *(plan.entries, t.num_entries, plan.tile_sums),
             **of_tensors,
             SAFE=safeguard,
@@ -223,14 +235,16 @@ class StarKernel:
             plan.bad,
             SAFE=safeguard,
         )
-        multipliers = self._multipliers(plan, parts, meta_params, *lengths)
+        known = None if length is None else num_steps.reshape(())
+        multipliers = self._multipliers(plan, parts, meta_params, known, lengths[1])
         if measure:
             plan.gained = torch.zeros(plan.num_tiles, factored.GAINED.value, device=t.tiles.device)
         for check in (True, False) if safeguard else (False,):
             programs = plan.num_tiles + (0 if check else plan.num_blocks + plan.num_tensors)
             launch(
                 *(step.update, programs, t.tiles, plan.num_tiles, t.vectors, t.blocks, plan.num_blocks, *arguments),
-                *(found_inf, clipping, theta, plan.means, plan.entries, t.num_entries, plan.effective),
+                *(found_inf, clipping, plan.row_means, theta, plan.means, plan.entries, t.num_entries),
+                plan.effective,
                 *(multipliers, plan.bad, plan.gained),
                 **of_tensors,
                 **s,
@@ -250,7 +264,7 @@ class StarKernel:
         plan: _Plan,
         parts: Sequence[Part],
         meta_params: Mapping[str, Tensor],
-        num_steps: int | None,
+        num_steps: Tensor | None,
         num_tensors: int | None,
     ) -> Tensor:
         """(tensors, 5): the factor of both terms, the weights of the momenta, the caution, by the rule's functions."""
@@ -258,11 +272,10 @@ class StarKernel:
             return plan.multipliers
         scheduler.keep_constants(torch.float32, plan.effective.device)
         shapes = plan.shapes.update([scheduler.shape_features(part.param.shape, num_tensors) for part in parts])
-        length = None if num_steps is None else plan.num_steps.update([(num_steps,)]).reshape(())
         step = plan.effective[:, factored.AT_STEP.value]
         read = plan.effective[:, factored.READ.value : factored.READ.value + 4]
-        factor, momenta = scheduler.multipliers(meta_params, read, shapes, step, length)
-        caution = scheduler.caution(meta_params, step, length)
+        factor, momenta = scheduler.multipliers(meta_params, read, shapes, step, num_steps)
+        caution = scheduler.share(meta_params, "caution", step, num_steps)
         return torch.cat([factor.unsqueeze(1), momenta.expand(len(parts), 3), caution.unsqueeze(1)], 1)
 
     def _settings(self) -> dict[str, int | bool]:

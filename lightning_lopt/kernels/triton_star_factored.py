@@ -10,12 +10,24 @@ import triton
 import triton.language as tl
 
 from lightning_lopt.kernels import triton_math as tm
-from lightning_lopt.kernels.triton_tensors import LINE, PATCH, STRIP_ROWS, STRIP_WIDTH, STRIPS, TILE_ROWS, Sizes, Vector
+from lightning_lopt.kernels.triton_tensors import (
+    FAN_IN_AT_ONCE,
+    LINE,
+    PATCH,
+    ROWS_AT_ONCE,
+    STRIP_ROWS,
+    STRIP_WIDTH,
+    STRIPS,
+    TILE_ROWS,
+    Sizes,
+    Vector,
+)
 
 # Where the weights lie in the packed meta-parameters, see `triton_star.pack`.
 FIRST, ROW, COL, TIME, TIMESCALES, B0, W1, B1, W2, B2, DECAYS, SETTINGS, PACKED = (
-    tl.constexpr(n) for n in (0, 128, 152, 176, 240, 256, 260, 276, 280, 296, 300, 307, 315)
+    tl.constexpr(n) for n in (0, 128, 152, 176, 240, 256, 260, 276, 280, 296, 300, 307, 317)
 )
+CENTERING = tl.constexpr(315)
 # Addresses of a tensor, and numbers of it that may change at every step.
 PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, AT_X, AT_Y, STEP, SKIPPED, IN_ROW, ALIGNED, ADDRESSES = (
     tl.constexpr(n) for n in range(11)
@@ -36,10 +48,12 @@ PARAM_DTYPE, GRAD_DTYPE, SIZES = _SIZE["param_dtype"], _SIZE["grad_dtype"], tl.c
 X, BETWEEN, WIDTH, INNER = (_SIZE[name] for name in ("x", "between", "width", "inner"))
 LENGTH_X, LENGTH_Y, SUMS_X, SUMS_Y = (_SIZE[name] for name in ("length_x", "length_y", "sums_x", "sums_y"))
 ENTRY_X, ENTRY_Y = _SIZE["entry_x"], _SIZE["entry_y"]
+IN_ALL, ROW_STRIDE, FIRST_ROW = (_SIZE[name] for name in ("rows", "row_stride", "row"))
 TENSOR, AXIS, IS_ROW, LENGTH, BESIDE, ENTRIES, ENTRY, SUMS, PARTS, AVERAGED, BLOCK, BLOCKS, VECTORS = (
     tl.constexpr(n) for n in range(len(Vector._fields) + 1)
 )
 BX, BJ, NUM_STRIPS, ROWS = (tl.constexpr(n) for n in (STRIP_ROWS, STRIP_WIDTH, STRIPS, TILE_ROWS))
+MANY, FAN = (tl.constexpr(n) for n in (ROWS_AT_ONCE, FAN_IN_AT_ONCE))
 LINE_DOWN, LINE_ACROSS, PATCH_DOWN, PATCH_ACROSS = (tl.constexpr(n) for n in (*LINE, *PATCH))
 
 
@@ -96,31 +110,70 @@ def flat_strip(sizes, tensor, place, strip):
     return offsets, offsets < size(sizes, tensor, NUMEL)
 
 
+# --- before phase A: what centering takes from each row of a gradient
+
+
+@triton.jit
+def row_means(blocks, addresses, sizes, theta, num_steps, means, GRADS: tl.constexpr):
+    """A few rows of torch's first dim each: their means, times the share that the scheduler tells to take out."""
+    block = tl.program_id(0)
+    tensor, first = tl.load(blocks + block * 2).to(tl.int64), tl.load(blocks + block * 2 + 1).to(tl.int64)
+    count, stride = size(sizes, tensor, IN_ALL), size(sizes, tensor, ROW_STRIDE)
+    fan_in, row = size(sizes, tensor, NUMEL) // count, first + tl.arange(0, MANY)
+    where, sums = tl.load(addresses + tensor * ADDRESSES + GRAD), tl.zeros([MANY], tl.float32)
+    for start in range(0, fan_in, FAN):
+        at = start + tl.arange(0, FAN)
+        offsets = (row * stride)[:, None] + (at // stride * (stride * count) + at % stride)[None, :]
+        mask = (row < count)[:, None] & (at < fan_in)[None, :]
+        sums += tl.sum(tm.load(where, offsets, mask, size(sizes, tensor, GRAD_DTYPE), GRADS, 2), 1)
+    step = tl.load(tl.load(addresses + tensor * ADDRESSES + STEP).to(tl.pointer_type(tl.float32)))
+    length, start, end = tl.load(num_steps), tl.load(theta + CENTERING), tl.load(theta + CENTERING + 1)
+    done = tl.where(length > 0, tl.minimum(step / tl.maximum(length - 1, 1), 1), 0.5)
+    share = tl.minimum(tl.maximum(start + done * (end - start), 0), 1)
+    tl.store(means + size(sizes, tensor, FIRST_ROW) + row, share * sums / fan_in.to(tl.float32), mask=row < count)
+
+
+@triton.jit
+def centered(grad, offsets, mask, tensor, sizes, means):
+    """What centering leaves of a factored tensor's gradient, as it lies in memory: rules.features.centered."""
+    row = offsets // size(sizes, tensor, ROW_STRIDE) % size(sizes, tensor, IN_ALL)
+    mean = tl.load(means + size(sizes, tensor, FIRST_ROW) + row, mask=mask, other=0.0)
+    return tl.where(grad == 0, grad, grad - mean)
+
+
 # --- phase A: sums of squares over rows and columns; then the factored moments, and what follows from them alone
 
 
 @triton.jit
-def _factored_squares(tensor, place, down, across, addresses, sizes, sign, sums, GRADS, MULTIPLE: tl.constexpr):
+def _factored_squares(
+    tensor, place, down, across, addresses, sizes, sign, row_means, sums, GRADS, CENTER, MULTIPLE: tl.constexpr
+):
     where, inner = tl.load(addresses + tensor * ADDRESSES + GRAD), size(sizes, tensor, INNER)
     ALIGN: tl.constexpr = 16 if MULTIPLE == 4 else 2
-    columns = tl.zeros([BJ], tl.float32)
+    columns, plain = tl.zeros([BJ], tl.float32), tl.zeros([BJ], tl.float32)
     to_x = sums + size(sizes, tensor, SUMS_X) + across * size(sizes, tensor, LENGTH_X)
     for strip in range(0, num_strips(sizes, tensor, place, down)):
         offsets, mask, at_x, in_x, c, _, _ = factored_strip(sizes, tensor, place, down, across, strip, MULTIPLE)
-        grad = tm.load(where, offsets, mask, size(sizes, tensor, GRAD_DTYPE), GRADS, ALIGN) * sign
-        square = grad * grad
+        grad = tm.load(where, offsets, mask, size(sizes, tensor, GRAD_DTYPE), GRADS, ALIGN)
+        plain += tl.sum(grad * sign * (grad * sign), 0)
+        if CENTER:
+            grad = centered(grad, offsets, mask, tensor, sizes, row_means)
+        square = grad * sign * (grad * sign)
         columns += tl.sum(square, 0)
         for each in range(0, inner):
             tl.store(to_x + at_x + each, tl.sum(tl.where(c == each, square, 0.0), 1)[:, None], mask=in_x)
     width, j = size(sizes, tensor, WIDTH), across * BJ + tl.arange(0, BJ)
     to_y = sums + size(sizes, tensor, SUMS_Y) + down * size(sizes, tensor, LENGTH_Y)
     tl.store(to_y + place * width + j, columns, mask=j < width)
-    return tl.sum(columns, 0)
+    return tl.sum(plain, 0)
 
 
 @triton.jit
-def gradient_squares(tiles, addresses, sizes, numbers, grad_scale, sums, tile_squares, bad, GRADS: tl.constexpr):
-    """Phase A, a tile each: the gradient's sums of squares over y and over x, and over the tile."""
+def gradient_squares(
+    tiles, addresses, sizes, numbers, grad_scale, row_means, sums, tile_squares, bad, GRADS: tl.constexpr,
+    CENTER: tl.constexpr,
+):  # fmt: skip
+    """Phase A, a tile each: the gradient's sums of squares over y and over x; over the tile before it was centered."""
     tile = tl.program_id(0)
     tensor, place, down, across = unpack_tile(tiles, tile)
     if tile == size(sizes, tensor, TILE):
@@ -134,9 +187,13 @@ def gradient_squares(tiles, addresses, sizes, numbers, grad_scale, sums, tile_sq
             squares += grad * grad
         total = tl.sum(tl.sum(squares, 0), 0)
     elif is_aligned(addresses, sizes, tensor):
-        total = _factored_squares(tensor, place, down, across, addresses, sizes, sign, sums, GRADS, 4)
+        total = _factored_squares(
+            tensor, place, down, across, addresses, sizes, sign, row_means, sums, GRADS, CENTER, 4
+        )
     else:
-        total = _factored_squares(tensor, place, down, across, addresses, sizes, sign, sums, GRADS, 1)
+        total = _factored_squares(
+            tensor, place, down, across, addresses, sizes, sign, row_means, sums, GRADS, CENTER, 1
+        )
     tl.store(tile_squares + tile, total)
 
 

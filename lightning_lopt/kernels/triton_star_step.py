@@ -41,8 +41,8 @@ def _strip(sizes, tensor, place, down, across, strip, WAY: tl.constexpr):
 
 @triton.jit
 def _read(
-    tensor, offsets, mask, addresses, sizes, scale, theta, PARAMS: tl.constexpr, GRADS: tl.constexpr,
-    BF16: tl.constexpr, WAY: tl.constexpr,
+    tensor, offsets, mask, addresses, sizes, scale, row_means, theta, PARAMS: tl.constexpr, GRADS: tl.constexpr,
+    BF16: tl.constexpr, CENTER: tl.constexpr, WAY: tl.constexpr,
 ):  # fmt: skip
     """Gradient, parameter, three momenta, second moment and its inverse root, as of this step."""
     ALIGN: tl.constexpr = 16 if (WAY == MATRIX or WAY == SIDE_BY_SIDE) else 2
@@ -53,7 +53,10 @@ def _read(
     numel = ts.size(sizes, tensor, ts.NUMEL)
     if WAY == MATRIX or WAY == SIDE_BY_SIDE:
         numel = numel // 4 * 4
-    g = tm.load(grads, offsets, mask, ts.size(sizes, tensor, ts.GRAD_DTYPE), GRADS, ALIGN) * scale
+    g = tm.load(grads, offsets, mask, ts.size(sizes, tensor, ts.GRAD_DTYPE), GRADS, ALIGN)
+    if CENTER and WAY != FLAT:
+        g = ts.centered(g, offsets, mask, tensor, sizes, row_means)
+    g *= scale
     p = tm.load(params, offsets, mask, ts.size(sizes, tensor, ts.PARAM_DTYPE), PARAMS, ALIGN)
     m0 = tm.average(tm.load_state(first, offsets, mask, BF16, ALIGN), g, tl.load(theta + ts.DECAYS))
     m1 = tm.average(tm.load_state(first, numel + offsets, mask, BF16, ALIGN), g, tl.load(theta + ts.DECAYS + 1))
@@ -98,8 +101,9 @@ def _add(total, x):
 
 @triton.jit
 def _channel_sums(
-    tile, tensor, place, down, across, addresses, sizes, scale, theta, entries, num_entries, tile_sums,
-    PARAMS: tl.constexpr, GRADS: tl.constexpr, BF16: tl.constexpr, SAFE: tl.constexpr, WAY: tl.constexpr,
+    tile, tensor, place, down, across, addresses, sizes, scale, row_means, theta, entries, num_entries, tile_sums,
+    PARAMS: tl.constexpr, GRADS: tl.constexpr, BF16: tl.constexpr, CENTER: tl.constexpr, SAFE: tl.constexpr,
+    WAY: tl.constexpr,
 ):  # fmt: skip
     zero = tl.zeros([LANES], tl.float32)
     s0, s1, s2, s3, s4, s5, s6, s7 = zero, zero, zero, zero, zero, zero, zero, zero
@@ -107,7 +111,9 @@ def _channel_sums(
     d0, d1, d2, d3, d4, d5, poison = zero, zero, zero, zero, zero, zero, zero
     for strip in range(0, ts.num_strips(sizes, tensor, place, down)):
         offsets, mask, at_x, in_x, at_y, in_y = _strip(sizes, tensor, place, down, across, strip, WAY)
-        g, p, m0, m1, m2, v, q = _read(tensor, offsets, mask, addresses, sizes, scale, theta, PARAMS, GRADS, BF16, WAY)
+        g, p, m0, m1, m2, v, q = _read(
+            tensor, offsets, mask, addresses, sizes, scale, row_means, theta, PARAMS, GRADS, BF16, CENTER, WAY
+        )
         q = tl.where(mask, q, 0.0)
         s0, s1, s2, s3, s4, s5 = _add(s0, g), _add(s1, p), _add(s2, m0), _add(s3, m1), _add(s4, m2), _add(s5, v)
         s6, s7, s8, s9 = _add(s6, m0 * q), _add(s7, m1 * q), _add(s8, m2 * q), _add(s9, q)
@@ -154,8 +160,8 @@ def _way(tensor, addresses, sizes):
 
 @triton.jit(do_not_specialize=["num_entries"])
 def channel_sums(
-    tiles, addresses, sizes, numbers, grad_scale, clipping, theta, entries, num_entries, tile_sums,
-    PARAMS: tl.constexpr, GRADS: tl.constexpr, BF16: tl.constexpr, SAFE: tl.constexpr,
+    tiles, addresses, sizes, numbers, grad_scale, clipping, row_means, theta, entries, num_entries, tile_sums,
+    PARAMS: tl.constexpr, GRADS: tl.constexpr, BF16: tl.constexpr, CENTER: tl.constexpr, SAFE: tl.constexpr,
 ):  # fmt: skip
     """Phase B, a tile each: sums of the squares of the channels that every number has for itself."""
     tile = tl.program_id(0)
@@ -165,8 +171,8 @@ def channel_sums(
     for WAY in tl.static_range(4):
         if way == WAY:
             _channel_sums(
-                tile, tensor, place, down, across, addresses, sizes, scale, theta, entries, num_entries, tile_sums,
-                PARAMS, GRADS, BF16, SAFE, WAY,
+                tile, tensor, place, down, across, addresses, sizes, scale, row_means, theta, entries, num_entries,
+                tile_sums, PARAMS, GRADS, BF16, CENTER, SAFE, WAY,
             )  # fmt: skip
 
 
@@ -301,8 +307,9 @@ def _write_state(
 
 @triton.jit
 def _update_tile(
-    tile, tensor, place, down, across, addresses, sizes, numbers, multipliers, scale, theta, entries, num_entries,
-    effective, bad, gained, PARAMS: tl.constexpr, GRADS: tl.constexpr, BF16: tl.constexpr, BLACKBOX: tl.constexpr,
+    tile, tensor, place, down, across, addresses, sizes, numbers, multipliers, scale, row_means, theta, entries,
+    num_entries, effective, bad, gained, PARAMS: tl.constexpr, GRADS: tl.constexpr, BF16: tl.constexpr,
+    CENTER: tl.constexpr, BLACKBOX: tl.constexpr,
     NORMALIZE: tl.constexpr, ESTIMATOR: tl.constexpr, CONTROL: tl.constexpr, SHRINK: tl.constexpr,
     NETWORK: tl.constexpr, CHECK: tl.constexpr, MEASURE: tl.constexpr, WAY: tl.constexpr,
 ):  # fmt: skip
@@ -313,7 +320,9 @@ def _update_tile(
     s0, s1, s2, s3 = zero, zero, zero, zero
     for strip in range(0, ts.num_strips(sizes, tensor, place, down)):
         offsets, mask, at_x, in_x, at_y, in_y = _strip(sizes, tensor, place, down, across, strip, WAY)
-        g, p, m0, m1, m2, v, q = _read(tensor, offsets, mask, addresses, sizes, scale, theta, PARAMS, GRADS, BF16, WAY)
+        g, p, m0, m1, m2, v, q = _read(
+            tensor, offsets, mask, addresses, sizes, scale, row_means, theta, PARAMS, GRADS, BF16, CENTER, WAY
+        )
         heads = (g, g, g, g)
         if NETWORK:
             heads = _heads(
@@ -354,11 +363,11 @@ def _write_block(block, vectors, blocks, addresses, theta, means, DOWN: tl.const
 
 @triton.jit(do_not_specialize=["num_tiles", "num_blocks", "num_entries"])
 def update(
-    tiles, num_tiles, vectors, blocks, num_blocks, addresses, sizes, numbers, grad_scale, found_inf, clipping, theta,
-    means, entries, num_entries, effective, multipliers, bad, gained, PARAMS: tl.constexpr, GRADS: tl.constexpr,
-    BF16: tl.constexpr, BLACKBOX: tl.constexpr, NORMALIZE: tl.constexpr, ESTIMATOR: tl.constexpr,
-    CONTROL: tl.constexpr, SHRINK: tl.constexpr, NETWORK: tl.constexpr, SAFE: tl.constexpr, CHECK: tl.constexpr,
-    MEASURE: tl.constexpr,
+    tiles, num_tiles, vectors, blocks, num_blocks, addresses, sizes, numbers, grad_scale, found_inf, clipping,
+    row_means, theta, means, entries, num_entries, effective, multipliers, bad, gained, PARAMS: tl.constexpr,
+    GRADS: tl.constexpr, BF16: tl.constexpr, CENTER: tl.constexpr, BLACKBOX: tl.constexpr, NORMALIZE: tl.constexpr,
+    ESTIMATOR: tl.constexpr, CONTROL: tl.constexpr, SHRINK: tl.constexpr, NETWORK: tl.constexpr, SAFE: tl.constexpr,
+    CHECK: tl.constexpr, MEASURE: tl.constexpr,
 ):  # fmt: skip
     """Phase C, a tile each: parameters, momenta, second moment; then factored moments, a block each; then counters.
 
@@ -375,9 +384,9 @@ def update(
             for WAY in tl.static_range(4):
                 if way == WAY:
                     _update_tile(
-                        program, tensor, place, down, across, addresses, sizes, numbers, multipliers, scale, theta,
-                        entries, num_entries, effective, bad, gained, PARAMS, GRADS, BF16, BLACKBOX, NORMALIZE,
-                        ESTIMATOR, CONTROL, SHRINK, NETWORK, CHECK, MEASURE, WAY,
+                        program, tensor, place, down, across, addresses, sizes, numbers, multipliers, scale, row_means,
+                        theta, entries, num_entries, effective, bad, gained, PARAMS, GRADS, BF16, CENTER, BLACKBOX,
+                        NORMALIZE, ESTIMATOR, CONTROL, SHRINK, NETWORK, CHECK, MEASURE, WAY,
                     )  # fmt: skip
         elif program < num_tiles + num_blocks:
             block = program - num_tiles

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import cast
 
@@ -42,10 +42,14 @@ class Part:
         shape: of the whole tensor.
         start: where the part begins, per dim.
         local: the shape of the part; a dim may be 0.
+        split: the dims along which other processes hold other parts; all of them where not given.
     """
 
-    def __init__(self, shape: Sequence[int], start: Sequence[int], local: Sequence[int]) -> None:
+    def __init__(
+        self, shape: Sequence[int], start: Sequence[int], local: Sequence[int], split: Iterable[int] | None = None
+    ) -> None:
         self.shape, self.start, self.local_shape = torch.Size(shape), tuple(start), torch.Size(local)
+        self.split = frozenset(range(len(self.shape)) if split is None else split)
         self.known: list[list[Tensor]] = []  # the answers, by the number of the question
         self.asked = 0
 
@@ -56,6 +60,10 @@ class Part:
             if tensor.shape[dim + extra] == size != length:
                 tensor = tensor.narrow(dim + extra, start, length)
         return tensor
+
+    def has_whole(self, dims: Sequence[int]) -> bool:
+        """Whether every process holds all of the tensor along these dims, counted from the end."""
+        return self.split.isdisjoint(dim % len(self.shape) for dim in dims)
 
     def answers(self, questions: Sequence[Question]) -> list[Tensor]:
         """The means over the whole tensor, or `Unknown`."""

@@ -12,9 +12,9 @@ with the exponents a_i going linearly from their start to their end over the run
 for vectors and scalars. Steps relative to a tensor's scale are Adafactor's (Shazeer and Stern 2018, arXiv 1804.04235,
 section 8). Where gradients are nothing but noise such steps feed on themselves: weights grow as a random walk does, and
 steps with them. So `growth` has an exponent, meant to be negative, of how far such a matrix has grown. The momenta of
-the nominal term are mixed by learned weights instead of averaged, again from start to end. `caution` says how much of
-the nominal step is held back where it goes against the gradient of the moment. All meta-parameters at 0 leave the
-paper's form.
+the nominal term are mixed by learned weights instead of averaged, again from start to end. `centering` says how much
+of its mean over the fan-in is taken out of a matrix's gradient before the rule sees it, `caution` how much of the
+nominal step is held back where it goes against that gradient. All meta-parameters at 0 leave the paper's form.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ SHAPES = {
 STAR_SHAPES = {  # what STAR alone has so far
     **SHAPES,
     "growth": (3,),  # (start, end) exponent, and log(1000 x) of the slowest momentum's squared strength x in pure noise
-    "caution": (2,),  # (start, end)
+    "centering": (2,),  # (start, end) share, see `features.centered`
+    "caution": (2,),  # (start, end) share, see `nominal.cautious`
 }
 LOG_LENGTHS = (-1.0, 0.5)  # log10(length / 1000) is held within these: no extrapolation to runs of a million steps
 LARGEST_POWER = 4.0  # a tensor's log factor stays within +-4
@@ -135,19 +136,20 @@ def scales(param: Tensor, exp_avg: Tensor, inv_root: Tensor) -> list[Tensor]:
     return [x.square() for x in (param, *(exp_avg * inv_root))]
 
 
-def caution(meta_params: Mapping[str, Tensor], step: Tensor, num_steps: Tensor | int | None) -> Tensor:
-    """What `nominal.cautious` takes, within 0 and 1: from its start to its end, linear in the fraction of the run.
+def share(meta_params: Mapping[str, Tensor], name: str, step: Tensor, num_steps: Tensor | int | None) -> Tensor:
+    """A share within 0 and 1 that goes from its start to its end, linear in the fraction of the run.
 
     Args:
-        meta_params: with `caution`, (2,).
+        meta_params: with `name`, (2,).
+        name: `centering` or `caution`.
         step: () updates made so far, or (T,); the result has its shape.
         num_steps: the run's length, or None.
 
     Example:
-        >>> caution({"caution": torch.tensor([1.0, 0.5])}, torch.tensor(50.0), 101)
+        >>> share({"caution": torch.tensor([1.0, 0.5])}, "caution", torch.tensor(50.0), 101)
         tensor(0.7500)
     """
-    start, end = meta_params["caution"]
+    start, end = meta_params[name]
     return torch.lerp(start, end, progress(step.to(start.dtype), num_steps)).clamp(0, 1)
 
 

@@ -167,6 +167,7 @@ class STAR(UpdateRule):
         context: StepContext,
     ) -> tuple[Tensor, feats.Accumulators]:
         """One step: accumulators first, then the features from them, then the network's heads, then the two terms."""
+        grad = self._centered(meta_params, grad, context)
         state = feats.update_accumulators(state, grad, self.decays(meta_params), context.part)
         terms = self._terms(meta_params, grad, state, param, context)
         return sum(terms.values(), torch.zeros_like(param)), state
@@ -180,6 +181,7 @@ class STAR(UpdateRule):
         context: StepContext,
     ) -> dict[str, Tensor]:
         """The step's `blackbox`, `nominal` and `decay` parts, those that the configuration has."""
+        grad = self._centered(meta_params, grad, context)
         state = feats.update_accumulators(state, grad, self.decays(meta_params), context.part)
         return self._terms(meta_params, grad, state, param, context)
 
@@ -215,6 +217,13 @@ class STAR(UpdateRule):
             hidden = feats.contract(weight, torch.relu(hidden)) + _bias(bias, ndim)
         return hidden
 
+    def _centered(self, meta_params: Mapping[str, Tensor], grad: Tensor, context: StepContext) -> Tensor:
+        """The gradient as the rule sees it: as it is in the paper's form."""
+        if not self.config.scheduler:
+            return grad
+        share = scheduler.share(meta_params, "centering", context.step, context.num_steps)
+        return feats.centered(grad, share, context.part)
+
     def _terms(
         self,
         meta_params: Mapping[str, Tensor],
@@ -246,7 +255,7 @@ class STAR(UpdateRule):
                 control = nominal.magnitude(c.exp_mult[1], heads[2], aggregate=c.aggregate_nom_magnitude, part=part)
             direction = nominal.nominal_direction(c.nominal_grad_estimator, grad, state.exp_avg, inv_root, weights)
             if c.scheduler:
-                caution = scheduler.caution(meta_params, context.step, context.num_steps)
+                caution = scheduler.share(meta_params, "caution", context.step, context.num_steps)
                 direction = nominal.cautious(direction, grad, caution)
             terms["nominal"] = -factor * nominal.nominal_term(c.nominal_stepsize, direction, control)
         if c.weight_decay:
