@@ -61,7 +61,7 @@ def test_the_recipe_of_the_robust_lstm_runs(tmp_path):
 
 def test_the_recipe_of_star_runs_and_is_taken_up_again(tmp_path):
     recipe = EXAMPLES / "recipes" / "star_scheduler.py"
-    ARGUMENTS[recipe.name] = ["--out", "star", "--points", "14", "12", "--tasks", "wine-mlp"]
+    ARGUMENTS[recipe.name] = ["--out", "star", "--points", "14", "12", "--tasks", "wine-mlp", "--shorter", "10"]
     first = run(recipe, tmp_path)
     made = lopt.load_rule(tmp_path / "star" / "rule")
     assert made.config == lopt.load_rule("star").config

@@ -242,6 +242,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/star"))
     parser.add_argument("--points", type=int, nargs="+", default=[96, 72, 56], help="of each round")
     parser.add_argument("--tasks", nargs="+", help="only these, for a quick look")
+    parser.add_argument("--shorter", type=int, default=1, help="runs this many times shorter, for a quick look")
     parser.add_argument("--eps", type=float, default=1e-10, help="added to the second moment before its root")
     parser.add_argument("--compare", nargs="+", metavar="RULE", help="no fit: these rules on the validation tasks")
     parser.add_argument("--seed", type=int, default=1)
@@ -254,8 +255,9 @@ def main() -> None:
 
     def study(folder: str, runs: list[Run], starts: int = 1) -> Study:
         (arguments.out / folder).mkdir(parents=True, exist_ok=True)
-        kept = [run for run in runs if arguments.tasks is None or run[0] in arguments.tasks]
-        return Study(rule, arguments.out / folder, kept or runs[:1], starts)
+        kept = [run for run in runs if arguments.tasks is None or run[0] in arguments.tasks] or runs[:1]
+        short = [(name, max(steps // arguments.shorter, 10), options) for name, steps, options in kept]
+        return Study(rule, arguments.out / folder, short, starts)
 
     def both(runs: list[Run]) -> list[Run]:
         return runs + [(name, steps // 3, options) for name, steps, options in runs]

@@ -1,4 +1,4 @@
-"""STAR for any number of tensors in six launches, by Triton; made for NVIDIA GPUs.
+"""STAR for any number of tensors in six launches, by Triton; made for NVIDIA GPUs. Those in brackets come on top.
 
 A step reads every gradient three times and every parameter and state twice, 72 bytes a parameter (AdamW fused: 28), as
 STAR's normalizers are means over tensors whose channels follow from other means over tensors:

@@ -4,7 +4,8 @@ A rule's maths is written once. Where it needs a mean over more than a coordinat
 tensor is `Tensor.mean`. For a part the sums of the other processes are needed. The rule is then interrupted by
 `Unknown`, what all tensors have asked for is added up at once, and the rule is run again from the start, this time with
 the sums: being a pure function it asks the same again. So none of a rule's many planes waits for other tensors, and the
-number of messages is the number of questions that depend on each other, two in STAR, for any number of tensors.
+number of messages is the number of questions that depend on each other, two in STAR (three where the scheduler centers
+the gradients of tensors that are split along their fan-in), for any number of tensors.
 """
 
 from __future__ import annotations
