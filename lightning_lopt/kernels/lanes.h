@@ -26,7 +26,7 @@ inline void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
 inline void store(float* p, V v, int n) {
   if (n == LANES) std::memcpy(p, &v, sizeof v); else std::memcpy(p, &v, 4 * n);
 }
-inline V each(float x) { return V{} + x; }
+inline V each(float x) { return x - V{}; }  // 0 + x is an addition, for the sign of zero
 inline V relu(V x) { return x > 0 ? x : V{}; }
 inline V larger(V a, V b) { return a > b ? a : b; }
 inline V smaller(V a, V b) { return a < b ? a : b; }

@@ -21,6 +21,7 @@
 #include <thread>
 #include <vector>
 
+#include "pairs.h"
 #include "star_schedule.h"
 
 namespace {
@@ -28,17 +29,20 @@ namespace {
 // The bits that change a gradient's sign where it is to be negated.
 inline VI flipping(float sign) { return VI{} + (sign < 0 ? INT32_MIN : 0); }
 
-// LANES coordinates: what they are given, and what their accumulators become.
+// Coordinates that follow each other: what they are given, and what their accumulators become.
+template <typename T>
 struct Coordinates {
-  V grad, param, momentum[3], second;
+  T grad, param, momentum[3], second;
 
   inline Coordinates(const Rule& rule, const Part& t, VI flip, const Run& run, int i, int n) {
     int64_t at = run.at + i;
-    auto get = [&](const float* p) { return n == LANES ? load(p + at) : some(p + at, n); };
-    grad = (V)((VI)without(get(run.grad - run.at), run.mean) ^ flip), param = get(t.param);
-    for (int k = 0; k < 3; k++)
-      momentum[k] = get(t.exp_avg + k * t.size) * rule.momentum[k] + grad * (1 - rule.momentum[k]);
-    second = get(t.exp_avg_sq) * rule.rms + grad * (1 - rule.rms) * grad;
+    grad = flipped(without(get<T>(run.grad + i, n), run.mean), flip), param = get<T>(t.param + at, n);
+    for (int k = 0; k < 3; k++) {
+      T old = get<T>(t.exp_avg + k * t.size + at, n);
+      momentum[k] = old + (grad - old) * (1 - rule.momentum[k]);
+    }
+    T old = get<T>(t.exp_avg_sq + at, n);
+    second = old + (grad * grad - old) * (1 - rule.rms);
   }
 };
 
@@ -56,7 +60,7 @@ void moments(Work& w, int64_t block) {
     run = run_at<heads>(w, run.at, end, room, false);
     V sums[DENSE] = {};
     auto add = [&](int i, int n) {
-      Coordinates c(rule, t, flip, run, i, n);
+      Coordinates<V> c(rule, t, flip, run, i, n);
       V root = 1.0f / (c.second + EPS);  // its square
       sums[1] += c.param * c.param;
       if (!heads) sums[5] += c.second;
@@ -149,31 +153,34 @@ void fold(Work& w) {
 
 // The first layer, feature by feature. Features that are products, such as momentum * root, are multiplied out only
 // once: momentum * (weight + weight * root + ...).
-inline void first_layer(const Coordinates& c, V root, const V* of_g, const V* of_m, const float* weights, V* h) {
+template <typename T>
+inline void first_layer(const Coordinates<T>& c, T root, const Run& run, int i, int n, const float* weights, T* h) {
+  auto weight = [&](int feature, int j) { return weights[feature * HIDDEN + j]; };
   for (int j = 0; j < HIDDEN; j++) {
-    const float* weight = weights + j;  // of feature f at f * HIDDEN
-    V by_grad = each(weight[0]);
-    for (int k = 0; k < 3; k++) by_grad += of_g[k] * weight[(10 + k) * HIDDEN];
+    T by_grad = same<T>(weight(0, j));
+    for (int k = 0; k < 3; k++) by_grad += get<T>(run.grad_root[k] + i, n) * weight(10 + k, j);
     h[j] += c.grad * by_grad;
-    h[j] += c.param * weight[HIDDEN];
-    for (int k = 0; k < 3; k++) {
-      V by_momentum = each(weight[(2 + k) * HIDDEN]);
-      by_momentum += root * weight[(6 + k) * HIDDEN];
-      by_momentum += of_m[k] * weight[(13 + k) * HIDDEN];
+    h[j] += c.param * weight(1, j);
+    h[j] += c.second * weight(5, j);
+    h[j] += root * weight(9, j);
+  }
+  for (int k = 0; k < 3; k++)
+    for (int j = 0; j < HIDDEN; j++) {
+      T by_momentum = same<T>(weight(2 + k, j));
+      by_momentum += root * weight(6 + k, j);
+      by_momentum += get<T>(run.momentum_root[k] + i, n) * weight(13 + k, j);
       h[j] += c.momentum[k] * by_momentum;
     }
-    h[j] += c.second * weight[5 * HIDDEN];
-    h[j] += root * weight[9 * HIDDEN];
-  }
 }
 
-inline void later_layers(const float* later, const int32_t (&heads)[4], V* h, V* head) {
+template <typename T>
+inline void later_layers(const float* later, const int32_t (&heads)[4], T* h, T* head) {
   for (int number = 1; number < LAYERS; number++) {
     const float* weight = later + (number - 1) * (HIDDEN + 1) * HIDDEN;
-    V next[HIDDEN];
-    for (int o = 0; o < HIDDEN; o++) next[o] = each(weight[HIDDEN * HIDDEN + o]);
+    T next[HIDDEN];
+    for (int o = 0; o < HIDDEN; o++) next[o] = same<T>(weight[HIDDEN * HIDDEN + o]);
     for (int j = 0; j < HIDDEN; j++) {
-      V r = positive(h[j]);
+      T r = positive(h[j]);
       for (int o = 0; o < HIDDEN; o++) next[o] += r * weight[j * HIDDEN + o];
     }
     for (int j = 0; j < HIDDEN; j++) h[j] = next[j];
@@ -182,7 +189,7 @@ inline void later_layers(const float* later, const int32_t (&heads)[4], V* h, V*
   for (int j = 0; j < HIDDEN; j++) h[j] = positive(h[j]);
   for (int o = 0; o < HEADS; o++) {
     if (!heads[o]) continue;  // nobody reads it
-    head[o] = each(weight[HIDDEN * HEADS + o]);
+    head[o] = same<T>(weight[HIDDEN * HEADS + o]);
     for (int j = 0; j < HIDDEN; j++) head[o] += h[j] * weight[j * HEADS + o];
   }
 }
@@ -227,28 +234,26 @@ void apply(Work& w, int64_t block) {
         weights[10 + k][j] = w.weights[10 + k][j] * run.left_root[k];
         weights[13 + k][j] = w.weights[13 + k][j] * run.left_root[k];
       }
-    auto move = [&](int i, int n) {
+    auto move = [&](auto kind, int i, int n) {
+      using T = decltype(kind);
       int64_t at = run.at + i;
-      Coordinates c(rule, t, flip, run, i, n);
-      V root = inverse_root(c.second + EPS), head[4] = {};
+      Coordinates<T> c(rule, t, flip, run, i, n);
+      T root = inverse_root(c.second + EPS), head[4] = {};
       if (heads) {
-        auto get = [&](const float* p) { return n == LANES ? load(p + i) : some(p + i, n); };
-        V of_g[3], of_m[3], h[HIDDEN];
-        for (int k = 0; k < 3; k++)
-          of_g[k] = get(run.grad_root[k]), of_m[k] = t.A ? of_g[k] : get(run.momentum_root[k]);
-        for (int j = 0; j < HIDDEN; j++) h[j] = get(run.hidden[j]) + run.left_hidden[j];
-        first_layer(c, root, of_g, of_m, reread(weights[0]), h);
+        T h[HIDDEN];
+        for (int j = 0; j < HIDDEN; j++) h[j] = get<T>(run.hidden[j] + i, n) + run.left_hidden[j];
+        first_layer(c, root, run, i, n, reread(weights[0]), h);
         later_layers(reread(later), rule.heads, h, head);
       }
-      if (mode == AVERAGE) {
+      if constexpr (mode == AVERAGE) {
         for (int o = 0; o < HEADS; o++) head_sums[o] += n == LANES ? head[o] : head_of(head[o], n);
         return;
       }
-      V blackbox = {}, decay = {}, nominal = c.momentum[0] * by_momentum[0];
+      T blackbox = {}, decay = {}, nominal = c.momentum[0] * by_momentum[0];
       nominal += c.momentum[1] * by_momentum[1];
       nominal += c.momentum[2] * by_momentum[2];
       if (by_grad != 0) nominal += c.grad * by_grad;
-      if (kept != 1) nominal = c.grad * nominal < 0 ? nominal * kept : nominal;
+      if (kept != 1) nominal = held_back(nominal, c.grad, kept);
       if (heads && rule.heads[0]) {
         blackbox = head[0];
         if (exp_mult[0] != 0) blackbox *= magnitude_of(head[1]);
@@ -256,35 +261,36 @@ void apply(Work& w, int64_t block) {
       }
       if (heads && exp_mult[1] != 0) nominal *= magnitude_of(head[2]);
       if (rule.nominal_root && !both_by_root) nominal *= root;
-      V change = blackbox + nominal;
+      T change = blackbox + nominal;
       if (both_by_root) change *= root;
       if (rule.weight_decay != 0) {
         decay = c.param * constant[2];
         if (heads && exp_mult[2] != 0) decay *= magnitude_of(head[3]);
         change += decay;
       }
-      V value = c.param - change * s.scale;
+      T value = c.param - change * s.scale;
       if (s.decay != 0) value -= c.param * s.decay;
-      if (mode == CHECK) {
+      if constexpr (mode == CHECK) {
         V far = value > 0 ? value : -value;
         V rest = (c.second + c.momentum[0] + c.momentum[1] + c.momentum[2]) * 0.0f;
         outside += (far < s.limit ? V{} : each(1)) + rest;
-        return;
       }
-      if (mode == MEASURE) {
+      if constexpr (mode == MEASURE) {
         change = value - c.param;
         if (n < LANES) blackbox = head_of(blackbox, n), change = head_of(change, n);  // of zeros it does not make zeros
         sums[0] += change * change;
         sums[1] += blackbox * blackbox, sums[2] += nominal * nominal, sums[3] += decay * decay;
-        return;
       }
-      auto set = [&](float* p, V v) { if (n == LANES) store(p + at, v); else put(p + at, v, n); };
-      set(t.param, value), set(t.exp_avg_sq, c.second);
-      for (int k = 0; k < 3; k++) set(t.exp_avg + k * t.size, c.momentum[k]);
+      if constexpr (mode == WRITE) {
+        set(t.param + at, value, n), set(t.exp_avg_sq + at, c.second, n);
+        for (int k = 0; k < 3; k++) set(t.exp_avg + k * t.size + at, c.momentum[k], n);
+      }
     };
     int i = 0;
-    for (; i + LANES <= run.n; i += LANES) move(i, LANES);
-    if (i < run.n) move(i, run.n - i);
+    if constexpr (mode == WRITE && heads && PAIRS)
+      for (; i + Two::SIZE <= run.n; i += Two::SIZE) move(Two{}, i, Two::SIZE);
+    for (; i + LANES <= run.n; i += LANES) move(V{}, i, LANES);
+    if (i < run.n) move(V{}, i, run.n - i);
   }
   if (mode == CHECK) w.block_finite[block] = sum(outside) == 0;
   for (int k = 0; mode == MEASURE && k < 4; k++) w.squares[block * 4 + k] = sum(sums[k]);

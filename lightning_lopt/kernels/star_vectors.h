@@ -18,20 +18,15 @@ inline V some(const float* p, int n) { return (V)_mm512_maskz_loadu_ps(first(n),
 inline void put(float* p, V v, int n) { _mm512_mask_storeu_ps(p, first(n), (__m512)v); }
 inline V head_of(V v, int n) { return (V)_mm512_maskz_mov_ps(first(n), (__m512)v); }
 inline V positive(V x) { return (V)_mm512_max_epi32((__m512i)x, _mm512_setzero_si512()); }  // not by the units that add
-
-
-// e^x; most magnitudes are next to 1, where a short series is exact.
-inline V magnitude_of(V x) {
-  __m512 size = _mm512_abs_ps((__m512)x);
-  if (_mm512_cmp_ps_mask(size, _mm512_set1_ps(0.008f), _CMP_NLT_UQ)) return exponential(x);
-  return ((x * (1 / 6.0f) + 0.5f) * x + 1.0f) * x + 1.0f;
+inline bool small(V x) {
+  return !_mm512_cmp_ps_mask(_mm512_abs_ps((__m512)x), _mm512_set1_ps(0.008f), _CMP_NLT_UQ);
 }
 #else
 inline V some(const float* p, int n) { return load(p, n); }
 inline void put(float* p, V v, int n) { store(p, v, n); }
 inline V head_of(V v, int n) { for (int i = n; i < LANES; i++) v[i] = 0; return v; }
 inline V positive(V x) { return relu(x); }
-inline V magnitude_of(V x) { return exponential(x); }
+inline bool small(V) { return false; }  // cannot be told in less time than it saves
 #endif
 
 // Weights that are to be read from memory wherever they are used: a processor does that beside its arithmetic, while
