@@ -38,13 +38,24 @@ struct Coordinates {
     int64_t at = run.at + i;
     grad = flipped(without(get<T>(run.grad + i, n), run.mean), flip), param = get<T>(t.param + at, n);
     for (int k = 0; k < 3; k++) {
-      T old = get<T>(t.exp_avg + k * t.size + at, n);
+      T old = in_register(get<T>(t.exp_avg + k * t.size + at, n));
       momentum[k] = old + (grad - old) * (1 - rule.momentum[k]);
     }
-    T old = get<T>(t.exp_avg_sq + at, n);
+    T old = in_register(get<T>(t.exp_avg_sq + at, n));
     second = old + (grad * grad - old) * (1 - rule.rms);
   }
 };
+
+// Asks for what is needed AHEAD coordinates later: there are more streams than the processor finds out about by itself.
+template <int AHEAD, int LEVEL>
+__attribute__((always_inline)) inline void fetch(const Part& t, int64_t at, int n) {
+  for (int i = 0; i < n; i += LANES) {
+    int64_t next = at + AHEAD + i;
+    __builtin_prefetch(t.grad + next, 0, LEVEL), __builtin_prefetch(t.param + next, 0, LEVEL);
+    for (int k = 0; k < 3; k++) __builtin_prefetch(t.exp_avg + k * t.size + next, 0, LEVEL);
+    __builtin_prefetch(t.exp_avg_sq + next, 0, LEVEL);
+  }
+}
 
 // Sums of squares of the dense features; without heads those that the scheduler reads, and the second moment's, which
 // tell whether all is finite. Products of squares are less work than squares of products, and need no root.
@@ -60,6 +71,7 @@ void moments(Work& w, int64_t block) {
     run = run_at<heads>(w, run.at, end, room, false);
     V sums[DENSE] = {};
     auto add = [&](int i, int n) {
+      fetch<2048, 2>(t, run.at + i, n);
       Coordinates<V> c(rule, t, flip, run, i, n);
       V root = 1.0f / (c.second + EPS);  // its square
       sums[1] += c.param * c.param;
@@ -156,21 +168,25 @@ void fold(Work& w) {
 template <typename T>
 inline void first_layer(const Coordinates<T>& c, T root, const Run& run, int i, int n, const float* weights, T* h) {
   auto weight = [&](int feature, int j) { return weights[feature * HIDDEN + j]; };
+  T of_grad[3];
+  for (int k = 0; k < 3; k++) of_grad[k] = in_register(get<T>(run.grad_root[k] + i, n));
   for (int j = 0; j < HIDDEN; j++) {
     T by_grad = same<T>(weight(0, j));
-    for (int k = 0; k < 3; k++) by_grad += get<T>(run.grad_root[k] + i, n) * weight(10 + k, j);
+    for (int k = 0; k < 3; k++) by_grad += of_grad[k] * weight(10 + k, j);
     h[j] += c.grad * by_grad;
     h[j] += c.param * weight(1, j);
     h[j] += c.second * weight(5, j);
     h[j] += root * weight(9, j);
   }
-  for (int k = 0; k < 3; k++)
+  for (int k = 0; k < 3; k++) {
+    T of_momentum = in_register(get<T>(run.momentum_root[k] + i, n));
     for (int j = 0; j < HIDDEN; j++) {
       T by_momentum = same<T>(weight(2 + k, j));
       by_momentum += root * weight(6 + k, j);
-      by_momentum += get<T>(run.momentum_root[k] + i, n) * weight(13 + k, j);
+      by_momentum += of_momentum * weight(13 + k, j);
       h[j] += c.momentum[k] * by_momentum;
     }
+  }
 }
 
 template <typename T>
@@ -237,6 +253,7 @@ void apply(Work& w, int64_t block) {
     auto move = [&](auto kind, int i, int n) {
       using T = decltype(kind);
       int64_t at = run.at + i;
+      fetch<128, 3>(t, at, n);
       Coordinates<T> c(rule, t, flip, run, i, n);
       T root = inverse_root(c.second + EPS), head[4] = {};
       if (heads) {

@@ -6,28 +6,11 @@
 #include <algorithm>
 #include <vector>
 
-#include "lanes.h"
+#include "pairs.h"
 
 // The network's shape, set by cpu.py: HIDDEN units in each of LAYERS hidden layers, HEADS outputs (2 or 4).
 
 namespace {
-
-#ifdef __AVX512F__
-inline __mmask16 first(int n) { return (__mmask16)((1u << n) - 1); }
-inline V some(const float* p, int n) { return (V)_mm512_maskz_loadu_ps(first(n), p); }
-inline void put(float* p, V v, int n) { _mm512_mask_storeu_ps(p, first(n), (__m512)v); }
-inline V head_of(V v, int n) { return (V)_mm512_maskz_mov_ps(first(n), (__m512)v); }
-inline V positive(V x) { return (V)_mm512_max_epi32((__m512i)x, _mm512_setzero_si512()); }  // not by the units that add
-inline bool small(V x) {
-  return !_mm512_cmp_ps_mask(_mm512_abs_ps((__m512)x), _mm512_set1_ps(0.008f), _CMP_NLT_UQ);
-}
-#else
-inline V some(const float* p, int n) { return load(p, n); }
-inline void put(float* p, V v, int n) { store(p, v, n); }
-inline V head_of(V v, int n) { for (int i = n; i < LANES; i++) v[i] = 0; return v; }
-inline V positive(V x) { return relu(x); }
-inline bool small(V) { return false; }  // cannot be told in less time than it saves
-#endif
 
 // Weights that are to be read from memory wherever they are used: a processor does that beside its arithmetic, while
 // copies of each in all lanes, which the compiler would make before the loop, cost sixteen times the traffic.
@@ -68,9 +51,6 @@ struct Scalars {  // as in cpu.py
 };
 
 inline float clamped_rsqrt(float x) { return 1.0f / std::sqrt(x < 1e-9f ? 1e-9f : x); }
-
-// What centering leaves of a gradient; `mean` is a share of its row's. See features.centered.
-inline V without(V grad, float mean) { return grad == 0 ? grad : grad - mean; }
 
 float inverse_rms(double squares, int64_t n) { return (float)(1.0 / std::sqrt(1e-5 + squares / n)); }
 
@@ -139,6 +119,52 @@ void average_rows(Work& w, int64_t block, float share) {
 
 // Pass A
 
+// Sums of squares of a line, and for each of its columns; of the numbers themselves too. `mean` is taken from them.
+V add_line(const float* g, float mean, int64_t length, float* left, float* right) {
+  V sums = {}, squares = {};
+  auto add = [&](int64_t i, int n) {
+    V x = without(get<V>(g + i, n), mean), square = x * x;
+    sums += x, squares += square;
+    set(right + i, get<V>(right + i, n) + square, n);
+  };
+  int64_t i = 0;
+  for (; i + LANES <= length; i += LANES) add(i, LANES);
+  if (i < length) add(i, (int)(length - i));
+  left[0] = sum(squares);
+  return sums;
+}
+
+// The same of a line with inner dims, (Y, C): a sum for each of the C.
+V add_line(const float* g, float mean, int64_t length, int64_t C, float* left, float* right) {
+  V sums = {}, phases[LANES];
+  for (int64_t p = 0; p < std::min<int64_t>(C, LANES); p++) phases[p] = V{};
+  int phase = 0, forward = (int)(LANES % C);
+  for (int64_t i = 0; i < length; i += LANES) {
+    int n = (int)std::min<int64_t>(LANES, length - i);
+    V x = without(get<V>(g + i, n), mean), square = x * x;
+    sums += x;
+    if (C <= LANES) {
+      phases[phase] += square;
+      phase += forward, phase -= phase >= C ? (int)C : 0;
+    }
+    set(right + i, get<V>(right + i, n) + square, n);
+  }
+  if (C <= LANES) {
+    float folded[2 * LANES] = {};
+    for (int p = 0; p < C; p++) store(folded + p, load(folded + p) + phases[p]);
+    for (int c = 0; c < C; c++) left[c] = folded[c];
+    for (int i = (int)C, c = 0; i < C + LANES; i++, c = c + 1 == C ? 0 : c + 1) left[c] += folded[i];
+  } else {
+    for (int64_t c = 0; c < C; c++) left[c] = 0;
+    for (int64_t y = 0; y < length; y += C)
+      for (int64_t c = 0; c < C; c++) {
+        float x = without(g[y + c], mean);
+        left[c] += x * x;
+      }
+  }
+  return sums;
+}
+
 void sum_squares(Work& w, int64_t block) {
   const Part& t = w.part;
   int64_t first = block * w.lines_per_row_block, last = std::min(w.lines, first + w.lines_per_row_block);
@@ -148,38 +174,7 @@ void sum_squares(Work& w, int64_t block) {
     float* right = w.right_sums.data() + block * w.n_right + (line / (t.X * t.B) * t.B + line % t.B) * w.length;
     float* left = w.left.data() + line * t.C;
     float mean = w.fan_in ? w.row_means[line * w.length / w.fan_in] : 0;  // a line lies in one row
-    V sums = {}, phases[LANES];
-    for (int64_t p = 0; p < std::min<int64_t>(t.C, LANES); p++) phases[p] = V{};
-    int phase = 0, forward = (int)(LANES % t.C);
-    for (int64_t i = 0; i < w.length; i += LANES) {
-      int n = (int)std::min<int64_t>(LANES, w.length - i);
-      V x = without(n == LANES ? load(g + i) : load(g + i, n), mean), square = x * x;
-      sums += x;
-      if (t.C <= LANES) {
-        phases[phase] += square;
-        phase += forward, phase -= phase >= t.C ? (int)t.C : 0;
-      }
-      if (n == LANES)
-        store(right + i, load(right + i) + square);
-      else
-        store(right + i, load(right + i, n) + square, n);
-    }
-    if (t.C == 1) {
-      left[0] = sum(phases[0]);
-    } else if (t.C <= LANES) {
-      float folded[2 * LANES] = {};
-      for (int p = 0; p < t.C; p++) store(folded + p, load(folded + p) + phases[p]);
-      for (int c = 0; c < t.C; c++) left[c] = folded[c];
-      for (int i = (int)t.C, c = 0; i < t.C + LANES; i++, c = c + 1 == t.C ? 0 : c + 1) left[c] += folded[i];
-    } else {
-      for (int64_t c = 0; c < t.C; c++) left[c] = 0;
-      for (int64_t y = 0; y < t.Y; y++)
-        for (int64_t c = 0; c < t.C; c++) {
-          float x = g[y * t.C + c] == 0 ? 0 : g[y * t.C + c] - mean;
-          left[c] += x * x;
-        }
-    }
-    total += sum(sums);
+    total += sum(t.C == 1 ? add_line(g, mean, w.length, left, right) : add_line(g, mean, w.length, t.C, left, right));
   }
   w.grad_sums[block] = total;
 }
@@ -386,7 +381,7 @@ Run run_at(const Work& w, int64_t start, int64_t end, Expanded& room, bool with_
   if (long_rows || !w.fan_in) return run;
   for (int64_t i = 0; i < run.n;) {
     int64_t row = (start + i) / w.fan_in, last = std::min<int64_t>(run.n, (row + 1) * w.fan_in - start);
-    for (float mean = w.row_means[row]; i < last; i++) room.grad[i] = run.grad[i] == 0 ? 0 : run.grad[i] - mean;
+    for (float mean = w.row_means[row]; i < last; i++) room.grad[i] = without(run.grad[i], mean);
   }
   run.grad = room.grad;
   return run;
