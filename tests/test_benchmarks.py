@@ -51,6 +51,10 @@ def test_a_case_is_measured_drawn_and_compared_with_itself(tmp_path):
     assert rows[0]["lowest ratio"] <= rows[0]["ratio"] <= rows[0]["highest ratio"]
     steps.draw(rows, tmp_path / "steps.png")
     assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
-    row = script("training").measure("mlp", 4, 1, 1, time.process_time)
+    training = script("training")
+    row = training.measure("mlp", 4, 1, 1, time.process_time)
     assert row["parameters"] == 118_282
-    assert row["lowest ratio"] == row["ratio"] == row["highest ratio"]
+    for label in ("STAR", "bundled"):
+        assert row[f"{label} lowest"] == row[f"{label} ratio"] == row[f"{label} highest"]
+    training.draw([row], tmp_path / "training.png")
+    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")

@@ -1,10 +1,12 @@
-"""The CPU time of whole training steps, forward, backward and optimizer: STAR beside AdamW (foreach).
+"""The CPU time of whole training steps, forward, backward and optimizer: STAR, with its network and as the bundled
+`star`, beside AdamW (foreach).
 
     python examples/benchmarks/training.py                                # MLP, ResNet-18 at 32 px, a 3.7M transformer
-    python examples/benchmarks/training.py --models resnet50 gpt2 vit --batch 4 --rounds 5    # minutes a round
+    python examples/benchmarks/training.py --models resnet50 gpt2 vit --batch 1 --rounds 5    # ten minutes, 12 GB
 
-Networks are built here, their data are random numbers. Two copies of a network take turns, step by step; the figure is
-the median of the rounds' ratios. Times are of the process; with --threads above 1 wall times.
+Networks are built here, their data are random numbers. Copies of a network take turns, step by step; the figure is the
+median of the rounds' ratios. Times are of the process; with --threads above 1 wall times. A small batch makes the
+optimizer's share of a step larger, and with it the ratios.
 """
 
 import argparse
@@ -115,36 +117,60 @@ MODELS = {  # name -> (network, batch -> data, usual batch)
 def measure(name, batch, rounds, repeats, clock):
     make, data, usual = MODELS[name]
     inputs, targets = data(batch or usual)
-    star = lopt.rules.make("star", nominal_stepsize=1e-3)
+    rules = {"STAR": lopt.rules.make("star", nominal_stepsize=1e-3), "bundled": lopt.load_rule("star")}
     runs = {}
-    for label in ("AdamW", "STAR"):
+    for label in ("AdamW", *rules):
         torch.manual_seed(0)
         network = make()
         parameters = list(network.parameters())
-        adam = torch.optim.AdamW(parameters, foreach=True)
-        runs[label] = network, adam if label == "AdamW" else lopt.RuleOptimizer(parameters, star, safeguard=True)
+        if label == "AdamW":
+            runs[label] = network, torch.optim.AdamW(parameters, foreach=True)
+        else:
+            optimizer = lopt.RuleOptimizer(parameters, rules[label], safeguard=True, num_steps=1000)
+            runs[label] = network, optimizer
 
     def step(network, optimizer):
         start = clock()
         for _ in range(repeats):
-            optimizer.zero_grad()
             cross_entropy(network(inputs), targets).backward()
             optimizer.step()
+            optimizer.zero_grad()
         return (clock() - start) / repeats
 
     seconds = {label: [] for label in runs}
     for number in range(rounds + 1):  # the first makes state
         for label, run in runs.items():
             seconds[label] += [step(*run)] if number else [step(*run)][:0]
-    ratios = sorted(a / b for a, b in zip(seconds["STAR"], seconds["AdamW"], strict=True))
     count = sum(p.numel() for p in runs["STAR"][0].parameters())
     row = {"model": name, "parameters": count, "batch": batch or usual, "backend": runs["STAR"][1].backend}
     row |= {f"{label} ms": 1e3 * statistics.median(values) for label, values in seconds.items()}
-    row |= {"ratio": statistics.median(ratios), "lowest ratio": ratios[0], "highest ratio": ratios[-1]}
+    for label in rules:
+        ratios = sorted(a / b for a, b in zip(seconds[label], seconds["AdamW"], strict=True))
+        row[f"{label} ratio"] = statistics.median(ratios)
+        row |= {f"{label} lowest": ratios[0], f"{label} highest": ratios[-1]}
     print(
-        "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
+        "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()),
+        flush=True,
     )
     return row
+
+
+def draw(rows, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(max(4, 1.4 * len(rows)), 3.5), layout="constrained")
+    for shift, label in ((-0.08, "STAR"), (0.08, "bundled")):
+        low, middle, high = ([row[f"{label} {key}"] for row in rows] for key in ("lowest", "ratio", "highest"))
+        spread = [[m - a for m, a in zip(middle, low, strict=True)], [b - m for m, b in zip(middle, high, strict=True)]]
+        axes.errorbar([i + shift for i in range(len(rows))], middle, spread, fmt="o", label=label)
+    axes.axhline(1, color="gray", linewidth=0.8)
+    axes.set_xticks(range(len(rows)), [row["model"] for row in rows])
+    axes.set_ylabel("time of a training step / AdamW foreach")
+    axes.legend()
+    figure.savefig(path, dpi=120)
 
 
 def main():
@@ -154,7 +180,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--repeats", type=int, help="steps of one optimizer in a round; default 20 for the MLP, else 1")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", default="training.csv")
+    parser.add_argument("--out", default="training", help="of .csv and .png")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     clock = time.process_time if options.threads == 1 else time.perf_counter
@@ -162,10 +188,11 @@ def main():
     for name in options.models:
         repeats = options.repeats or (20 if name == "mlp" else 1)
         rows.append(measure(name, options.batch, options.rounds, repeats, clock))
-    with Path(options.out).open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+        with Path(f"{options.out}.csv").open("w", newline="") as file:  # as far as it has come
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    draw(rows, f"{options.out}.png")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ inline void put(float* p, V v, int n) { _mm512_mask_storeu_ps(p, first(n), (__m5
 inline V head_of(V v, int n) { return (V)_mm512_maskz_mov_ps(first(n), (__m512)v); }
 inline V positive(V x) { return (V)_mm512_max_epi32((__m512i)x, _mm512_setzero_si512()); }  // not by the units that add
 inline bool small(V x) {
-  return !_mm512_cmp_ps_mask(_mm512_abs_ps((__m512)x), _mm512_set1_ps(0.008f), _CMP_NLT_UQ);
+  return !_mm512_cmp_ps_mask(_mm512_abs_ps((__m512)x), _mm512_set1_ps(0.006f), _CMP_NLT_UQ);
 }
 #else
 inline V some(const float* p, int n) { return load(p, n); }
@@ -76,7 +76,7 @@ inline bool small(Two x) { return small(x.a) && small(x.b); }
 template <typename T>
 __attribute__((always_inline)) inline T magnitude_of(T x) {
   if (!small(x)) return exponential(x);
-  return ((x * (1 / 6.0f) + 0.5f) * x + 1.0f) * x + 1.0f;
+  return (x * 0.5f + 1.0f) * x + 1.0f;
 }
 
 // What centering leaves of a gradient; `mean` is a share of its row's. See features.centered.

@@ -22,29 +22,10 @@
 #include <vector>
 
 #include "pairs.h"
+#include "star_network.h"
 #include "star_schedule.h"
 
 namespace {
-
-// The bits that change a gradient's sign where it is to be negated.
-inline VI flipping(float sign) { return VI{} + (sign < 0 ? INT32_MIN : 0); }
-
-// Coordinates that follow each other: what they are given, and what their accumulators become.
-template <typename T>
-struct Coordinates {
-  T grad, param, momentum[3], second;
-
-  inline Coordinates(const Rule& rule, const Part& t, VI flip, const Run& run, int i, int n) {
-    int64_t at = run.at + i;
-    grad = flipped(without(get<T>(run.grad + i, n), run.mean), flip), param = get<T>(t.param + at, n);
-    for (int k = 0; k < 3; k++) {
-      T old = in_register(get<T>(t.exp_avg + k * t.size + at, n));
-      momentum[k] = old + (grad - old) * (1 - rule.momentum[k]);
-    }
-    T old = in_register(get<T>(t.exp_avg_sq + at, n));
-    second = old + (grad * grad - old) * (1 - rule.rms);
-  }
-};
 
 // Asks for what is needed AHEAD coordinates later: there are more streams than the processor finds out about by itself.
 template <int AHEAD, int LEVEL>
@@ -100,10 +81,6 @@ void moments(Work& w, int64_t block) {
   }
   for (int f = 0; f < DENSE; f++) w.partial[block * DENSE + f] = sum(totals[f]);
 }
-
-constexpr int DEEPER = (LAYERS - 1) * (HIDDEN + 1) * HIDDEN + (HIDDEN + 1) * HEADS;  // weights after the first layer's
-
-const float* deeper(const Rule& rule) { return rule.weights + (FEATURES + 1) * HIDDEN; }
 
 // Whether no new value can leave the range: no coordinate is larger than the root of its block's sum of squares, and
 // from there on the network is bounded layer by layer. Where this cannot be told, pass C is run once without writing.
@@ -161,53 +138,6 @@ void fold(Work& w) {
       w.weights[f][j] = w.rule.weights[DENSE_ROWS[f] * HIDDEN + j] * scale;
   }
   if (w.rule.scheduled) schedule(w, means);
-}
-
-// The first layer, feature by feature. Features that are products, such as momentum * root, are multiplied out only
-// once: momentum * (weight + weight * root + ...).
-template <typename T>
-inline void first_layer(const Coordinates<T>& c, T root, const Run& run, int i, int n, const float* weights, T* h) {
-  auto weight = [&](int feature, int j) { return weights[feature * HIDDEN + j]; };
-  T of_grad[3];
-  for (int k = 0; k < 3; k++) of_grad[k] = in_register(get<T>(run.grad_root[k] + i, n));
-  for (int j = 0; j < HIDDEN; j++) {
-    T by_grad = same<T>(weight(0, j));
-    for (int k = 0; k < 3; k++) by_grad += of_grad[k] * weight(10 + k, j);
-    h[j] += c.grad * by_grad;
-    h[j] += c.param * weight(1, j);
-    h[j] += c.second * weight(5, j);
-    h[j] += root * weight(9, j);
-  }
-  for (int k = 0; k < 3; k++) {
-    T of_momentum = in_register(get<T>(run.momentum_root[k] + i, n));
-    for (int j = 0; j < HIDDEN; j++) {
-      T by_momentum = same<T>(weight(2 + k, j));
-      by_momentum += root * weight(6 + k, j);
-      by_momentum += of_momentum * weight(13 + k, j);
-      h[j] += c.momentum[k] * by_momentum;
-    }
-  }
-}
-
-template <typename T>
-inline void later_layers(const float* later, const int32_t (&heads)[4], T* h, T* head) {
-  for (int number = 1; number < LAYERS; number++) {
-    const float* weight = later + (number - 1) * (HIDDEN + 1) * HIDDEN;
-    T next[HIDDEN];
-    for (int o = 0; o < HIDDEN; o++) next[o] = same<T>(weight[HIDDEN * HIDDEN + o]);
-    for (int j = 0; j < HIDDEN; j++) {
-      T r = positive(h[j]);
-      for (int o = 0; o < HIDDEN; o++) next[o] += r * weight[j * HIDDEN + o];
-    }
-    for (int j = 0; j < HIDDEN; j++) h[j] = next[j];
-  }
-  const float* weight = later + (LAYERS - 1) * (HIDDEN + 1) * HIDDEN;
-  for (int j = 0; j < HIDDEN; j++) h[j] = positive(h[j]);
-  for (int o = 0; o < HEADS; o++) {
-    if (!heads[o]) continue;  // nobody reads it
-    head[o] = same<T>(weight[HIDDEN * HEADS + o]);
-    for (int j = 0; j < HIDDEN; j++) head[o] += h[j] * weight[j * HEADS + o];
-  }
 }
 
 // Write; sum the step's squares; whether all is finite; sum the heads. One of them alone writes, so that a step has the
