@@ -60,8 +60,8 @@ def rule_of(config):
                 value.copy_(torch.tensor([0.9, 0.3]))
             if name.endswith("decays"):
                 value.add_(0.01)
-            if name == "growth":  # early on noise's level is (1 - slowest decay)^2 / (1 - second moment's), times 1000
-                value.copy_(torch.tensor([-0.9, 0.5, 20 * 0.01 - 10 * 0.01]))
+            if name == "growth":
+                value.copy_(torch.tensor([-0.9, 0.5]))
     return rule
 
 

@@ -49,8 +49,6 @@ def make_rule(kind="star", **config):
             value.data.copy_(torch.tensor([0.9, 0.5]))
         if name == "caution":  # otherwise it may be 0
             value.data.copy_(torch.tensor([0.9, 0.3]))
-        if name == "growth":  # early on noise's level is (1 - slowest decay)^2 / (1 - second moment's), times 1000
-            value.data[2] = 20 * rule.momentum_decays[2] - 10 * rule.rms_decays[0]
     return rule
 
 

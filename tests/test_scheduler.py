@@ -81,13 +81,15 @@ def test_a_tensors_own_factor_is_bounded():
 
 def test_tensors_at_once_are_as_each_alone():
     theta, generator = drawn(1), torch.Generator().manual_seed(2)
-    theta["growth"] = torch.tensor([-1.0, -2.0, math.log(1e3 * 0.5)], dtype=torch.float64)
+    theta["growth"] = torch.tensor([-1.0, -2.0], dtype=torch.float64)
+    noise = torch.full((5,), 0.5, dtype=torch.float64).log()
     squares = torch.rand(5, 4, generator=generator, dtype=torch.float64)
     shapes = torch.tensor([scheduler.shape_features(s, 5) for s in [(3,), (4, 5), (), (2, 3, 4), (7, 1)]])
     steps = torch.tensor([0.0, 3.0, 50.0, 99.0, 200.0], dtype=torch.float64)
-    together = scheduler.multipliers(theta, squares, shapes.double(), steps, 100)
+    together = scheduler.multipliers(theta, squares, shapes.double(), steps, 100, noise)
     for i in range(5):
-        alone = scheduler.multipliers(theta, squares[i : i + 1], shapes[i : i + 1].double(), steps[i], 100)
+        own = squares[i : i + 1], shapes[i : i + 1].double(), steps[i]
+        alone = scheduler.multipliers(theta, *own, 100, noise[i])
         torch.testing.assert_close(together.factor[i : i + 1], alone.factor)
         torch.testing.assert_close(together.momenta[i : i + 1], alone.momenta)
 
@@ -132,21 +134,27 @@ def test_the_mix_weighs_the_momenta():
 @pytest.mark.parametrize("step", [0.0, 100.0])
 def test_growth_is_the_exponent_of_how_far_noise_has_moved_a_matrix(rms, grown, strength, counts, step):
     noise = 0.7e-3
-    theta = {**zeros(), "growth": torch.tensor([-1.0, -3.0, math.log(1e3 * noise)], dtype=torch.float64)}
+    theta = {**zeros(), "growth": torch.tensor([-1.0, -3.0], dtype=torch.float64)}
     squares = torch.tensor([[rms**2, 1.0, 1.0, noise * strength]], dtype=torch.float64)
     for shape, is_matrix in (((5, 16), True), ((5, 4, 2, 2), True), ((16,), False), ((), False)):
         shapes = torch.tensor([scheduler.shape_features(shape)], dtype=torch.float64)
-        found = scheduler.multipliers(theta, squares, shapes, torch.tensor(step), 101).factor.item()
+        level = torch.tensor(noise, dtype=torch.float64).log()
+        found = scheduler.multipliers(theta, squares, shapes, torch.tensor(step), 101, level).factor.item()
         assert found == pytest.approx(grown ** (counts * (-1 - 2 * step / 100)) if is_matrix else 1.0, rel=1e-5)
 
 
-@pytest.mark.parametrize("decay", [0.99, 0.999])
-def test_white_noise_has_the_strength_that_growth_looks_for(decay):
+@pytest.mark.parametrize(("momentum", "second"), [(0.99, 0.9), (0.999, 0.999), (0.9991, 0.9963), (0.9, 0.999)])
+def test_white_noise_has_the_strength_that_growth_looks_for(momentum, second):
+    """At every age: both averages begin at nothing, and one of them is long done when the other is young."""
     torch.manual_seed(0)
-    grads, average = torch.randn(8000, 2000), torch.zeros(2000)
-    for grad in grads:
-        average = decay * average + (1 - decay) * grad
-    assert average.square().mean().item() == pytest.approx((1 - decay) / (1 + decay), rel=math.expm1(scheduler.DOUBT))
+    average, square, decays = torch.zeros(4000), torch.zeros(4000), (torch.tensor(momentum), torch.tensor(second))
+    for step in range(3000):
+        grad = torch.randn(4000)
+        average, square = torch.lerp(average, grad, 1 - momentum), torch.lerp(square, grad * grad, 1 - second)
+        if step in (0, 10, 100, 1000, 2999):
+            found = (average.square().mean() / square.mean()).log().item()
+            expected = scheduler.noise_strength(*decays, torch.tensor(float(step))).item()
+            assert found == pytest.approx(expected, abs=0.1)
 
 
 def test_where_gradients_are_noise_steps_relative_to_scale_feed_on_themselves_and_growth_stops_it():
@@ -156,7 +164,7 @@ def test_where_gradients_are_noise_steps_relative_to_scale_feed_on_themselves_an
         rule = rules.make("star", nominal_stepsize=0.1, step_mult=0.0, nominal_controller=False, scheduler=True)
         theta = {name: torch.zeros_like(p) for name, p in rule.meta_params().items()}
         theta["tensor_powers"][1, :, 1] = 2.0
-        theta["growth"] = torch.tensor([exponent, exponent, 0.0])  # 1e-3: both averages are young
+        theta["growth"] = torch.full((2,), exponent)
         param = torch.randn(32, 64) / 8
         state = rule.init_state(param)
         for step in range(200):
@@ -241,7 +249,7 @@ def test_behind_the_optimizer_it_is_what_the_rule_says(backend, num_steps):
     rule.load_state_dict({**rule.state_dict(), **{name: value.float() for name, value in drawn(3).items()}})
     rule.caution.data.copy_(torch.tensor([0.8, 0.4]))
     rule.centering.data.copy_(torch.tensor([0.9, 0.3]))
-    rule.growth.data.copy_(torch.tensor([-0.9, 0.5, 0.0]))
+    rule.growth.data.copy_(torch.tensor([-0.9, 0.5]))
     params = [torch.nn.Parameter(torch.randn(shape)) for shape in ((6, 4), (6,), (3, 2, 3, 3), ())]
     expected, states = [p.detach().clone() for p in params], [rule.init_state(p) for p in params]
     optimizer = lopt.RuleOptimizer(params, rule, num_steps=num_steps, backend=backend)

@@ -143,9 +143,8 @@ def theta(rule: lopt.rules.UpdateRule, knob: dict[str, float]) -> Theta:
 
 
 def theta_with_growth(found: Theta, knob: dict[str, float]) -> Theta:
-    """The rule's meta-parameters with growth set; what white noise makes of the slowest momentum is in closed form."""
-    rate = 1e-3 * math.exp(10 * float(found["momentum_decays"][2]))  # 1 - decay
-    return {**found, "growth": torch.tensor([knob["growth"], knob["growth"], math.log(1e3 * rate / (2 - rate))])}
+    """The rule's meta-parameters with growth set."""
+    return {**found, "growth": torch.full((2,), knob["growth"])}
 
 
 def theta_without_length(found: Theta, knob: dict[str, float]) -> Theta:

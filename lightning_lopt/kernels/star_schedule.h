@@ -12,7 +12,7 @@ struct Schedule {  // as packed by cpu.py: the scheduler's constants and meta-pa
   float fractions[FRACTIONS], log_steps[LOG_STEPS], log_lengths[2], largest_power, doubt;
   float schedule_fraction[FRACTIONS], schedule_length[FRACTIONS];
   float schedule_early[LOG_STEPS], schedule_step[LOG_STEPS];
-  float tensor_powers[2][2][8], momentum_mix[2][3], growth[3], centering[2], caution[2];
+  float tensor_powers[2][2][8], momentum_mix[2][3], growth[2], centering[2], caution[2];
 };
 
 inline float clamp(float x, float low, float high) { return x < low ? low : x > high ? high : x; }  // NaN stays
@@ -41,6 +41,13 @@ float centering(const Work& w) {
   return clamp(lerp(s.centering[0], s.centering[1], progress(w)), 0, 1);
 }
 
+// The logarithm of the slowest momentum's squared strength in white noise.
+float noise_strength(const Work& w) {
+  double b = w.rule.momentum[2], c = w.rule.rms, n = *w.part.step + 1.0;
+  double of_momentum = std::log((1 - b) / (1 + b)) + std::log(-std::expm1(2 * n * std::log(std::abs(b))));
+  return (float)(of_momentum - std::log(-std::expm1(n * std::log(c))));
+}
+
 // means: of the squares of the parameter and of the three momenta / sqrt(second moment)
 void schedule(Work& w, const float (&means)[4]) {
   const Schedule& s = schedule_of(w);
@@ -62,7 +69,7 @@ void schedule(Work& w, const float (&means)[4]) {
   for (int i = 0; i < 8; i++) own += lerp(powers[0][i], powers[1][i], fraction) * x[i];
   if (shape[0] == 0) {  // see scheduler.growth
     float grown = (std::log(clamp(means[0], 1e-30f, INFINITY)) + 2.302585f * (shape[2] + 1.5f)) / 2;
-    float signal = std::log(clamp(means[3], 1e-12f, INFINITY) * 1e3f) - s.growth[2];
+    float signal = std::log(clamp(means[3], 1e-12f, INFINITY)) - noise_strength(w);
     float noisy = clamp(2 - std::abs(signal) / s.doubt, 0, 1);
     own += lerp(s.growth[0], s.growth[1], fraction) * clamp(grown, 0, INFINITY) * noisy;
   }

@@ -223,7 +223,9 @@ class TorchStar:
             return 1.0, None, None
         read = torch.cat([mean_squares[:, 1:2], mean_squares[:, 6:9]], 1)
         shapes = torch.tensor([scheduler.shape_features(s.shape, num_tensors)]).expand(len(s.parts), -1)
-        factor, momenta = scheduler.multipliers(meta, read, shapes, s.step, num_steps)
+        decays = self.rule.decays(meta)
+        noise = scheduler.noise_strength(decays.momentum[2], decays.rms[0], s.step)
+        factor, momenta = scheduler.multipliers(meta, read, shapes, s.step, num_steps, noise)
         ones = [1] * len(s.shape)
         caution = scheduler.share(meta, "caution", s.step, num_steps)
         momenta = momenta.expand(len(s.parts), -1).reshape(-1, 3, *ones)

@@ -274,7 +274,9 @@ class StarKernel:
         shapes = plan.shapes.update([scheduler.shape_features(part.param.shape, num_tensors) for part in parts])
         step = plan.effective[:, factored.AT_STEP.value]
         read = plan.effective[:, factored.READ.value : factored.READ.value + 4]
-        factor, momenta = scheduler.multipliers(meta_params, read, shapes, step, num_steps)
+        decays = self._theta(meta_params)[factored.DECAYS.value :]  # momenta's, then the second moment's
+        noise = scheduler.noise_strength(decays[2], decays[3], step)
+        factor, momenta = scheduler.multipliers(meta_params, read, shapes, step, num_steps, noise)
         caution = scheduler.share(meta_params, "caution", step, num_steps)
         return torch.cat([factor.unsqueeze(1), momenta.expand(len(parts), 3), caution.unsqueeze(1)], 1)
 

@@ -39,7 +39,7 @@ SHAPES = {
 }
 STAR_SHAPES = {  # what STAR alone has so far
     **SHAPES,
-    "growth": (3,),  # (start, end) exponent, and log(1000 x) of the slowest momentum's squared strength x in pure noise
+    "growth": (2,),  # (start, end) exponent
     "centering": (2,),  # (start, end) share, see `features.centered`
     "caution": (2,),  # (start, end) share, see `nominal.cautious`
 }
@@ -61,6 +61,7 @@ def multipliers(
     shapes: Tensor,
     step: Tensor,
     num_steps: Tensor | int | None,
+    noise: Tensor | None = None,
 ) -> Multipliers:
     """The learned scheduler, for T tensors at once.
 
@@ -70,6 +71,7 @@ def multipliers(
         shapes: (T, 4) as `shape_features` gives them.
         step: () updates made so far, or (T,).
         num_steps: the run's length; None where it is not known.
+        noise: as `noise_strength` gives it; for rules with `growth`.
 
     Example:
         >>> zeros = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
@@ -83,8 +85,8 @@ def multipliers(
     start, end = (powers[1, i] + vector * (powers[0, i] - powers[1, i]) for i in (0, 1))
     exponents = torch.lerp(start, end, fraction)
     own = (exponents * tensor_features(mean_squares, shapes)).sum(1)
-    if "growth" in meta_params:
-        first, last, noise = meta_params["growth"]
+    if noise is not None:
+        first, last = meta_params["growth"]
         own = own + torch.lerp(first, last, fraction.squeeze(1)) * growth(mean_squares, shapes, noise)
     own = own.clamp(-LARGEST_POWER, LARGEST_POWER)
     factor = torch.exp(log_factor(meta_params, step, num_steps) + own)
@@ -99,6 +101,7 @@ def of_tensor(
     step: Tensor,
     num_steps: Tensor | int | None,
     num_tensors: int | None,
+    noise: Tensor | None = None,
 ) -> Multipliers:
     """`multipliers` for one tensor: the factor () and the weights (3,).
 
@@ -109,6 +112,7 @@ def of_tensor(
         step: () updates made so far.
         num_steps: the run's length, or None.
         num_tensors: how many tensors move, or None.
+        noise: as for `multipliers`.
 
     Example:
         >>> zeros = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
@@ -117,7 +121,7 @@ def of_tensor(
     """
     means = torch.stack(list(mean_squares))[None]
     shapes = torch.tensor([shape_features(shape, num_tensors)], dtype=means.dtype, device=means.device)
-    factor, momenta = multipliers(meta_params, means, shapes, step, num_steps)
+    factor, momenta = multipliers(meta_params, means, shapes, step, num_steps, noise)
     return Multipliers(factor.squeeze(0), momenta.squeeze(0))
 
 
@@ -169,27 +173,48 @@ def growth(mean_squares: Tensor, shapes: Tensor, noise: Tensor) -> Tensor:
     """(T,) logarithms of how far the root mean square is above 1 / sqrt(fan-in), for matrices moved by noise, else 0.
 
     Layers begin about there (torch's at 0.58 of it, He's at 1.4), so it tells of growth without keeping the beginning.
-    Matrices also grow as they learn, behind sigmoids by factors of twenty. But white noise gives the slowest momentum
-    (1 - decay) / (1 + decay) of the gradient's mean square, no more and no less: what is learned makes it stronger, and
-    falling gradients weaker. Growth counts in full within e^+-DOUBT of that, and not at all beyond twice as far. In the
-    beginning, when both averages are young, it is (1 - decay)^2 / (1 - the second moment's), near it in `star`.
+    Matrices also grow as they learn, behind sigmoids by factors of twenty. But white noise makes the slowest momentum
+    just as strong as `noise_strength` says: what is learned makes it stronger, and falling gradients weaker. Growth
+    counts in full within e^+-DOUBT of that, and not at all beyond twice as far.
 
     Args:
         mean_squares: (T, 4) as `multipliers` has them.
         shapes: (T, 4) as `shape_features` gives them.
-        noise: () logarithm of 1000 times the squared strength of the slowest momentum in white noise.
+        noise: () or (T,) as `noise_strength` gives it.
 
     Example:
         >>> shapes = torch.tensor([shape_features((8, 4))] * 3)
         >>> squares, strength = torch.tensor([0.2, 1.0, 1.0]), torch.tensor([5e-4, 5e-4, 1e-3])
         >>> mean_squares = torch.stack([squares, strength, strength, strength], 1)
-        >>> growth(mean_squares, shapes, torch.tensor(0.5).log())
+        >>> growth(mean_squares, shapes, torch.tensor(5e-4).log())
         tensor([0.0000, 0.6931, 0.0000])
     """
     fan_in = math.log(10) * (shapes[:, 2] + 1.5)
     grown = ((torch.log(mean_squares[:, 0].clamp(min=1e-30)) + fan_in) / 2).clamp(min=0)
-    signal = torch.log(mean_squares[:, 3].clamp(min=1e-12) * 1e3) - noise
+    signal = torch.log(mean_squares[:, 3].clamp(min=1e-12)) - noise
     return grown * (2 - signal.abs() / DOUBT).clamp(0, 1) * (1 - shapes[:, 0])
+
+
+def noise_strength(momentum: Tensor, second: Tensor, step: Tensor) -> Tensor:
+    """The logarithm of a momentum's squared strength in white noise, after `step` + 1 gradients.
+
+    From zeros, without bias correction, the mean square of a momentum of decay b is (1 - b) / (1 + b) (1 - b^2n) times
+    the gradient's after n steps, and a second moment of decay c is 1 - c^n of it.
+
+    Args:
+        momentum: () decay of the momentum.
+        second: () decay of the second moment.
+        step: () or (T,) updates made so far; the result has its shape.
+
+    Example:
+        >>> noise_strength(torch.tensor(0.99), torch.tensor(0.99), torch.tensor([0.0, 1e5])).exp()
+        tensor([0.0100, 0.0050])
+    """
+    number = step.to(momentum.dtype) + 1
+    of_momentum = torch.log((1 - momentum) / (1 + momentum)) + torch.log(
+        -torch.expm1(2 * number * momentum.abs().log())
+    )
+    return of_momentum - torch.log(-torch.expm1(number * torch.log(second)))
 
 
 def shape_features(shape: tuple[int, ...], num_tensors: int | None = None) -> tuple[float, float, float, float]:

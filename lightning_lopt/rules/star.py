@@ -297,7 +297,9 @@ class STAR(UpdateRule):
         """The factor of both terms and the weights of the momenta: 1 and equal ones in the paper's form."""
         if not self.config.scheduler:
             return 1.0, None
-        run = context.step, context.num_steps, context.num_tensors
+        decays = self.decays(meta_params)
+        noise = scheduler.noise_strength(decays.momentum[2], decays.rms[0], context.step)
+        run = context.step, context.num_steps, context.num_tensors, noise
         return scheduler.of_tensor(meta_params, mean_squares, whole_shape(context.part, param), *run)
 
     @classmethod
