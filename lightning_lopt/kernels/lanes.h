@@ -32,11 +32,15 @@ inline V larger(V a, V b) { return a > b ? a : b; }
 inline V smaller(V a, V b) { return a < b ? a : b; }
 inline V magnitude(V a) { return a < 0 ? -a : a; }
 
+#ifdef __AVX512F__
+inline float sum(V v) { return _mm512_reduce_add_ps((__m512)v); }
+#else
 inline float sum(V v) {
   for (int half = LANES / 2; half; half /= 2)
     for (int i = 0; i < half; i++) v[i] += v[i + half];
   return v[0];
 }
+#endif
 
 inline V permuted(V table, VI index) {
 #if defined(__clang__)

@@ -18,7 +18,7 @@ struct Coordinates {
     grad = flipped(get<T>(t.grad + at, n), flip), param = get<T>(t.param + at, n);
     for (int k = 0; k < 3; k++) {
       T old = in_register(get<T>(t.exp_avg + k * t.size + at, n));
-      momentum[k] = old + (grad - old) * (1 - rule.momentum[k]);
+      momentum[k] = old + (grad - old) * (1 - rule.momentum[k]);  // a multiplication less than with two weights
     }
     T old = in_register(get<T>(t.exp_avg_sq + at, n));
     second = old + (grad * grad - old) * (1 - rule.rms);
