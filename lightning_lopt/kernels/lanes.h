@@ -1,4 +1,4 @@
-// Sixteen floats at a time, by the vector types of GCC and Clang: the compiler makes of them what the processor has.
+// Several floats at a time, by the vector types of GCC and Clang: the compiler makes of them what the processor has.
 
 #pragma once
 
@@ -11,7 +11,14 @@
 
 namespace {
 
+// As many as the processor's vectors hold: the compiler takes wider ones apart, number by number.
+#if defined(__AVX512F__)
 constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
 
 typedef float V __attribute__((vector_size(4 * LANES)));
 typedef int32_t VI __attribute__((vector_size(4 * LANES)));
