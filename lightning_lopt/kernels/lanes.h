@@ -1,4 +1,4 @@
-// Sixteen floats at a time, by the vector types of GCC and Clang: the compiler makes of them what the processor has.
+// Several floats at a time, by the vector types of GCC and Clang: the compiler makes of them what the processor has.
 
 #pragma once
 
@@ -11,7 +11,14 @@
 
 namespace {
 
+// As many as the processor's vectors hold: the compiler takes wider ones apart, number by number.
+#if defined(__AVX512F__)
 constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
 
 typedef float V __attribute__((vector_size(4 * LANES)));
 typedef int32_t VI __attribute__((vector_size(4 * LANES)));
@@ -32,11 +39,15 @@ inline V larger(V a, V b) { return a > b ? a : b; }
 inline V smaller(V a, V b) { return a < b ? a : b; }
 inline V magnitude(V a) { return a < 0 ? -a : a; }
 
+#ifdef __AVX512F__
+inline float sum(V v) { return _mm512_reduce_add_ps((__m512)v); }
+#else
 inline float sum(V v) {
   for (int half = LANES / 2; half; half /= 2)
     for (int i = 0; i < half; i++) v[i] += v[i + half];
   return v[0];
 }
+#endif
 
 inline V permuted(V table, VI index) {
 #if defined(__clang__)

@@ -24,8 +24,8 @@ inline V positive(V x) { return relu(x); }
 inline bool small(V) { return false; }  // cannot be told in less time than it saves
 #endif
 
-#ifdef __AVX512F__  // 32 registers of a whole vector each
-constexpr bool PAIRS = HIDDEN <= 8;
+#ifdef __AVX512F__
+constexpr bool PAIRS = HIDDEN <= 8;  // two of each unit in 32 registers of a whole vector
 #else
 constexpr bool PAIRS = false;
 #endif

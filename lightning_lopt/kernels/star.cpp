@@ -50,24 +50,24 @@ void moments(Work& w, int64_t block) {
   int64_t end = std::min(t.size, (block + 1) * BLOCK);
   for (Run run{block * BLOCK, 0, {}, {}, {}, {}}; run.at < end; run.at += run.n) {
     run = run_at<heads>(w, run.at, end, room, false);
-    V sums[DENSE] = {};
+    V scaled[6] = {};  // sums of squares that lack the run's factor
     auto add = [&](int i, int n) {
       fetch<2048, 2>(t, run.at + i, n);
       Coordinates<V> c(rule, t, flip, run, i, n);
       V root = 1.0f / (c.second + EPS);  // its square
-      sums[1] += c.param * c.param;
-      if (!heads) sums[5] += c.second;
-      for (int k = 0; !heads && k < 3; k++) sums[6 + k] += c.momentum[k] * c.momentum[k] * root;
+      totals[1] += c.param * c.param;
+      if (!heads) totals[5] += c.second;
+      for (int k = 0; !heads && k < 3; k++) totals[6 + k] += c.momentum[k] * c.momentum[k] * root;
       if (!heads) return;
       if (n < LANES) root = head_of(root, n);  // the one feature that zeros do not make zero
       V square = c.grad * c.grad;
-      sums[0] += square, sums[5] += c.second * c.second, sums[9] += root;
+      totals[0] += square, totals[5] += c.second * c.second, totals[9] += root;
       for (int k = 0; k < 3; k++) {
         auto get = [&](const float* p) { return n == LANES ? load(p + i) : some(p + i, n); };
         V g = get(run.grad_root[k]), m = t.A ? g : get(run.momentum_root[k]), moment = c.momentum[k] * c.momentum[k];
         V of_g = g * g, of_m = t.A ? of_g : m * m;
-        sums[2 + k] += moment, sums[6 + k] += moment * root;
-        sums[10 + k] += square * of_g, sums[13 + k] += moment * of_m;
+        totals[2 + k] += moment, totals[6 + k] += moment * root;
+        scaled[k] += square * of_g, scaled[3 + k] += moment * of_m;
       }
     };
     int i = 0;
@@ -75,9 +75,8 @@ void moments(Work& w, int64_t block) {
     if (i < run.n) add(i, run.n - i);
     for (int k = 0; heads && k < 3; k++) {
       float square = run.left_root[k] * run.left_root[k];
-      sums[10 + k] *= square, sums[13 + k] *= square;
+      totals[10 + k] += scaled[k] * square, totals[13 + k] += scaled[3 + k] * square;
     }
-    for (int f = 0; f < DENSE; f++) totals[f] += sums[f];
   }
   for (int f = 0; f < DENSE; f++) w.partial[block * DENSE + f] = sum(totals[f]);
 }

@@ -19,7 +19,7 @@ struct Coordinates {
     grad = flipped(without(get<T>(run.grad + i, n), run.mean), flip), param = get<T>(t.param + at, n);
     for (int k = 0; k < 3; k++) {
       T old = in_register(get<T>(t.exp_avg + k * t.size + at, n));
-      momentum[k] = old + (grad - old) * (1 - rule.momentum[k]);
+      momentum[k] = old + (grad - old) * (1 - rule.momentum[k]);  // a multiplication less than with two weights
     }
     T old = in_register(get<T>(t.exp_avg_sq + at, n));
     second = old + (grad * grad - old) * (1 - rule.rms);

@@ -95,6 +95,11 @@ struct Work {
     for (int c = 0; c < p.C && p.C <= LANES; c++)
       for (int lane = 0, i = c; lane < LANES; lane++, i = i + 1 == p.C ? 0 : i + 1) inner[c][lane] = i;
   }
+
+  // Where the right vectors of a line begin. Most tensors have only one line of these, and divisions take long.
+  int64_t right_of(int64_t line) const {
+    return part.A * part.B == 1 ? 0 : (line / (part.X * part.B) * part.B + line % part.B) * length;
+  }
 };
 
 // Before pass A: the mean of each row of a gradient that is to be centered, of so many rows in a task.
@@ -171,7 +176,7 @@ void sum_squares(Work& w, int64_t block) {
   double total = 0;
   for (int64_t line = first; line < last; line++) {
     const float* g = t.grad + line * w.length;
-    float* right = w.right_sums.data() + block * w.n_right + (line / (t.X * t.B) * t.B + line % t.B) * w.length;
+    float* right = w.right_sums.data() + block * w.n_right + w.right_of(line);
     float* left = w.left.data() + line * t.C;
     float mean = w.fan_in ? w.row_means[line * w.length / w.fan_in] : 0;  // a line lies in one row
     total += sum(t.C == 1 ? add_line(g, mean, w.length, left, right) : add_line(g, mean, w.length, t.C, left, right));
@@ -202,13 +207,16 @@ void add_hidden(Work& w, const float* moments, int64_t n, float* hidden, int row
       float inverse = 1 / std::sqrt(v[i] + 1e-8f);
       squares += v[i] * v[i], inverse_squares += inverse * inverse;
     }
-    float scale = inverse_rms(squares, n), inverse_scale = inverse_rms(inverse_squares, n);
+    float scale = inverse_rms(squares, n), inverse_scale = inverse_rms(inverse_squares, n), a[HIDDEN], b[HIDDEN];
     for (int j = 0; j < HIDDEN; j++) {
-      float a = w0[(row + k) * HIDDEN + j], b = w0[(row + k + 6) * HIDDEN + j];
-      if (other) a += w0[(other + k) * HIDDEN + j], b += w0[(other + k + 6) * HIDDEN + j];
-      a *= scale, b *= inverse_scale;
-      float* h = hidden + j * n;
-      for (int64_t i = 0; i < n; i++) h[i] += a * v[i] + b / std::sqrt(v[i] + 1e-8f);
+      a[j] = w0[(row + k) * HIDDEN + j], b[j] = w0[(row + k + 6) * HIDDEN + j];
+      if (other) a[j] += w0[(other + k) * HIDDEN + j], b[j] += w0[(other + k + 6) * HIDDEN + j];
+      a[j] *= scale, b[j] *= inverse_scale;
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) {
+      float inverse = 1 / std::sqrt(v[i] + 1e-8f);
+      for (int j = 0; j < HIDDEN; j++) hidden[j * n + i] += a[j] * v[i] + b[j] * inverse;
     }
   }
   for (int j = 0; j < HIDDEN; j++) {
@@ -329,7 +337,6 @@ Run with_vectors(const Work& w, int64_t start, int64_t end, Expanded& room, bool
   const Part& t = w.part;
   int64_t nl = w.n_left, nr = w.n_right, C = t.C;
   Run run{start, (int)std::min<int64_t>(CHUNK, end - start), {}, {}, {}, {}};
-  auto right_of = [&](int64_t line) { return (line / (t.X * t.B) * t.B + line % t.B) * w.length; };
   if (!t.A) {
     for (int k = 0; k < 3; k++) {
       run.grad_root[k] = &w.left_root[k * nl + start];
@@ -339,7 +346,7 @@ Run with_vectors(const Work& w, int64_t start, int64_t end, Expanded& room, bool
     return run;
   }
   if (C == 1 && w.length >= LONG) {
-    int64_t line = start / w.length, offset = start % w.length, r = right_of(line) + offset;
+    int64_t line = start / w.length, offset = start % w.length, r = w.right_of(line) + offset;
     run.n = (int)std::min<int64_t>(run.n, w.length - offset);
     for (int k = 0; k < 3; k++) {
       run.grad_root[k] = run.momentum_root[k] = &w.right_root[k * nr + r];
@@ -353,16 +360,16 @@ Run with_vectors(const Work& w, int64_t start, int64_t end, Expanded& room, bool
   }
   auto times = [](auto a, auto b) { return a * b; };
   auto plus = [](auto a, auto b) { return a + b; };
-  for (int64_t at = start; at < start + run.n;) {
-    int64_t line = at / w.length, offset = at % w.length, n = std::min(w.length - offset, start + run.n - at);
-    int64_t l = line * C, r = right_of(line) + offset, to = at - start;
+  int64_t line = start / w.length, offset = start % w.length;
+  for (int64_t to = 0, n; to < run.n; to += n, line++, offset = 0) {
+    n = std::min(w.length - offset, run.n - to);
+    int64_t l = line * C, r = w.right_of(line) + offset;
     int c = (int)(offset % C);
     VI index = {};
     if (1 < C && C <= LANES) index = w.inner[c];
     along_line<3>(&w.left_root[l], nl, &w.right_root[r], nr, room.root[0] + to, n, C, c, index, times);
     if (with_hidden)
       along_line<HIDDEN>(&w.left_hidden[l], nl, &w.right_hidden[r], nr, room.hidden[0] + to, n, C, c, index, plus);
-    at += n;
   }
   for (int k = 0; k < 3; k++) run.grad_root[k] = run.momentum_root[k] = room.root[k];
   for (int j = 0; j < HIDDEN; j++) run.hidden[j] = room.hidden[j];

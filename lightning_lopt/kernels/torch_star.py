@@ -73,7 +73,7 @@ class TorchStar:
         self.rule, c = rule, rule.config
         self.network = bool(c.step_mult or c.nominal_controller or (c.weight_decay and c.regularization_controller))
         self.known: tuple[Mapping[str, Tensor], feats.Decays] | None = None
-        self.room: dict[int, Tensor] = {}  # features of the last chunk, by their number
+        self.room = torch.empty(0)  # for the features of a chunk, the largest so far
 
     def refuses(self, param: Tensor) -> str | None:
         """Anything but plain tensors of up to float32."""
@@ -188,11 +188,9 @@ class TorchStar:
         grad, param, exp_avg, second = _cut_all((s.grad, s.param, s.exp_avg, s.exp_avg_sq), chunk)
         size = (len(s.parts), 16 if self.network else NO_NETWORK, *grad.shape[2:])
         number = math.prod(size)
-        if (room := self.room.get(number)) is None:
-            if len(self.room) > 8:
-                self.room.clear()
-            room = self.room[number] = torch.empty(number)
-        x = room.view(size)
+        if self.room.numel() < number:
+            self.room = torch.empty(number)
+        x = self.room[:number].view(size)
         x[:, :1], x[:, 1:2] = grad, param
         ones = [1] * len(s.shape)
         rate, rms = decays.momentum.reshape(3, *ones), decays.rms.reshape(1, *ones)
