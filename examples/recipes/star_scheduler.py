@@ -1,6 +1,6 @@
 """How the bundled `star` was made: its scheduler's readable numbers, fitted to many small tasks at two horizons.
 
-    python examples/recipes/star_scheduler.py --out runs/star --seed 5    # 75 minutes of a core; resumes
+    python examples/recipes/star_scheduler.py --out runs/star --seed 5    # 80 minutes of a core; resumes
 
 96 points in a box, then 72 and 56 in ever smaller ones about the best; then the best of nine candidates on other tasks
 (VALIDATION); see `lightning_lopt.meta.surface`. The curve for runs of unknown length is fitted after that, and `growth`
@@ -109,7 +109,11 @@ VALIDATION: list[Run] = [  # what the best is chosen by: other nets, other data,
     ("digits-resnet", 150, {"channels": (12, 16)}),
     ("digits-mlp", 8000, {}),
 ]
-NOISY_VALIDATION: list[Run] = [("digits-es", 600, {"base": "fashion8-mlp", "pairs": 2, "hidden": (32, 32)})]
+NOISY_VALIDATION: list[Run] = [
+    ("digits-es", 600, {"base": "fashion8-mlp", "pairs": 2, "hidden": (32, 32)}),
+    ("digits-es", 600, {"base": "cifar8-mlp", "pairs": 1, "hidden": (64, 64)}),
+    ("digits-es", 300, {"pairs": 1, "hidden": (128,)}),
+]
 Theta = dict[str, torch.Tensor]
 WORST, SMALLEST = 2.0, 0.1  # a run counts as e^2 times the best at most; what is added to a task's unit
 MEAN = 1.0  # weight of the mean loss beside the final one
