@@ -121,7 +121,7 @@ class TorchStar:
             flat = x.reshape(-1, 1, x[0, 0].numel())
             sums = sums + torch.bmm(flat, flat.mT).reshape(x.shape[:2])
         mean_squares = sums / max(1, math.prod(s.shape))
-        multipliers = self._multipliers(s, meta, mean_squares, *lengths)
+        multipliers = self._multipliers(s, meta, decays, mean_squares, *lengths)
         weights = self._first_layer(meta, mean_squares)
         moved, squares = torch.empty_like(s.param), []
         for chunk in chunks:
@@ -214,14 +214,19 @@ class TorchStar:
         return (meta["w0"][list(feats.DENSE)] * feats.inverse_root_of_mean(mean_squares).unsqueeze(2)).mT
 
     def _multipliers(
-        self, s: _Stack, meta: _Meta, mean_squares: Tensor, num_steps: int | None, num_tensors: int | None
+        self,
+        s: _Stack,
+        meta: _Meta,
+        decays: feats.Decays,
+        mean_squares: Tensor,
+        num_steps: int | None,
+        num_tensors: int | None,
     ) -> tuple[Tensor | float, Tensor | None, Tensor | None]:
         """The factor of both terms (T, 1, ...), the weights of the momenta (T, 3, ...), the caution (T, 1, ...)."""
         if not self.rule.config.scheduler:
             return 1.0, None, None
         read = torch.cat([mean_squares[:, 1:2], mean_squares[:, 6:9]], 1)
         shapes = torch.tensor([scheduler.shape_features(s.shape, num_tensors)]).expand(len(s.parts), -1)
-        decays = self.rule.decays(meta)
         noise = scheduler.noise_strength(decays.momentum[2], decays.rms[0], s.step)
         factor, momenta = scheduler.multipliers(meta, read, shapes, s.step, num_steps, noise)
         ones = [1] * len(s.shape)
