@@ -29,7 +29,7 @@ DELEGATED = {
     "evaluate": ("lightning_lopt.evaluation.cli", "Compare rules with tuned optimizers on tasks: a table and a plot."),
     "analyze": ("lightning_lopt.analysis.cli", "What a rule has learned: figures, and a page in plain words."),
     "reproduce": (
-        "lightning_lopt.evaluation.claims.cli",
+        "lightning_lopt.claims.cli",
         "Measure what the papers claim: numbers, plots and verdicts.",
     ),
 }

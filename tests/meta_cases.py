@@ -9,8 +9,11 @@ from typing import Any, NamedTuple
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning_cases import trainer
+from optimizer_cases import assert_equal
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import lightning_lopt as lopt
 from lightning_lopt.meta.estimators import PES
@@ -178,3 +181,40 @@ def validate(path: Path, module: lopt.MetaTrainer) -> dict[str, Tensor]:
     runner = trainer(path)
     runner.validate(module, verbose=False)
     return dict(runner.callback_metrics)
+
+
+TWO = {"strategy": "ddp_fork", "devices": 2}
+
+
+class Report(Callback):
+    """Writes what each process ended with."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_end(self, trainer, pl_module):
+        report = {
+            "weights": meta_params(pl_module.rule),
+            "optimizer": trainer.optimizers[0].state_dict()["state"],
+            "states": tree_leaves(pl_module._states),
+            "best": pl_module.best,
+        }
+        torch.save(report, self.path / f"rank{trainer.global_rank}.pt")
+
+
+def run(path, folder, module, *, every=None, ranks=1, callbacks=(), **arguments):
+    """Meta-train for four epochs with a checkpoint after each, or every so many steps; each process's report."""
+    (path / folder).mkdir()
+    saves = ModelCheckpoint(path, filename="{step}", save_top_k=-1, every_n_train_steps=every)
+    report = Report(path / folder)
+    runner = fit(path, module, saves, *callbacks, report, enable_checkpointing=True, max_epochs=4, **arguments)
+    return [torch.load(path / folder / f"rank{rank}.pt", weights_only=True) for rank in range(ranks)], runner
+
+
+def assert_reports_equal(first, second):
+    for a, b in zip(first, second, strict=True):
+        assert a["best"] == b["best"]
+        assert_equal(
+            tree_leaves([a["weights"], a["optimizer"], a["states"]]),
+            tree_leaves([b["weights"], b["optimizer"], b["states"]]),
+        )

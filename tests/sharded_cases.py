@@ -1,6 +1,6 @@
 """torch's sharded tensors and FSDP2, which older versions have under other names."""
 
-from lightning_lopt.rules.parts import dtensor
+from lightning_lopt.rules.shards import dtensor
 
 try:
     from torch.distributed.fsdp import fully_shard

@@ -26,40 +26,27 @@ class Arrows(NamedTuple):
 ARROWS = {  # the longest prefix of a module's name counts
     "rules": Arrows({"rules"}, {"torch"}),
     "kernels": Arrows({"rules", "kernels"}, {"torch", "triton"}),
-    "sharded": Arrows({"rules"}, {"torch"}),
-    "steps": Arrows({"measurements", "safeguard", "sharded"}, {"torch"}),
-    "inputs": Arrows({"rules"}, {"torch"}),
-    "measurements": Arrows({"sharded"}, {"torch"}),
-    "safeguard": Arrows({"rules", "sharded"}, {"torch"}),
-    "shell": Arrows({"rules", "kernels", "measurements", "trust"}, {"torch"}),
-    "trust": Arrows(set(), {"torch"}),
-    "state_dicts": Arrows({"rules"}, {"torch"}),
-    "optimizer": Arrows(
-        {"rules", "kernels", "inputs", "measurements", "safeguard", "sharded", "shell", "state_dicts", "steps"}
-        | {"trust"},
-        {"torch"},
-    ),
+    "optimizer": Arrows({"rules", "kernels", "optimizer"}, {"torch"}),
     "hub": Arrows({"rules", "hub"}, {"torch", "huggingface_hub", "safetensors"}),
-    "seam": Arrows({"optimizer"}, {"torch"}),
-    "disk": Arrows(set(), {"lightning"}),
-    "callback": Arrows({"rules", "kernels", "optimizer", "hub", "seam", "disk", "state_dicts"}, {"torch", "lightning"}),
-    "strategies": Arrows({"rules", "optimizer", "hub", "callback"}, {"torch", "lightning"}),
+    "plugin": Arrows({"rules", "kernels", "optimizer", "hub", "plugin"}, {"torch", "lightning"}),
+    "plugin.disk_errors": Arrows(set(), {"lightning"}),
     "tasks": Arrows({"tasks"}, {"torch", "numpy", "sklearn", "torchvision"}),
     "meta": Arrows({"rules", "tasks", "meta"}, {"torch"}, except_for=frozenset({"meta.trainer", "meta.cli"})),
     "meta.fused": Arrows({"rules", "kernels"}, {"torch"}),
-    "meta.trainer": Arrows({"rules", "tasks", "meta", "hub", "disk"}, {"torch", "torchmetrics", "lightning"}),
+    "meta.trainer": Arrows(
+        {"rules", "tasks", "meta", "hub", "plugin.disk_errors"}, {"torch", "torchmetrics", "lightning"}
+    ),
     "meta.cli": Arrows({"rules", "tasks", "meta", "hub"}, {"torch", "lightning", "jsonargparse", "omegaconf"}),
     "analysis": Arrows({"rules", "tasks", "meta.unroll", "analysis"}, {"torch", "numpy"}),
     "analysis.plots": Arrows({"rules", "tasks", "meta.unroll", "analysis"}, {"torch", "numpy", "matplotlib"}),
     "analysis.report": Arrows({"analysis"}, {"matplotlib"}),
     "analysis.cli": Arrows({"rules", "tasks", "hub", "analysis"}, {"torch", "matplotlib"}),
-    "monitor": Arrows({"rules"}, {"torch", "lightning"}),
     "evaluation": Arrows(
         {"rules", "optimizer", "hub", "tasks", "meta.unroll", "analysis.plots", "evaluation"},
         {"torch", "torchmetrics", "lightning", "numpy", "rich", "matplotlib"},
     ),
-    "evaluation.claims": Arrows(
-        {"rules", "optimizer", "hub", "tasks", "meta", "analysis", "evaluation", "__version__"},
+    "claims": Arrows(
+        {"rules", "optimizer", "hub", "tasks", "meta", "analysis", "evaluation", "claims", "__version__"},
         {"torch", "lightning", "numpy", "rich", "matplotlib"},
     ),
 }
@@ -137,7 +124,11 @@ def test_no_module_looks_the_wrong_way():
         ("rules/bad.py", "from lightning_lopt.hub import load", "lightning_lopt.hub.load"),
         ("rules/bad.py", "from lightning_lopt import rules, hub", "lightning_lopt.hub"),
         ("rules/bad.py", "import lightning_lopt as lopt", "lightning_lopt"),
-        ("rules/bad.py", "from ..callback import LearnedOptimizer", "lightning_lopt.callback.LearnedOptimizer"),
+        (
+            "rules/bad.py",
+            "from ..plugin.callback import LearnedOptimizer",
+            "lightning_lopt.plugin.callback.LearnedOptimizer",
+        ),
         ("rules/__init__.py", "from .. import optimizer", "lightning_lopt.optimizer"),
         ("rules/bad.py", "def f():\n    import lightning.pytorch", "lightning.pytorch"),
         (
@@ -157,7 +148,7 @@ def test_no_module_looks_the_wrong_way():
         ("analysis/dynamics.py", "def f():\n    import matplotlib", "matplotlib"),
         ("analysis/plots.py", "import matplotlib.pyplot as plt", "matplotlib.pyplot"),
         ("hub.py", "from lightning_lopt.optimizer import RuleOptimizer", "lightning_lopt.optimizer.RuleOptimizer"),
-        ("optimizer.py", "import lightning", "lightning"),
+        ("optimizer/bad.py", "import lightning", "lightning"),
         ("utils.py", "import os", "os"),
     ],
 )
@@ -172,7 +163,7 @@ def test_a_wrong_arrow_is_found(tmp_path, path, source, imported):
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("__init__.py", "from lightning_lopt import callback, rules"),
+        ("__init__.py", "from lightning_lopt import plugin, rules"),
         ("cli.py", "import anything"),
         (
             "rules/good.py",

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 import lightning_lopt as lopt
-from lightning_lopt.kernels import Part
+from lightning_lopt.kernels import WorkItem
 
 Shapes = list[tuple[int, ...]]
 
@@ -76,7 +76,8 @@ class KernelRun:
     """A kernel by itself, for what an optimizer has no argument for."""
 
     def __init__(self, params: list[Tensor], rule: lopt.UpdateRule, **options: Any) -> None:
-        from lightning_lopt.kernels import triton_lstm, triton_star
+        from lightning_lopt.kernels.cuda import lstm as triton_lstm
+        from lightning_lopt.kernels.cuda import star as triton_star
 
         module = triton_star if isinstance(rule, lopt.rules.STAR) else triton_lstm
         self.kernel, self.params = module.make(rule, **options), params
@@ -85,7 +86,7 @@ class KernelRun:
         self.states = [{"step": new.clone(), **rule.init_state(param)._asdict()} for param in params]
 
     def step(self) -> None:
-        parts = [Part(p, p.grad, s, 1.0, 0.0, False) for p, s in zip(self.params, self.states, strict=True)]
+        parts = [WorkItem(p, p.grad, s, 1.0, 0.0, False) for p, s in zip(self.params, self.states, strict=True)]
         self.kernel.step(parts, self.meta_params, None, safeguard=False, measure=False)
 
 
@@ -199,7 +200,10 @@ def compile_all() -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from lightning_lopt.kernels import triton_lstm, triton_star, triton_star_factored, triton_star_step
+    from lightning_lopt.kernels.cuda import lstm as triton_lstm
+    from lightning_lopt.kernels.cuda import star as triton_star
+    from lightning_lopt.kernels.cuda import star_factored as triton_star_factored
+    from lightning_lopt.kernels.cuda import star_step as triton_star_step
 
     star, lstm = lopt.rules.make("star"), lopt.rules.make("lstm")
     usual = {"PARAMS": 0, "GRADS": 0, "BF16": False, "SAFE": False, "CHECK": False, "MEASURE": False}

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 import lightning_lopt as lopt
-from lightning_lopt.kernels.torch_star import TorchStar
+from lightning_lopt.kernels.eager.star import TorchStar
 
 
 def dense(*widths):
@@ -71,7 +71,7 @@ def contenders(params):
 
     def in_torch(rule):  # as where there is no compiler
         optimizer = lopt.RuleOptimizer(params, rule, safeguard=True, num_steps=1000)
-        optimizer._shell._kernels["cpu"] = TorchStar(rule)
+        optimizer._runtime._kernels["cpu"] = TorchStar(rule)
         return optimizer
 
     torch_optimizers = {

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 import lightning_lopt as lopt
-from lightning_lopt.hub import files, foreign
+from lightning_lopt.hub import files, importers
 from lightning_lopt.rules import REGISTRY, RuleConfig
 
 
@@ -289,7 +289,7 @@ def run_atheris(cases: int, seed: int, folder: Path, counts: Counter[str]) -> No
     """Cases that libFuzzer makes, which seeks new branches in what reads the files; ends the process."""
     import atheris
 
-    for place in (files, foreign, foreign._Tree, RuleConfig, *{kind.rule.Config for kind in REGISTRY.values()}):
+    for place in (files, importers, importers._Tree, RuleConfig, *{kind.rule.Config for kind in REGISTRY.values()}):
         for value in list(vars(place).values()):
             function = getattr(value, "__func__", value)
             if inspect.isfunction(function) and function.__code__.co_filename == inspect.getfile(place):

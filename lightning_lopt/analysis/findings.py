@@ -77,7 +77,7 @@ def analyze(
     Raises:
         ValueError: for a rule whose steps are made by all tensors together.
     """
-    if rule.needs_share:
+    if rule.needs_shared_context:
         raise ValueError(
             f"{name} computes something from all tensors together (kind {rule.kind}); a coordinate alone does not show "
             "it. Use scope='tensor', or analyze its network as kind 'lstm'."

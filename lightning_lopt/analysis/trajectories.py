@@ -53,7 +53,7 @@ def record(
     coordinate's gradients alone.
 
     Args:
-        rule: any rule without `needs_share`.
+        rule: any rule without `needs_shared_context`.
         task: what to run it on.
         steps: length of the runs.
         runs: how many.

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lightning_lopt.hub import files, foreign
+from lightning_lopt.hub import files, importers
 from lightning_lopt.hub.bundle import bundled_dir, find_dir, list_pretrained
+from lightning_lopt.hub.errors import clip, show
 from lightning_lopt.hub.files import (
     CARD,
     CONFIG,
@@ -27,7 +28,6 @@ from lightning_lopt.hub.files import (
     replace_files,
     serialize,
 )
-from lightning_lopt.hub.refusals import clip, show
 from lightning_lopt.hub.remote import Access, check_arguments, fetch, hub_errors
 from lightning_lopt.rules import Source, UpdateRule
 
@@ -83,10 +83,10 @@ def load_rule(
         raise ValueError(
             f"revision={show(revision)} is not allowed for {show(name)}: only Hub repos have revisions. Leave it out."
         )
-    if not (directory / CONFIG).exists() and (directory / foreign.THETA).is_file():
-        file = f"{name}/{foreign.THETA}"
-        rule = foreign.from_theta(files.read_theta(directory / foreign.THETA, file), file)
-        warnings.warn(f"{clip(file, 80)}: {foreign.CONSTRUCTOR}.", stacklevel=2)
+    if not (directory / CONFIG).exists() and (directory / importers.THETA).is_file():
+        file = f"{name}/{importers.THETA}"
+        rule = importers.from_theta(files.read_theta(directory / importers.THETA, file), file)
+        warnings.warn(f"{clip(file, 80)}: {importers.CONSTRUCTOR}.", stacklevel=2)
         rule.source = Source(name, None)
         return rule
     template = read_config(directory / CONFIG, f"{name}/{CONFIG}")

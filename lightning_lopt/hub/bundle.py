@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from lightning_lopt.hub.errors import show
 from lightning_lopt.hub.files import CONFIG
-from lightning_lopt.hub.refusals import show
 
 
 def bundled_dir() -> Path:

@@ -29,8 +29,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lightning_lopt.hub import foreign
-from lightning_lopt.hub.refusals import clip, refusal, show
+from lightning_lopt.hub import importers
+from lightning_lopt.hub.errors import clip, refusal, show
 from lightning_lopt.rules import REGISTRY, Source, UpdateRule
 
 FORMAT_VERSION = 1
@@ -38,7 +38,7 @@ CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 MAX_BYTES = {
     CONFIG: 64 << 10,
     WEIGHTS: 16 << 20,
-    foreign.THETA: 4 << 20,
+    importers.THETA: 4 << 20,
 }  # while it loads a rule takes some five times its weights
 MAX_HEADER_BYTES = 1 << 20
 DTYPES = ("F16", "BF16", "F32", "F64")
@@ -86,9 +86,9 @@ def read_config(path: Path, file: str) -> Template:
 
 def _parse_config(data: bytes, file: str) -> Template:
     spec = _parse_json(data, file)
-    if "format_version" not in spec and (sizes := foreign.pylo_values(spec, file)) is not None:
+    if "format_version" not in spec and (sizes := importers.pylo_values(spec, file)) is not None:
         rule = _described("blackbox", sizes, file)
-        return Template(rule, None, foreign.pylo_names(rule))
+        return Template(rule, None, importers.pylo_names(rule))
     version, kind, values, sha256 = (spec.get(key) for key in ("format_version", "kind", "config", "sha256"))
     if type(version) is not int or version < 1:
         raise refusal(file, f"format_version={show(version)}; allowed is {FORMAT_VERSION}", "It is no rule's file.")
@@ -161,8 +161,8 @@ def build(template: Template, weights: Path, file: str, source: Source) -> Updat
     if mixed:
         raise refusal(file, what, "Take both files from the same save, or save the rule again.")
     if template.names is not None:
-        tensors = foreign.from_pylo(tensors, template.rule)
-        warnings.warn(f"{clip(file, 80)}: {foreign.LEFT_OUT}.", stacklevel=3)
+        tensors = importers.from_pylo(tensors, template.rule)
+        warnings.warn(f"{clip(file, 80)}: {importers.LEFT_OUT}.", stacklevel=3)
     rule = _make(template.rule.kind, template.rule.config, "cpu")
     rule.load_state_dict(tensors, strict=True, assign=True)  # assign: keep the file's dtype
     rule.source = source
@@ -177,8 +177,8 @@ def _files_of_before(directory: Path) -> str | None:
 
 def read_theta(path: Path, file: str) -> dict[str, Tensor]:
     """The arrays of a theta.state of learned_optimization."""
-    with _open(path, file, foreign.THETA) as stream:
-        return foreign.parse_theta(stream.read(MAX_BYTES[foreign.THETA]), file)
+    with _open(path, file, importers.THETA) as stream:
+        return importers.parse_theta(stream.read(MAX_BYTES[importers.THETA]), file)
 
 
 def _parse_weights(data: bytes, template: Template, file: str) -> dict[str, Tensor]:

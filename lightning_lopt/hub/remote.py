@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning_lopt.hub.bundle import list_pretrained
+from lightning_lopt.hub.errors import clip, show
 from lightning_lopt.hub.files import MAX_BYTES, check_size, library_version
-from lightning_lopt.hub.refusals import clip, show
 
 
 def check_arguments(repo_id: str, refs: Mapping[str, str | None], token: object, endpoint: str | None) -> None:

@@ -19,14 +19,14 @@ from torch import Tensor
 
 from lightning_lopt.rules import UpdateRule
 
-MODULES = {(kind, "cpu"): "lightning_lopt.kernels.cpu" for kind in ("star", "hyperparam", "blackbox")}
-MODULES |= {(kind, "cuda"): "lightning_lopt.kernels.triton_star" for kind in ("star", "hyperparam", "blackbox")}
-MODULES |= {("lstm", "cuda"): "lightning_lopt.kernels.triton_lstm"}
+MODULES = {(kind, "cpu"): "lightning_lopt.kernels.cpu.star" for kind in ("star", "hyperparam", "blackbox")}
+MODULES |= {(kind, "cuda"): "lightning_lopt.kernels.cuda.star" for kind in ("star", "hyperparam", "blackbox")}
+MODULES |= {("lstm", "cuda"): "lightning_lopt.kernels.cuda.lstm"}
 for _kind in ("mng", "k_timesteps", "k_momentums", "multiscale_adam"):
-    MODULES[_kind, "cpu"] = "lightning_lopt.kernels.cpu_history"
+    MODULES[_kind, "cpu"] = "lightning_lopt.kernels.cpu.history"
 
 
-class Part(NamedTuple):
+class WorkItem(NamedTuple):
     """One tensor's part in a step: value <- value + scale * delta - decay * value, delta from the rule."""
 
     param: Tensor  # changed in place
@@ -53,7 +53,7 @@ class Kernel(Protocol):
 
     def step(
         self,
-        parts: Sequence[Part],
+        parts: Sequence[WorkItem],
         meta_params: Mapping[str, Tensor],
         num_steps: int | None,
         num_tensors: int | None = None,

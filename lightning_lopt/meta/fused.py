@@ -37,12 +37,12 @@ class Fused:
         self.params = {name: _own(param) for name, param in params.items()}
         self.states = {name: type(state)(*map(_own, state)) for name, state in states.items()}
         steps = step.to(torch.float32).repeat(len(params), 1)  # the kernel counts for each tensor
-        self.parts: list[list[kernels.Part]] = [[] for _ in self.each]  # without their gradients
+        self.parts: list[list[kernels.WorkItem]] = [[] for _ in self.each]  # without their gradients
         for number, (name, param) in enumerate(self.params.items()):
             fields = {key: value.unbind() for key, value in self.states[name]._asdict().items()}
             for run, (own, count) in enumerate(zip(param.unbind(), steps[number].unbind(), strict=True)):
                 state = {"step": count, **{key: values[run] for key, values in fields.items()}}
-                self.parts[run].append(kernels.Part(own, own, state, 1.0, 0.0, False))
+                self.parts[run].append(kernels.WorkItem(own, own, state, 1.0, 0.0, False))
 
     def __call__(
         self,

@@ -71,7 +71,7 @@ class Imitation(Estimator):
 
     def __post_init__(self) -> None:
         check_choice("distance", self.distance, DISTANCES)
-        if self._lesson(UpdateRule()).teacher.needs_share:
+        if self._lesson(UpdateRule()).teacher.needs_shared_context:
             raise ValueError(
                 f"teacher={self.teacher!r} is not allowed: its steps need what all tensors share. "
                 "Take a teacher that needs no share, such as kind 'star' or 'lstm'."
@@ -119,12 +119,12 @@ class _Lesson(UpdateRule):
     def __init__(self, teacher: UpdateRule, pupil: UpdateRule, distance: str) -> None:
         super().__init__(kind="lesson")
         self.teacher, self.pupil, self.distance = teacher, pupil, DISTANCES[distance]
-        self.needs_share, self.needs_loss = pupil.needs_share, pupil.needs_loss
+        self.needs_shared_context, self.needs_loss = pupil.needs_shared_context, pupil.needs_loss
 
     def init_state(self, param: Tensor) -> _Pair:
         return _Pair(self.teacher.init_state(param), self.pupil.init_state(param), param.new_zeros(()))
 
-    def share(
+    def shared_context(
         self,
         meta_params: Mapping[str, Tensor],
         grads: Mapping[str, Tensor],
@@ -135,7 +135,7 @@ class _Lesson(UpdateRule):
         in_place: bool = False,
     ) -> tuple[Any, dict[str, Any]]:
         own = {name: pair.pupil for name, pair in states.items()}
-        shared, own = self.pupil.share(meta_params, grads, own, params, context, in_place=in_place)
+        shared, own = self.pupil.shared_context(meta_params, grads, own, params, context, in_place=in_place)
         return shared, {name: pair._replace(pupil=own[name]) for name, pair in states.items()}
 
     def update(

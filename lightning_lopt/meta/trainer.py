@@ -23,11 +23,9 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from lightning_lopt import disk
 from lightning_lopt.hub import load_rule, save_rule
-from lightning_lopt.meta import particles
-from lightning_lopt.meta.estimators import Estimate, Estimator, Gradients
-from lightning_lopt.meta.inputs import (
+from lightning_lopt.meta import checkpoints
+from lightning_lopt.meta.arguments import (
     Steps,
     TaskLike,
     adamw,
@@ -39,8 +37,10 @@ from lightning_lopt.meta.inputs import (
     matches,
     take_turns,
 )
+from lightning_lopt.meta.estimators import Estimate, Estimator, Gradients
 from lightning_lopt.meta.unroll import Unroll, full_precision
 from lightning_lopt.meta.validation import score
+from lightning_lopt.plugin import disk_errors
 from lightning_lopt.rules import UpdateRule, compute_dtype
 from lightning_lopt.rules import make as make_rule
 from lightning_lopt.tasks import Task
@@ -184,7 +184,7 @@ class MetaTrainer(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Draw the inner runs, or take those of the checkpoint up again; look where checkpoints will go."""
-        disk.check_writable(self.trainer)
+        disk_errors.check_writable(self.trainer)
         meta_params = self._meta_params(learned=True)
         self._states = [
             self.estimator.init(self._unroll(task), meta_params, self._generator("start", self.global_rank, index))
@@ -194,7 +194,7 @@ class MetaTrainer(L.LightningModule):
         if self._restored is not None and self.trainer.ckpt_path is not None:
             arguments = self._restored, self._states, self.labels, self.global_rank, self.trainer.world_size
             try:
-                self._states = particles.restore(*arguments)
+                self._states = checkpoints.restore(*arguments)
             except ValueError as error:
                 raise MisconfigurationException(str(error)) from None
             self.best = dict(self._restored["best"])
@@ -206,7 +206,7 @@ class MetaTrainer(L.LightningModule):
 
     def configure_callbacks(self) -> Callback:
         """One that tells how to go on where the disk is full."""
-        return disk.Explains()
+        return disk_errors.ExplainDiskErrors()
 
     # --- Meta-validation ---
 
@@ -246,7 +246,7 @@ class MetaTrainer(L.LightningModule):
             "kind": self.rule.kind,
             "config": self.rule.config.to_dict(),
             "best": dict(self.best),
-            **particles.pack(self._states, self.labels),
+            **checkpoints.pack(self._states, self.labels),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

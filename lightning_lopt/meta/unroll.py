@@ -210,8 +210,8 @@ class Unroll:
             grads = {name: grad.detach() for name, grad in grads.items()}
         context = StepContext(step, loss.detach(), num_steps, num_tensors=len(params))
         meta_params = {**frozen, **meta_params}
-        if self.rule.needs_share:
-            shared, states = self.rule.share(meta_params, grads, states, params, context)
+        if self.rule.needs_shared_context:
+            shared, states = self.rule.shared_context(meta_params, grads, states, params, context)
             context = context._replace(shared=shared)
         new_params, new_states = {}, {}
         for name, param in params.items():

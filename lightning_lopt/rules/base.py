@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_lopt.rules.parts import Part
+from lightning_lopt.rules.shards import TensorShard
 
 
 class StepContext(NamedTuple):
@@ -25,9 +25,9 @@ class StepContext(NamedTuple):
     step: Tensor  # () updates of this tensor made before this one, 0 at the first
     loss: Tensor | None = None  # () the step's training loss; given to rules with needs_loss
     num_steps: Tensor | int | None = None  # the run's length in optimizer steps, where known; () if a tensor
-    shared: Any = None  # what the rule's `share` made of all tensors; None for rules without needs_share
+    shared: Any = None  # what the rule's `share` made of all tensors; None for rules without needs_shared_context
     num_tensors: int | None = None  # how many tensors move in this step, where known
-    part: Part | None = None  # which part of the tensor gradient, state and value are; None for all of it
+    shard: TensorShard | None = None  # which shard of the tensor gradient, state and value are; None for all of it
     in_place: bool = False  # the state's tensors may be overwritten: nobody will need what they hold now
     name: str | None = None  # of the tensor, where known; always for rules with needs_names
 
@@ -104,10 +104,10 @@ class UpdateRule(nn.Module):
 
     Config: ClassVar[type[RuleConfig]] = RuleConfig
     needs_loss: bool = False
-    needs_share: bool = False
+    needs_shared_context: bool = False
     needs_names: bool = False
-    takes_parts: bool = False  # `update` takes each coordinate alone, or asks `parts.means` for the rest
-    whole_state: frozenset[str] = frozenset()  # fields of the state that every process has all of, whatever its part
+    takes_shards: bool = False  # `update` takes each coordinate alone, or asks `shards.means` for the rest
+    whole_state: frozenset[str] = frozenset()  # fields of the state that every process has all of, whatever its shard
     kind: str
     config: RuleConfig
     source: Source | None = None
@@ -140,7 +140,7 @@ class UpdateRule(nn.Module):
             f"{type(self).__name__} must define update(meta_params, grad, state, param, context)."
         )
 
-    def share(
+    def shared_context(
         self,
         meta_params: Mapping[str, Tensor],
         grads: Mapping[str, Tensor],
@@ -152,8 +152,8 @@ class UpdateRule(nn.Module):
     ) -> tuple[Any, dict[str, Any]]:
         """What the updates of one step have in common, computed once from all tensors that move; a pure function too.
 
-        It is called before the updates, for rules with `needs_share` alone. There is no state beside that of the
-        tensors: so it is saved, moved and dropped with them.
+        It is called before the updates, for rules with `needs_shared_context` alone. It has no state of its own: all
+        state belongs to a tensor, and is saved, moved and dropped with it.
 
         Args:
             meta_params: name -> meta-parameter.

@@ -11,7 +11,7 @@ their Gram matrix G of m + 1 rows: it holds X^T X = V S^2 V^T and X^T Y, and U^T
 new snapshot changes one row and one column of G, each a fresh inner product, so that nothing drifts; and inner products
 are sums over coordinates, so that G is a sum over tensors and over shards.
 
-Decisions where the paper is silent: eigenvalues are sorted by (modulus, imaginary part, real part), falling; where X
+Decisions where the paper is silent: eigenvalues are sorted by (modulus, imaginary shard, real shard), falling; where X
 has fewer than R directions, or anything is not finite, the rest is 0; no gradient flows through any of it, since the
 derivatives of eigenvalues do not exist where two meet. Sums run in float64 (for R = 1, which rounding hardly touches,
 in blocks of the parameters' own dtype), and so does the small problem.
@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lightning_lopt.rules import features as feats
-from lightning_lopt.rules.parts import dtensor, whole
+from lightning_lopt.rules.shards import dtensor, whole
 
 METHODS = ("gram", "svd", "sketch")
 SNAPSHOTS = ("raw", "increments", "shifted")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor
 
-from lightning_lopt.rules.parts import Part, dtensor, local, means, whole_shape
+from lightning_lopt.rules.shards import TensorShard, dtensor, local, means, whole_shape
 
 TIMESCALES = (1, 3, 10, 30, 100, 300, 1000, 3000, 10000, 30000, 100000)
 NUM_CHANNELS = 28
@@ -93,7 +93,7 @@ def init_accumulators(param: Tensor) -> Accumulators:
     return Accumulators(param.new_zeros((3, *param.shape)), torch.zeros_like(param), row, col, diag, record)
 
 
-def centered(grad: Tensor, share: Tensor, part: Part | None = None) -> Tensor:
+def centered(grad: Tensor, share: Tensor, shard: TensorShard | None = None) -> Tensor:
     """Take a share of its mean over the fan-in out of a matrix's gradient; vectors and scalars stay as they are.
 
     Where inputs are not centered, as pixels and what comes out of a ReLU, their mean moves every weight of a unit
@@ -106,7 +106,7 @@ def centered(grad: Tensor, share: Tensor, part: Part | None = None) -> Tensor:
     Args:
         grad: (*shape); the fan-in is that of torch's layouts, all dims but the first.
         share: () within 0 and 1; 0 changes nothing.
-        part: which part of the tensor it is of; None for all of it.
+        shard: which shard of the tensor it is of; None for all of it.
 
     Example:
         >>> centered(torch.tensor([[1.0, 0.0, 5.0], [1.0, 1.0, 1.0]]), torch.tensor(0.5))
@@ -116,23 +116,25 @@ def centered(grad: Tensor, share: Tensor, part: Part | None = None) -> Tensor:
     if grad.dim() < 2:
         return grad
     dims = tuple(range(1 - grad.dim(), 0))
-    if part is None or part.has_whole(dims):
+    if shard is None or shard.has_whole(dims):
         mean = grad.mean(dims, keepdim=True)
     else:
-        (rows,) = means(part, (grad, dims))
-        mean = part.local(rows.reshape(-1, *[1] * len(dims)))
+        (rows,) = means(shard, (grad, dims))
+        mean = shard.local(rows.reshape(-1, *[1] * len(dims)))
     return torch.where(grad == 0, grad, grad - share * mean)
 
 
-def update_accumulators(state: Accumulators, grad: Tensor, decays: Decays, part: Part | None = None) -> Accumulators:
+def update_accumulators(
+    state: Accumulators, grad: Tensor, decays: Decays, shard: TensorShard | None = None
+) -> Accumulators:
     """Fold one gradient into the averages: a <- b a + (1 - b) x, without bias correction (the reference has none)."""
-    dims = factored_dims(whole_shape(part, grad))
+    dims = factored_dims(whole_shape(shard, grad))
     square = grad * grad + 1e-30
     row, col, diag = state.row, state.col, state.diag
     if dims is None:
         diag = _average(diag, square, decays.adafactor)
     else:
-        over_d1, over_d0 = means(part, *((square, (dim - grad.dim(),)) for dim in dims))
+        over_d1, over_d0 = means(shard, *((square, (dim - grad.dim(),)) for dim in dims))
         row, col = _average(row, over_d0, decays.adafactor), _average(col, over_d1, decays.adafactor)
     exp_avg, exp_avg_sq = update_moments(state.exp_avg, state.exp_avg_sq, grad, decays)
     return Accumulators(exp_avg, exp_avg_sq, row, col, diag, state.factored_dims)
@@ -150,8 +152,10 @@ def inverse_root(exp_avg_sq: Tensor, eps: float = EPS) -> Tensor:
     return torch.rsqrt(exp_avg_sq + eps)
 
 
-def features(state: Accumulators, grad: Tensor, param: Tensor, part: Part | None = None, eps: float = EPS) -> Features:
-    """The 28 channels from accumulators that already hold `grad`; of a part of a tensor, with whole rows and columns.
+def features(
+    state: Accumulators, grad: Tensor, param: Tensor, shard: TensorShard | None = None, eps: float = EPS
+) -> Features:
+    """The 28 channels from accumulators that already hold `grad`; of a shard of a tensor, with whole rows and columns.
 
     In the reference's order: gradient; parameter; 3 momenta; second moment; 3 momenta / sqrt(second moment); its
     inverse root; gradient preconditioned by 3 factored second moments; 3 row and 3 column moments; their inverse roots;
@@ -159,7 +163,7 @@ def features(state: Accumulators, grad: Tensor, param: Tensor, part: Part | None
     place of both rows and columns.
     """
     inv_root = inverse_root(state.exp_avg_sq, eps)
-    dims = factored_dims(whole_shape(part, grad))
+    dims = factored_dims(whole_shape(shard, grad))
     if dims is None:
         row = col = torch.cat([state.diag, torch.rsqrt(state.diag + 1e-8)])
         grad_factor = _clamped_rsqrt(state.diag + 1e-9)
@@ -169,7 +173,7 @@ def features(state: Accumulators, grad: Tensor, param: Tensor, part: Part | None
         d1, d0 = dims
         rows, cols = state.row.unsqueeze(d0 + 1), state.col.unsqueeze(d1 + 1)
         of_rows = _clamped_rsqrt(rows / (rows.mean(d1 + 1, keepdim=True) + 1e-9))
-        grad_factor = local(part, of_rows) * local(part, _clamped_rsqrt(cols))
+        grad_factor = local(shard, of_rows) * local(shard, _clamped_rsqrt(cols))
         momentum_factor = grad_factor
         row, col = (torch.cat([v, torch.rsqrt(v + 1e-8)]) for v in (rows, cols))
     dense = torch.cat(

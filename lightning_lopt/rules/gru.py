@@ -132,7 +132,7 @@ class GRURule(UpdateRule):
 
     Config = GRUConfig
     config: GRUConfig
-    takes_parts = True
+    takes_shards = True
     w_gates: nn.Parameter
     b_gates: nn.Parameter
     w_candidate: nn.Parameter
@@ -165,7 +165,7 @@ class GRURule(UpdateRule):
     def terms(
         self, meta_params: Mapping[str, Tensor], grad: Tensor, state: GRUState, param: Tensor, context: StepContext
     ) -> dict[str, Tensor]:
-        """The step's `blackbox` and, if there is one, `nominal` part."""
+        """The step's `blackbox` and, if there is one, `nominal` term."""
         return self._step(meta_params, grad, state)[0]
 
     @torch.no_grad()

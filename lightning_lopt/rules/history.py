@@ -131,7 +131,7 @@ class NormalizedHistory(UpdateRule):
 
     Config = HistoryConfig
     config: HistoryConfig
-    takes_parts = True
+    takes_shards = True
 
     def __init__(self, config: HistoryConfig | None = None, *, kind: str = "k_timesteps") -> None:
         super().__init__(config, kind=kind)

@@ -47,7 +47,7 @@ from torch import Tensor, nn
 from lightning_lopt.rules import dmd, networks, nominal, scheduler
 from lightning_lopt.rules import features as feats
 from lightning_lopt.rules.base import RuleConfig, StepContext, UpdateRule, register
-from lightning_lopt.rules.parts import means, whole, whole_shape
+from lightning_lopt.rules.shards import means, whole, whole_shape
 
 PREPROCESSING = {"none": 1, "logsign": 2, "logsign1": 1}  # name -> number of features
 READOUTS = ("linear", "sum")
@@ -200,8 +200,8 @@ class LSTMRule(UpdateRule):
         c = self.config
         self.online = dmd.OnlineDMD(c.rank, c.num_snapshots, c.snapshots, c.method, c.sketch_size, c.loss_scale)
         self.needs_loss = bool(c.rank and c.loss_scale)
-        self.needs_share = bool(c.rank) and c.scope == "global"
-        self.takes_parts = not c.rank or self.needs_share  # else `update` itself takes inner products
+        self.needs_shared_context = bool(c.rank) and c.scope == "global"
+        self.takes_shards = not c.rank or self.needs_shared_context  # else `update` itself takes inner products
         self.needs_names = bool(c.name_splits)
         axis = (len(c.ndim_splits or c.name_splits) + 1,) if c.ndim_splits or c.name_splits else ()
         bound = c.hidden_size**-0.5
@@ -234,7 +234,7 @@ class LSTMRule(UpdateRule):
                 f"{'a smaller sketch_size' if self.config.method == 'sketch' else way_out}, or a higher limit."
             )
 
-    def share(
+    def shared_context(
         self,
         meta_params: Mapping[str, Tensor],
         grads: Mapping[str, Tensor],
@@ -273,7 +273,7 @@ class LSTMRule(UpdateRule):
         param: Tensor,
         context: StepContext,
     ) -> dict[str, Tensor]:
-        """The step's `blackbox` and, if there is one, `nominal` part."""
+        """The step's `blackbox` and, if there is one, `nominal` term."""
         return self._step(meta_params, grad, state, param, context)[0]
 
     @property
@@ -328,11 +328,11 @@ class LSTMRule(UpdateRule):
         """The factor of both terms and the weights of the momenta: 1 and equal ones without a scheduler."""
         if not self.config.scheduler:
             return 1.0, None
-        part, every = context.part, tuple(range(-param.dim(), 0))
+        shard, every = context.shard, tuple(range(-param.dim(), 0))
         squares = scheduler.scales(param, moments[0], feats.inverse_root(moments[1], self.config.eps))
-        asked = [whole(mean) for mean in means(part, *((square, every) for square in squares))]
+        asked = [whole(mean) for mean in means(shard, *((square, every) for square in squares))]
         run = context.step, context.num_steps, context.num_tensors
-        return scheduler.of_tensor(meta_params, asked, whole_shape(part, param), *run)
+        return scheduler.of_tensor(meta_params, asked, whole_shape(shard, param), *run)
 
     def _weights(
         self, meta_params: Mapping[str, Tensor], ndim: int, name: str | None, shared: Tensor | None

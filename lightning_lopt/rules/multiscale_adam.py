@@ -123,7 +123,7 @@ class MultiscaleAdam(UpdateRule):
 
     Config = MultiscaleAdamConfig
     config: MultiscaleAdamConfig
-    takes_parts = True
+    takes_shards = True
 
     def __init__(self, config: MultiscaleAdamConfig | None = None, *, kind: str = "multiscale_adam") -> None:
         super().__init__(config, kind=kind)

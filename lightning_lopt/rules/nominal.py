@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_lopt.rules import features as feats
-from lightning_lopt.rules.parts import Part, means
+from lightning_lopt.rules.shards import TensorShard, means
 
 MOMENTUM_DECAYS, RMS_DECAY = (0.9, 0.99, 0.999), 0.999  # STAR's initial ones, for rules that do not learn them
 
@@ -97,17 +97,17 @@ def cautious(direction: Tensor, grad: Tensor, caution: Tensor) -> Tensor:
     return direction * (1 - caution * (direction * grad < 0))  # the same as by torch.where, in a quarter of its time
 
 
-def magnitude(exp_mult: float, head: Tensor, *, aggregate: bool = False, part: Part | None = None) -> Tensor:
+def magnitude(exp_mult: float, head: Tensor, *, aggregate: bool = False, shard: TensorShard | None = None) -> Tensor:
     """The magnitude controller exp(exp_mult * head): beta_2 or beta_4 of eqs. 21 and 22.
 
     Args:
         exp_mult: how far the head can reach; at the paper's 1e-3 it hardly moves.
         head: (*shape) network output.
         aggregate: one magnitude for the whole tensor, from the head's mean.
-        part: which part of the tensor the head is of; None for all of it.
+        shard: which shard of the tensor the head is of; None for all of it.
     """
     if aggregate:
-        (head,) = means(part, (head, tuple(range(-head.dim(), 0))))
+        (head,) = means(shard, (head, tuple(range(-head.dim(), 0))))
     return torch.exp(exp_mult * head)
 
 

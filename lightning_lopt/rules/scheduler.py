@@ -140,7 +140,7 @@ def scales(param: Tensor, exp_avg: Tensor, inv_root: Tensor) -> list[Tensor]:
     return [x.square() for x in (param, *(exp_avg * inv_root))]
 
 
-def share(meta_params: Mapping[str, Tensor], name: str, step: Tensor, num_steps: Tensor | int | None) -> Tensor:
+def ramp(meta_params: Mapping[str, Tensor], name: str, step: Tensor, num_steps: Tensor | int | None) -> Tensor:
     """A share within 0 and 1 that goes from its start to its end, linear in the fraction of the run.
 
     Args:
@@ -150,7 +150,7 @@ def share(meta_params: Mapping[str, Tensor], name: str, step: Tensor, num_steps:
         num_steps: the run's length, or None.
 
     Example:
-        >>> share({"caution": torch.tensor([1.0, 0.5])}, "caution", torch.tensor(50.0), 101)
+        >>> ramp({"caution": torch.tensor([1.0, 0.5])}, "caution", torch.tensor(50.0), 101)
         tensor(0.7500)
     """
     start, end = meta_params[name]

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from lightning_lopt.rules import features as feats
 from lightning_lopt.rules import nominal, scheduler
 from lightning_lopt.rules.base import RuleConfig, StepContext, UpdateRule, register
-from lightning_lopt.rules.parts import Part, local, means, whole_shape
+from lightning_lopt.rules.shards import TensorShard, local, means, whole_shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +137,7 @@ class STAR(UpdateRule):
 
     Config = STARConfig
     config: STARConfig
-    takes_parts = True
+    takes_shards = True
     whole_state = frozenset({"row", "col"})
 
     def __init__(self, config: STARConfig | None = None, *, kind: str = "star") -> None:
@@ -168,7 +168,7 @@ class STAR(UpdateRule):
     ) -> tuple[Tensor, feats.Accumulators]:
         """One step: accumulators first, then the features from them, then the network's heads, then the two terms."""
         grad = self._centered(meta_params, grad, context)
-        state = feats.update_accumulators(state, grad, self.decays(meta_params), context.part)
+        state = feats.update_accumulators(state, grad, self.decays(meta_params), context.shard)
         terms = self._terms(meta_params, grad, state, param, context)
         return sum(terms.values(), torch.zeros_like(param)), state
 
@@ -182,7 +182,7 @@ class STAR(UpdateRule):
     ) -> dict[str, Tensor]:
         """The step's `blackbox`, `nominal` and `decay` parts, those that the configuration has."""
         grad = self._centered(meta_params, grad, context)
-        state = feats.update_accumulators(state, grad, self.decays(meta_params), context.part)
+        state = feats.update_accumulators(state, grad, self.decays(meta_params), context.shard)
         return self._terms(meta_params, grad, state, param, context)
 
     def decays(self, meta_params: Mapping[str, Tensor]) -> feats.Decays:
@@ -200,7 +200,7 @@ class STAR(UpdateRule):
         features: feats.Features,
         mean_squares: Sequence[Tensor],
         time: Tensor,
-        part: Part | None = None,
+        shard: TensorShard | None = None,
     ) -> Tensor:
         """The network's outputs (heads, *shape): direction, blackbox, nominal and regulariser magnitude.
 
@@ -211,7 +211,7 @@ class STAR(UpdateRule):
         hidden = _bias(meta_params["b0"] + time @ w0[feats.NUM_CHANNELS :], ndim)
         for rows, channels, mean in zip((feats.DENSE, feats.ROW, feats.COL), features, mean_squares, strict=True):
             weight = w0[list(rows)] * feats.inverse_root_of_mean(mean).unsqueeze(1)
-            hidden = hidden + local(part, feats.contract(weight, channels))
+            hidden = hidden + local(shard, feats.contract(weight, channels))
         for layer in range(1, self.config.hidden_layers + 1):
             weight, bias = meta_params[f"w{layer}"], meta_params[f"b{layer}"]
             hidden = feats.contract(weight, torch.relu(hidden)) + _bias(bias, ndim)
@@ -221,8 +221,8 @@ class STAR(UpdateRule):
         """The gradient as the rule sees it: as it is in the paper's form."""
         if not self.config.scheduler:
             return grad
-        share = scheduler.share(meta_params, "centering", context.step, context.num_steps)
-        return feats.centered(grad, share, context.part)
+        share = scheduler.ramp(meta_params, "centering", context.step, context.num_steps)
+        return feats.centered(grad, share, context.shard)
 
     def _terms(
         self,
@@ -232,17 +232,17 @@ class STAR(UpdateRule):
         param: Tensor,
         context: StepContext,
     ) -> dict[str, Tensor]:
-        c, part = self.config, context.part
+        c, shard = self.config, context.shard
         inv_root, heads, features = feats.inverse_root(state.exp_avg_sq, c.eps), torch.zeros(0), None
         if c.step_mult or c.nominal_controller or (c.weight_decay and c.regularization_controller):
-            features = feats.features(state, grad, param, part, c.eps)
-        whole = self._of_the_whole_tensor(grad, state, param, inv_root, features, part)
+            features = feats.features(state, grad, param, shard, c.eps)
+        whole = self._of_the_whole_tensor(grad, state, param, inv_root, features, shard)
         if features is not None:
             time = feats.time_features(context.step, param.dtype)
-            heads = self.heads(meta_params, features, whole.channels, time, part)
+            heads = self.heads(meta_params, features, whole.channels, time, shard)
         terms, (factor, weights) = {}, self._multipliers(meta_params, whole.scales, param, context)
         if c.step_mult:
-            size = nominal.magnitude(c.exp_mult[0], heads[1], aggregate=c.aggregate_magnitude, part=part)
+            size = nominal.magnitude(c.exp_mult[0], heads[1], aggregate=c.aggregate_magnitude, shard=shard)
             step = c.step_mult * heads[0] * size
             if c.normalize_blackbox:
                 step = nominal.precondition(step, inv_root)
@@ -252,16 +252,16 @@ class STAR(UpdateRule):
         if c.nominal_stepsize:
             control: Tensor | float = math.exp(c.exp_mult[1])
             if c.nominal_controller:
-                control = nominal.magnitude(c.exp_mult[1], heads[2], aggregate=c.aggregate_nom_magnitude, part=part)
+                control = nominal.magnitude(c.exp_mult[1], heads[2], aggregate=c.aggregate_nom_magnitude, shard=shard)
             direction = nominal.nominal_direction(c.nominal_grad_estimator, grad, state.exp_avg, inv_root, weights)
             if c.scheduler:
-                caution = scheduler.share(meta_params, "caution", context.step, context.num_steps)
+                caution = scheduler.ramp(meta_params, "caution", context.step, context.num_steps)
                 direction = nominal.cautious(direction, grad, caution)
             terms["nominal"] = -factor * nominal.nominal_term(c.nominal_stepsize, direction, control)
         if c.weight_decay:
             decay: Tensor | float = c.weight_decay
             if c.regularization_controller:
-                size = nominal.magnitude(c.exp_mult[2], heads[3], aggregate=c.aggregate_reg_magnitude, part=part)
+                size = nominal.magnitude(c.exp_mult[2], heads[3], aggregate=c.aggregate_reg_magnitude, shard=shard)
                 decay = decay * size
             terms["decay"] = -decay * param
         return terms
@@ -273,18 +273,18 @@ class STAR(UpdateRule):
         param: Tensor,
         inv_root: Tensor,
         features: feats.Features | None,
-        part: Part | None,
+        shard: TensorShard | None,
     ) -> Statistics:
-        """All means over the tensor that the step reads, asked for at once: for a part each question is a message."""
+        """All means over the tensor that the step reads, asked for at once: for a shard each question is a message."""
         c, every = self.config, tuple(range(-grad.dim(), 0))
-        # Rows and columns are whole in every part.
-        factored = features is not None and feats.factored_dims(whole_shape(part, grad)) is not None
+        # Rows and columns are whole in every shard.
+        factored = features is not None and feats.factored_dims(whole_shape(shard, grad)) is not None
         groups: Sequence[Tensor] = () if features is None else features[:1] if factored else features
         questions = [feats.mean_square_of(channels) for channels in groups]
         if c.scheduler:
             questions += [(squares, every) for squares in scheduler.scales(param, state.exp_avg, inv_root)]
         questions += [(grad, every)] if c.selfnormalize_blackbox else []
-        answers = means(part, *questions) if questions else []
+        answers = means(shard, *questions) if questions else []
         channels = answers[: len(groups)]
         if features is not None and factored:
             channels += means(None, *(feats.mean_square_of(rows) for rows in features[1:]))
@@ -300,7 +300,7 @@ class STAR(UpdateRule):
         decays = self.decays(meta_params)
         noise = scheduler.noise_strength(decays.momentum[2], decays.rms[0], context.step)
         run = context.step, context.num_steps, context.num_tensors, noise
-        return scheduler.of_tensor(meta_params, mean_squares, whole_shape(context.part, param), *run)
+        return scheduler.of_tensor(meta_params, mean_squares, whole_shape(context.shard, param), *run)
 
     @classmethod
     def from_jax(cls, theta: Mapping[str, Any], **arguments: Any) -> STAR:

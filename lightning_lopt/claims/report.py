@@ -1,0 +1,157 @@
+"""What `lopt reproduce` leaves behind: a JSON file and a plot for each claim, tables and a page over all of them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_lopt import __version__
+from lightning_lopt.claims.base import Check, Claim, Measured, verdict
+from lightning_lopt.evaluation.cache import decode, encode
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Record = dict[str, Any]
+NOT_RUN = "not run"
+PAGE = "report.md"
+
+
+def command(claim: Claim, *, quick: bool = False) -> str:
+    """The command that measures it."""
+    data = "LIGHTNING_LOPT_DATA=<folder> " if claim.needs else ""
+    return f"{data}lopt reproduce {claim.id}{' --quick' if quick else ''} --out reproduction"
+
+
+def record(claim: Claim, measured: Measured, *, quick: bool, seeds: int, seconds: float) -> Record:
+    """The claim, what was measured, and the verdict, as plain data."""
+    held = [check(measured.numbers) for check in claim.checks]
+    rows = zip(claim.checks, held, strict=True)
+    return {
+        **_about(claim, quick=quick),
+        "verdict": verdict(held),
+        "seeds": seeds,
+        "cpu_minutes": seconds / 60,
+        "checks": [_check(check, holds, measured) for check, holds in rows],
+        "numbers": measured.numbers,
+        "data": measured.data,
+        "versions": {"lightning_lopt": __version__, "torch": torch.__version__},
+    }
+
+
+def not_run(claim: Claim, reason: str, *, quick: bool) -> Record:
+    """The record of a claim that could not be measured here."""
+    return {**_about(claim, quick=quick), "verdict": NOT_RUN, "reason": reason, "checks": [], "numbers": {}}
+
+
+def _about(claim: Claim, *, quick: bool) -> Record:
+    said = {name: getattr(claim, name) for name in ("id", "source", "statement", "setup")}
+    return {**said, "command": command(claim, quick=quick), "scale": "quick" if quick else "full"}
+
+
+def _check(check: Check, holds: bool, measured: Measured) -> Record:
+    values = {name: spread(measured.numbers[name]) for name in check.quantities}
+    return {"text": check.text, "published": check.published, "measured": values, "holds": holds}
+
+
+def spread(values: Sequence[float]) -> str:
+    """Median, range and number of values.
+
+    Example:
+        >>> spread([0.5, 2.0, 1.0]), spread([0.25]), spread([1.0, math.nan])
+        ('1 [0.5, 2], n=3', '0.25, n=1', 'no number in 1 of 2')
+    """
+    if missing := sum(math.isnan(value) for value in values):
+        return f"no number in {missing} of {len(values)}"
+    text = f"{statistics.median(values):.3g}"
+    span = f" [{min(values):.3g}, {max(values):.3g}]" if len(values) > 1 else ""
+    return f"{text}{span}, n={len(values)}"
+
+
+def write(found: Record, figure: Figure | None, directory: Path) -> None:
+    """Write `<id>.json` and `<id>.png`, and make the tables and the page anew from all records in the directory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{found['id']}.json"
+    if found["verdict"] == NOT_RUN and path.exists():  # what was measured before is not to be lost
+        return
+    path.write_text(json.dumps(encode(found), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    if figure is not None:
+        figure.savefig(directory / f"{found['id']}.png", dpi=130)
+    _write_tables(directory, records(directory))
+
+
+def records(directory: Path) -> list[Record]:
+    """All records of a directory, by name."""
+    paths = sorted(directory.glob("*.json"), key=lambda path: path.stem)
+    contents = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    return [decode(content) for content in contents if "verdict" in content]
+
+
+def _write_tables(directory: Path, found: list[Record]) -> None:
+    claims = ["id", "source", "scale", "verdict", "checks_that_hold", "checks", "seeds", "cpu_minutes", "command"]
+    held = [[check["holds"] for check in row["checks"]] for row in found]
+    counts = [{"checks_that_hold": sum(some), "checks": len(some)} for some in held]
+    _write_csv(directory / "claims.csv", claims, [{**row, **count} for row, count in zip(found, counts, strict=True)])
+    numbers = [
+        {"id": row["id"], "scale": row["scale"], "quantity": name, "number": i, "value": f"{value:.6g}"}
+        for row in found
+        for name, values in row["numbers"].items()
+        for i, value in enumerate(values)
+    ]
+    _write_csv(directory / "numbers.csv", ["id", "scale", "quantity", "number", "value"], numbers)
+    (directory / PAGE).write_text(page(found, directory), encoding="utf-8")
+
+
+def _write_csv(path: Path, columns: list[str], rows: list[Record]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def page(found: list[Record], directory: Path) -> str:
+    """A Markdown page: a table of verdicts, then each claim with its checks, numbers and plot."""
+    lines = ["# Reproduced claims", "", "| claim | source | verdict | seeds | minutes on one core |", "|" + "---|" * 5]
+    for row in found:
+        cost = f"{row['cpu_minutes']:.1f}" if "cpu_minutes" in row else ""
+        link, text = f"[{row['id']}](#{row['id']})", f"**{shown_verdict(row)}**"
+        lines.append(_row([link, row["source"], text, str(row.get("seeds", "")), cost]))
+    lines += [
+        "",
+        "A verdict is computed from numbers: reproduced if all checks of a claim hold, partly if some of them do.",
+    ]
+    lines += ["Numbers are medians with their range over seeds, tasks or repetitions; n says how many."]
+    for row in found:
+        lines += _section(row, directory)
+    return "\n".join([*lines, ""])
+
+
+def _section(row: Record, directory: Path) -> list[str]:
+    lines = ["", f"## {row['id']}", "", f"{row['source']}: {row['statement']}", "", f"**{shown_verdict(row)}**", ""]
+    lines += [f"Setup: {row['setup']}", "", f"    {row['command']}"]
+    if row["verdict"] == NOT_RUN:
+        return [*lines, "", row["reason"]]
+    lines += ["", "| what must hold | published | measured | holds |", "|---|---|---|---|"]
+    for check in row["checks"]:
+        values = "<br>".join(f"{name}: {value}" for name, value in check["measured"].items())
+        lines.append(_row([check["text"], check["published"], values, "yes" if check["holds"] else "**no**"]))
+    if (directory / f"{row['id']}.png").exists():
+        lines += ["", f"![{row['id']}]({row['id']}.png)"]
+    return lines
+
+
+def shown_verdict(row: Record) -> str:
+    """The verdict, marked where it is that of the quick scale."""
+    text: str = row["verdict"]
+    return text + (", at the quick scale" if row["scale"] == "quick" and row["verdict"] != NOT_RUN else "")
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"

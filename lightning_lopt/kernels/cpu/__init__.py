@@ -1,0 +1,1 @@
+"""C++ kernels, compiled once by the system's compiler."""

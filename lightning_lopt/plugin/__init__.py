@@ -1,0 +1,1 @@
+"""The Lightning plugin: the `LearnedOptimizer` callback, strategies by name, and `StabilityMonitor`."""

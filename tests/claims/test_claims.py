@@ -1,0 +1,308 @@
+"""Claims: the arithmetic of verdicts, pieces that are kept, the files, the command, and all claims are well-formed."""
+
+import csv
+import json
+import math
+import re
+import types
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from lightning_lopt import cli, rules, tasks
+from lightning_lopt.claims import (
+    Check,
+    Claim,
+    Lab,
+    Measured,
+    at_least,
+    at_most,
+    below,
+    find,
+    find_all,
+    load_weights,
+    near,
+    registry,
+    report,
+    training,
+    verdict,
+    weights,
+)
+from lightning_lopt.claims import cli as claims_cli
+from lightning_lopt.claims.training import meta_train
+from lightning_lopt.meta.estimators import PES
+from lightning_lopt.meta.schedules import Horizon
+
+# --- Verdicts ---
+
+
+@pytest.mark.parametrize(
+    ("check", "numbers", "holds"),
+    [
+        (below("a", "b"), {"a": [1, 2, 99], "b": [2, 2, 2]}, True),  # medians
+        (below("a", "b"), {"a": [1, 3, 3], "b": [2, 2, 2]}, False),
+        (below("a", "b", factor=0.5), {"a": [1.0], "b": [2.0]}, True),
+        (below("a", "b", factor=0.49), {"a": [1.0], "b": [2.0]}, False),
+        (at_most("a", 3), {"a": [3.0]}, True),
+        (at_most("a", 3), {"a": [3.1]}, False),
+        (at_least("a", 3), {"a": [2.9]}, False),
+        (at_least("a", 3), {"a": [3.0]}, True),
+        (near("a", 0.45, rtol=0.1), {"a": [0.494]}, True),
+        (near("a", 0.45, rtol=0.1), {"a": [0.404]}, False),
+        (near("a", -2.0, atol=0.5), {"a": [-2.5]}, True),
+        (at_least("a", 0), {"a": [1.0, math.nan, 1.0]}, False),  # what could not be measured never holds
+        (Check("", ("a", "b"), lambda a, b: len(a) > len(b)), {"a": [1, 2], "b": [1]}, True),
+    ],
+)
+def test_checks(check, numbers, holds):
+    assert check(numbers) is holds
+
+
+def test_a_check_of_what_was_not_measured_is_a_mistake():
+    for numbers in ({"b": [1.0]}, {"a": [], "b": [1.0]}):
+        with pytest.raises(ValueError, match=r"needs 'a'; measured were \['"):
+            below("a", "b")(numbers)
+
+
+def test_verdict_and_claims_without_checks():
+    assert [verdict(held) for held in ([True], [True, False], [False, False])] == [
+        "reproduced",
+        "partly",
+        "not reproduced",
+    ]
+    with pytest.raises(ValueError, match="has no checks"):
+        made("empty", checks=())
+
+
+# --- The lab ---
+
+
+def test_pieces_are_computed_once_and_come_back_alike(tmp_path):
+    calls = []
+
+    def compute():
+        calls.append(1)
+        return {"losses": [1 / 3, math.inf], "name": "x"}
+
+    first = Lab(cache_dir=tmp_path)
+    found = first.piece("p", {"seed": 0}, compute)
+    assert found["losses"][0] == 0.333333
+    assert math.isnan(found["losses"][1])
+    again = Lab(cache_dir=tmp_path)
+    assert again.piece("p", {"seed": 0}, compute)["losses"][0] == 0.333333
+    assert len(calls) == 1
+    assert again.seconds == pytest.approx(first.seconds)  # the cost is that of the first time
+    assert again.seconds > 0
+    again.piece("p", {"seed": 1}, compute)
+    again.piece("q", {"seed": 0}, compute)
+    assert len(calls) == 3
+
+
+def test_weights_survive_a_piece():
+    rule, other = rules.make("star"), rules.make("star")
+    found = Lab().piece("weights", {}, lambda: {"weights": weights(rule)})
+    load_weights(other, found["weights"])
+    for name, param in rule.named_parameters():
+        torch.testing.assert_close(dict(other.named_parameters())[name], param, rtol=1e-5, atol=0)
+
+
+def test_meta_training_is_a_piece(tmp_path, monkeypatch):
+    rule, task = rules.make("hyperparam"), tasks.make("synthetic-mlp", hidden=(4,), batch_size=8)
+    options = {"num_steps": 4, "every": 2, "seed": 1, "objective": "raw", "lr": 1e-2}
+    estimator, told = PES(num_pairs=1, truncation=3, horizon=Horizon(5)), []
+
+    def train(**changes):
+        lab = Lab(quick=True, cache_dir=tmp_path, progress=lambda *what: told.append(what))
+        return meta_train(lab, "some rule", rule, [task], estimator, **{**options, **changes})
+
+    first = train()
+    assert first.steps == [0, 2, 4]
+    assert told[-1] == ("some rule", 4, 4)
+    moved = [row["w0"] - first.meta_params[0]["w0"] for row in first.meta_params]
+    assert [bool(difference.any()) for difference in moved] == [False, True, True]
+    train(seed=2)  # the rule is now another's
+    monkeypatch.setattr(training.L.Trainer, "fit", lambda *_: pytest.fail("it was done before"))
+    again = train()
+    for row, same in zip(first.meta_params, again.meta_params, strict=True):
+        assert all(torch.equal(row[name], same[name]) for name in row)
+    with pytest.raises(pytest.fail.Exception):
+        train(lr=2e-2)
+
+
+# --- The command ---
+
+
+def made(name="toy", *, checks=None, values=(1.0, 2.0), **options):
+    """A claim that takes no time."""
+
+    def measure(lab):
+        rows = [lab.piece(f"{name}-piece", {"seed": seed}, lambda v=v: {"v": v}) for seed, v in zip(lab.seeds, values)]  # noqa: B905
+        lab.progress("measuring", 1, 1)
+        return Measured({"loss": [row["v"] for row in rows], "scale": [float(lab.pick(10, 1))]}, {"curve": [1.0]})
+
+    checks = (at_most("loss", 1.5), at_least("scale", 5, published="ten | more")) if checks is None else checks
+    options = {"minutes": 1, "quick_minutes": 0.1, "seeds": 2, "quick_seeds": 1, **options}
+    return Claim(name, "Some paper, figure 1", "It works.", "Smaller.", measure, checks, **options)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LIGHTNING_LOPT_DATA", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def toys(monkeypatch):
+    """The registry holds these claims alone."""
+    claims = {claim.id: claim for claim in (made("toy"), made("toy-text", needs=("tinyshakespeare",)))}
+    for module in (registry, claims_cli):
+        monkeypatch.setattr(module, "find_all", lambda: dict(claims))
+    return claims
+
+
+def run(*arguments):
+    try:
+        return cli.main(["reproduce", *(str(argument) for argument in arguments)])
+    except SystemExit as stop:
+        return stop.code
+
+
+def rows_of(path):
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def test_reproduce_writes_the_verdict_everywhere(capsys, folder, toys):
+    assert run("toy", "--out", "out") == 0
+    out = capsys.readouterr().out
+    assert "reproduced" in out
+    assert "1.5 [1, 2], n=2" in out
+    found = json.loads((folder / "out" / "toy.json").read_text())
+    assert found["verdict"] == "reproduced"
+    assert (found["scale"], found["seeds"], found["numbers"]["loss"]) == ("full", 2, [1.0, 2.0])
+    assert [check["holds"] for check in found["checks"]] == [True, True]
+    assert found["data"] == {"curve": [1.0]}
+    assert (folder / "out" / "toy.png").read_bytes().startswith(b"\x89PNG")
+    (row,) = rows_of(folder / "out" / "claims.csv")
+    assert (row["id"], row["verdict"], row["checks_that_hold"], row["checks"]) == ("toy", "reproduced", "2", "2")
+    assert [row["value"] for row in rows_of(folder / "out" / "numbers.csv")] == ["1", "2", "10"]
+    page = (folder / "out" / "report.md").read_text()
+    assert "**reproduced**" in page
+    assert "| scale >= 5 | ten \\| more | scale: 10, n=1 | yes |" in page
+    assert "lopt reproduce toy --out reproduction" in page
+    assert "![toy](toy.png)" in page
+
+
+def test_quick_is_said_to_be_quick_and_failed_checks_are_shown(capsys, folder, toys):
+    assert run("toy", "--quick") == 0
+    page = (folder / "reproduction" / "report.md").read_text()
+    assert "**partly, at the quick scale**" in page
+    assert "| scale >= 5 | ten \\| more | scale: 1, n=1 | **no** |" in page
+    assert "lopt reproduce toy --quick --out" in page
+    assert "partly, at the quick scale" in re.sub(r"[│\s]+", " ", capsys.readouterr().out)
+
+
+def test_claims_without_their_data_are_said_to_be_not_run(capsys, folder, toys, monkeypatch):
+    monkeypatch.setattr(claims_cli.datasets, "is_available", lambda name: False)
+    assert run("--all", "--out", "out") == 0
+    assert [row["verdict"] for row in rows_of(folder / "out" / "claims.csv")] == ["reproduced", "not run"]
+    assert "set $LIGHTNING_LOPT_DATA" in (folder / "out" / "report.md").read_text()
+    # What was measured elsewhere is not lost.
+    measured = {**json.loads((folder / "out" / "toy.json").read_text()), "id": "toy-text"}
+    (folder / "out" / "toy-text.json").write_text(json.dumps(measured))
+    assert run("--all", "--out", "out") == 0
+    assert [row["verdict"] for row in rows_of(folder / "out" / "claims.csv")] == ["reproduced"] * 2
+
+
+def test_results_of_several_commands_come_together(folder, toys, monkeypatch):
+    monkeypatch.setattr(claims_cli.datasets, "is_available", lambda name: True)
+    monkeypatch.setattr(claims_cli.datasets, "load", lambda name: None)
+    assert run("toy", "--out", "out") == 0
+    assert run("toy-text", "--out", "out") == 0
+    assert [row["id"] for row in rows_of(folder / "out" / "claims.csv")] == ["toy", "toy-text"]
+
+
+def test_an_interrupted_claim_goes_on(folder, monkeypatch):
+    """The second seed fails the first time; the first seed's piece is not computed again."""
+    computed = []
+
+    def measure(lab):
+        def compute(seed):
+            computed.append(seed)
+            if seed == 1 and computed.count(1) == 1:
+                raise KeyboardInterrupt
+            return {"v": float(seed)}
+
+        return Measured({"v": [lab.piece("p", {"seed": s}, lambda s=s: compute(s))["v"] for s in lab.seeds]})
+
+    claim = Claim("slow", "S", "s", "s", measure, (at_least("v", 1.0),), 1, 1)
+    monkeypatch.setattr(registry, "find_all", lambda: {"slow": claim})
+    monkeypatch.setattr(claims_cli, "find_all", lambda: {"slow": claim})
+    with pytest.raises(KeyboardInterrupt):
+        run("slow")
+    assert run("slow") == 0
+    assert computed == [0, 1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], r"Give claims by name, or --all, or --list: one of the three\. There are toy, toy-text"),
+        (["toy", "--all"], "one of the three"),
+        (["toi"], r"Unknown claim 'toi'\. Did you mean toy"),
+        (["toy-text"], r"tinyshakespeare.*LIGHTNING_LOPT_DATA"),
+        (["toy", "--out", "file"], "--out 'file' is a file"),
+        (["toy", "--scale", "2"], "unrecognized arguments"),
+    ],
+    ids=str,
+)
+def test_mistakes(capsys, folder, toys, arguments, message, monkeypatch):
+    (folder / "file").write_text("")
+    assert run(*arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    (line,) = err.splitlines()
+    assert line.startswith("lopt")
+    assert re.search(message, line)
+    assert not (folder / "reproduction").exists()
+
+
+# --- The claims there are ---
+
+
+def test_list(capsys):
+    assert run("--list") == 0
+    out = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert all(name in out for name in find_all())
+
+
+@pytest.mark.parametrize("claim", find_all().values(), ids=lambda claim: claim.id)
+def test_claims_are_well_formed(claim):
+    assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", claim.id)
+    assert re.search(r"arXiv \d{4}\.\d{5}|thesis|Harrison", claim.source), claim.source
+    assert claim.statement.endswith(".")
+    assert claim.setup.endswith(".")
+    assert "{" not in claim.setup
+    assert 0 < claim.quick_minutes <= claim.minutes
+    assert 1 <= claim.quick_seeds <= claim.seeds
+    assert set(claim.needs) <= set(tasks.datasets.list_datasets())
+    texts = [check.text for check in claim.checks]
+    assert len(set(texts)) == len(texts)
+    assert find([claim.id, claim.id]) == [claim]
+
+
+def test_two_claims_of_one_name_are_refused(monkeypatch):
+    module = types.SimpleNamespace(CLAIMS=(made("twice"), made("twice")))
+    monkeypatch.setattr(registry.importlib, "import_module", lambda name: module)
+    with pytest.raises(ValueError, match="same id"):
+        find_all()
+
+
+def test_the_plot_of_a_claim_without_one():
+    assert isinstance(claims_cli.dots(Measured({"a": [1.0, math.nan], "b": [-1.0]})), Figure)
+
+
+def test_records_of_other_files_are_left_out(tmp_path):
+    (tmp_path / "other.json").write_text("{}")
+    assert report.records(tmp_path) == []

@@ -1,0 +1,218 @@
+"""Other people's weights: PyLO's files and learned_optimization's theta.state, made to their formats."""
+
+import hashlib
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import goldens
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from reference_star import ReferenceSTAR
+from torch import nn
+
+import lightning_lopt as lopt
+from lightning_lopt.hub import read_theta
+from lightning_lopt.rules import STAR, StepContext
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "soak" / "fuzz_files.py"
+DECAYS = {  # what PyLO's AdafacLO runs with, to five digits
+    "momentum": (0.54203, 0.95844, 0.99802),
+    "rms": (0.998886,),
+    "adafactor": (0.35622, 0.99663, 0.99946),
+}
+
+
+@pytest.fixture(scope="module")
+def formats():
+    """The script that fuzzes these formats has their writers."""
+    spec = importlib.util.spec_from_file_location("fuzz_files", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write(folder, contents):
+    for name, data in contents.items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def load(folder):
+    with pytest.warns(UserWarning, match="leaves? out") as caught:
+        rule = lopt.load_rule(folder)
+    assert len(caught) == 1
+    return rule
+
+
+# --- PyLO ---
+
+
+def test_our_files_of_their_format_are_theirs(formats):
+    """The size and hash of btherien/mulo's, as others have published them."""
+    mulo = formats.pylo_files()
+    digest = hashlib.sha256(mulo["config.json"]).hexdigest()
+    assert digest.startswith("03ce572d")
+    assert digest.endswith("3b94")
+    assert len(mulo["model.safetensors"]) == 10096
+
+
+@pytest.mark.parametrize(("hidden_size", "hidden_layers"), [(32, 1), (4, 0), (6, 3)])
+def test_a_network_of_pylos_moves_parameters_as_their_optimizer(formats, tmp_path, hidden_size, hidden_layers):
+    torch.manual_seed(0)
+    rule = load(write(tmp_path, formats.pylo_files(hidden_size, hidden_layers)))
+    assert (rule.kind, rule.source.name) == ("blackbox", str(tmp_path))
+    for name, decays in DECAYS.items():
+        assert getattr(rule.decays(rule.meta_params()), name).tolist() == pytest.approx(decays, abs=6e-6)
+    # Their network, as torch has it, on their features, which a reference of its own computes.
+    tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    places = ["input", *(f"linear_{n}" for n in range(hidden_layers)), "output"]
+    layers = []
+    for place in places:
+        weight, bias = (tensors[f"network.{place}.{part}"].double() for part in ("weight", "bias"))
+        layers.append(nn.Linear(*weight.shape[::-1], dtype=torch.float64))
+        layers[-1].load_state_dict({"weight": weight, "bias": bias})
+        layers.append(nn.ReLU())
+    network = nn.Sequential(*layers[:-1])
+    offsets = {f"{name}_decays": getattr(rule, f"{name}_decays").detach().numpy() for name in DECAYS}
+    reference = ReferenceSTAR(offsets, (5, 3), step_mult=0.01)
+    reference.network = lambda features: network(torch.tensor(features)).detach().numpy()
+    theirs, ours = np.full((5, 3), 0.5), torch.full((5, 3), 0.5)
+    state = rule.init_state(ours)
+    for step in range(4):
+        grad = torch.randn(5, 3, generator=torch.Generator().manual_seed(step))
+        theirs = reference.step(theirs, grad.double().numpy())
+        delta, state = rule.update(rule.meta_params(), grad, state, ours, StepContext(torch.tensor(float(step))))
+        ours = ours + delta
+        np.testing.assert_allclose(ours.detach().numpy(), theirs, rtol=1e-4, atol=1e-6)
+    assert np.abs(theirs - 0.5).max() > 1e-3
+
+
+def test_saved_as_our_own_the_decays_are_in_the_file(formats, tmp_path):
+    rule = load(write(tmp_path, formats.pylo_files()))
+    again = lopt.load_rule(lopt.save_rule(rule, tmp_path / "ours"))
+    assert again.config == rule.config
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, rule.state_dict()[name])
+
+
+def changed(formats, *, config=None, drop=None, add=None, transpose=None):
+    files = formats.pylo_files()
+    tensors = safetensors.torch.load(files["model.safetensors"])
+    if drop:
+        del tensors[drop]
+    if add:
+        tensors[add] = torch.zeros(3)
+    if transpose:
+        tensors[transpose] = tensors[transpose].mT.contiguous()
+    spec = {**json.loads(files["config.json"]), **(config or {})}
+    spec = {name: value for name, value in spec.items() if value is not None}
+    return {"config.json": json.dumps(spec).encode(), "model.safetensors": safetensors.torch.save(tensors)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"drop": "network.output.bias"}, "safetensors: tensor 'network.output.bias' is missing"),
+        ({"add": "network.extra"}, "safetensors: tensor 'network.extra' is unexpected"),
+        ({"transpose": "network.input.weight"}, r"'network.input.weight' has shape \[39, 32\], .* asks for \[32, 39\]"),
+        ({"config": {"hidden_layers": 2}}, "safetensors: tensor 'network.linear_1.(bias|weight)' is missing"),
+        ({"config": {"hidden_size": 16}}, r"has shape \[32, 39\], config.json asks for \[16, 39\]"),
+        ({"config": {"hidden_size": 0}}, r"config.json: config of kind 'blackbox': hidden_size=0"),
+        ({"config": {"hidden_size": True}}, "config.json: .* is no configuration of PyLO's MetaMLP"),
+        ({"config": {"hidden_size": None}}, "config.json: .* is no configuration of PyLO's MetaMLP"),
+        ({"config": {"input_size": 38}}, "of input_size 39"),
+        ({"config": {"lstm_hidden_size": 512}}, "config.json: describes PyLO's VeLO_RNN. Only its MetaMLP"),
+        ({"config": {"param_inits": 256}}, "PyLO's VeLO_MLP"),
+        ({"config": {"feature_dims": [1]}}, "PyLO's CELO2MLP"),
+        ({"config": {"format_version": 1}}, "kind=None is unknown"),
+    ],
+    ids=str,
+)
+def test_a_wrong_or_partial_file_of_pylos_is_refused_by_name(formats, tmp_path, change, message):
+    write(tmp_path, changed(formats, **change))
+    with pytest.raises(ValueError, match=message) as error:
+        lopt.load_rule(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_pylos_other_file_is_a_pickle_and_stays_unread(tmp_path):
+    torch.save({"state_dict": {}, "decays": {}}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"config.json: is missing"):
+        lopt.load_rule(tmp_path)
+
+
+# --- learned_optimization ---
+
+
+@pytest.mark.parametrize("kind", ["star", "blackbox"])
+def test_a_theta_state_that_flax_wrote(formats, tmp_path, kind):
+    """The fixture was written by flax 0.12.8 from theta.npz, haiku's modules and all."""
+    path = goldens.FIXTURES / f"{kind}_theta.state"
+    golden = goldens.load("star_paper" if kind == "star" else "blackbox_default", "f32")
+    theta = read_theta(path)
+    assert theta.keys() == golden.theta.keys()
+    assert all(np.array_equal(theta[name].numpy(), value) for name, value in golden.theta.items())
+    shutil.copy(path, tmp_path / "theta.state")
+    rule = load(tmp_path)
+    assert rule.kind == kind
+    assert rule.config == golden.rule().config  # the paper's for STAR, the constructor's own for small_fc_lopt
+    assert formats.packed(formats.theta_of(STAR.from_jax(golden.theta))) == path.read_bytes()
+
+
+def test_sizes_follow_from_the_arrays(formats, tmp_path):
+    rule = lopt.rules.make("blackbox", hidden_size=7, hidden_layers=3)
+    write(tmp_path, {"theta.state": formats.packed(formats.theta_of(rule))})
+    loaded = load(tmp_path)
+    assert (loaded.config.hidden_size, loaded.config.hidden_layers) == (7, 3)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), rule.parameters(), strict=True))
+
+
+def test_a_checkpoint_of_meta_training_holds_the_theta_under_params(formats, tmp_path):
+    rule = lopt.rules.make("star")
+    tree = {"params": formats.theta_of(rule), "gen_id": "abc", "step": 7}
+    write(tmp_path, {"theta.state": formats.packed(tree)})
+    assert torch.equal(load(tmp_path).w0, rule.w0)
+
+
+def tree_with(change):
+    def make(formats):
+        tree = formats.theta_of(lopt.rules.make("star"))
+        change(tree)
+        return formats.packed(tree)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (tree_with(lambda tree: tree.pop("rms_decays")), r"'rms_decays' has shape None, expected \(1,\)"),
+        (tree_with(lambda tree: tree["nn"]["~"].pop("b2")), r"'b2' has shape None, expected \(4,\)"),
+        (tree_with(lambda tree: tree["nn"]["~"].pop("w2")), r"'b2' has shape \(4,\), expected None"),
+        (tree_with(lambda tree: tree.update(nn={})), "has no layers w0, w1, ... with 2 or 4 outputs"),
+        (tree_with(lambda tree: tree.update(w0=torch.zeros(3))), "holds 'w0' twice"),
+        (tree_with(lambda tree: tree.update(rms_decays=torch.tensor([torch.nan]))), "'rms_decays' holds NaN"),
+        (tree_with(lambda tree: tree.update(rms_decays=torch.tensor([1]))), "'rms_decays' holds NaN, infinity or"),
+        (lambda formats: formats.THETAS[0][:-1], "no tree of arrays in msgpack .it ends too early"),
+        (lambda formats: formats.THETAS[0] + b"\x00", "more comes after it"),
+        (lambda formats: b"", "ends too early"),
+        (lambda formats: b"\x80", "has no layers"),
+        (lambda formats: b"\x81\xa1a" * 50 + b"\x80", "more than 500 entries or 6 levels"),
+        (lambda formats: b"\xdf\xff\xff\xff\xff", "more than 500 entries"),
+        (lambda formats: b"\x81\xa1a\xdd\xff\xff\xff\xff", "begins nothing that a tree of arrays has"),
+        (lambda formats: b"\x81\xa1a\xc9\xff\xff\xff\xff\x01", "ends too early"),
+        (lambda formats: b"\x82\xa1a\x00\xa1a\x00", "a key comes twice"),
+        (lambda formats: b"\x81\x00\x00", "a key is no string"),
+        (lambda formats: b"\x80" * (5 << 20), "has 5242880 bytes; at most 4194304 are allowed"),
+        (lambda formats: b"cposix\nsystem\n(S'touch hacked'\ntR.", "no tree of arrays in msgpack"),
+    ],
+)
+def test_a_wrong_or_partial_theta_is_refused_by_name(formats, tmp_path, make, message):
+    write(tmp_path, {"theta.state": make(formats)})
+    with pytest.raises(ValueError, match=f"theta.state: .*{message}") as error:
+        lopt.load_rule(tmp_path)
+    assert "\n" not in str(error.value)
