@@ -133,10 +133,10 @@ def test_the_optimizer_and_the_unroll_take_the_same_path(config, safeguard):
 
 def test_the_eigenvalues_are_those_of_the_whole_trajectory(monkeypatch):
     rule, seen = lstm_dmd(rank=2, loss_scale=3.0), []
-    share = type(rule).share
+    shared_context = type(rule).shared_context
 
     def spy(self, *arguments, **options):
-        shared, states = share(self, *arguments, **options)
+        shared, states = shared_context(self, *arguments, **options)
         seen.append((shared, arguments[-1].loss))
         return shared, states
 

@@ -13,7 +13,7 @@ from optimizer_cases import assert_equal, parameters, run, snapshot, star
 
 import lightning_lopt as lopt
 from lightning_lopt import RuleOptimizer
-from lightning_lopt.optimizer.trust_band import PATIENCE, Trust
+from lightning_lopt.optimizer.trust_band import PATIENCE, TrustBand
 
 pytestmark = KNOWN_WARNINGS
 
@@ -102,7 +102,7 @@ def test_parameters_stay_finite_and_what_is_not_is_counted(case, fault):
 
 
 def play(losses):
-    trust, history = Trust.new(), []
+    trust, history = TrustBand.new(), []
     for loss in losses:
         trust = trust.observe(torch.tensor(loss))
         history.append(int(trust.fallback))
