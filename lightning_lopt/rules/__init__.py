@@ -15,6 +15,7 @@ from lightning_lopt.rules.gru import GRUConfig, GRURule
 from lightning_lopt.rules.history import HistoryConfig, NormalizedHistory
 from lightning_lopt.rules.lstm import LSTMConfig, LSTMRule
 from lightning_lopt.rules.multiscale_adam import MultiscaleAdam, MultiscaleAdamConfig
+from lightning_lopt.rules.scheduled import Scheduled, ScheduledConfig
 from lightning_lopt.rules.star import STAR, STARConfig
 
 __all__ = [
@@ -30,6 +31,8 @@ __all__ = [
     "NormalizedHistory",
     "RuleConfig",
     "STARConfig",
+    "Scheduled",
+    "ScheduledConfig",
     "Source",
     "StepContext",
     "UpdateRule",

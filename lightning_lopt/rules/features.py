@@ -93,37 +93,6 @@ def init_accumulators(param: Tensor) -> Accumulators:
     return Accumulators(param.new_zeros((3, *param.shape)), torch.zeros_like(param), row, col, diag, record)
 
 
-def centered(grad: Tensor, share: Tensor, shard: TensorShard | None = None) -> Tensor:
-    """Take a share of its mean over the fan-in out of a matrix's gradient; vectors and scalars stay as they are.
-
-    Where inputs are not centered, as pixels and what comes out of a ReLU, their mean moves every weight of a unit
-    alike: one direction of far larger curvature than the others, which sets how large steps can be. Source: Yong et al.
-    2020, "Gradient centralization" (arXiv 2004.01461), eq. 1, which is `share` 1. Two deviations: a share below 1
-    leaves a way to learn what depends on the inputs' mean, without which a logistic regression can fail; and a
-    coordinate whose gradient is 0, as of a pixel that is always black, is left alone: with a second moment of nothing
-    but that mean it would move as far as any other.
-
-    Args:
-        grad: (*shape); the fan-in is that of torch's layouts, all dims but the first.
-        share: () within 0 and 1; 0 changes nothing.
-        shard: which shard of the tensor it is of; None for all of it.
-
-    Example:
-        >>> centered(torch.tensor([[1.0, 0.0, 5.0], [1.0, 1.0, 1.0]]), torch.tensor(0.5))
-        tensor([[0.0000, 0.0000, 4.0000],
-                [0.5000, 0.5000, 0.5000]])
-    """
-    if grad.dim() < 2:
-        return grad
-    dims = tuple(range(1 - grad.dim(), 0))
-    if shard is None or shard.has_whole(dims):
-        mean = grad.mean(dims, keepdim=True)
-    else:
-        (rows,) = means(shard, (grad, dims))
-        mean = shard.local(rows.reshape(-1, *[1] * len(dims)))
-    return torch.where(grad == 0, grad, grad - share * mean)
-
-
 def update_accumulators(
     state: Accumulators, grad: Tensor, decays: Decays, shard: TensorShard | None = None
 ) -> Accumulators:

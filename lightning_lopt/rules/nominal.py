@@ -77,26 +77,6 @@ def nominal_direction(
     return ESTIMATORS[estimator](grad, exp_avg, inv_root, weights)
 
 
-def cautious(direction: Tensor, grad: Tensor, caution: Tensor) -> Tensor:
-    """Hold a direction back where it would climb: 1 - `caution` of it where its sign is not the gradient's.
-
-    A momentum that runs on past a minimum is what makes large steps oscillate. Source: Liang et al. 2024, "Cautious
-    optimizers" (arXiv 2411.16085), which is `caution` 1. Two deviations: the direction is not divided by the share of
-    coordinates that are kept, which the scheduler's factor can make up for; and where the gradient is 0, as in rows of
-    an embedding that a batch does not touch, momenta go on.
-
-    Args:
-        direction: (*shape).
-        grad: (*shape).
-        caution: () within 0 and 1; 0 changes nothing.
-
-    Example:
-        >>> cautious(torch.tensor([1.0, 1.0, 1.0]), torch.tensor([2.0, 0.0, -2.0]), torch.tensor(0.75))
-        tensor([1.0000, 1.0000, 0.2500])
-    """
-    return direction * (1 - caution * (direction * grad < 0))  # the same as by torch.where, in a quarter of its time
-
-
 def magnitude(exp_mult: float, head: Tensor, *, aggregate: bool = False, shard: TensorShard | None = None) -> Tensor:
     """The magnitude controller exp(exp_mult * head): beta_2 or beta_4 of eqs. 21 and 22.
 
@@ -153,11 +133,21 @@ def update_moments(
         return exp_avg, exp_avg_sq
     if offsets is None:
         momentum = torch.tensor(MOMENTUM_DECAYS, dtype=grad.dtype, device=grad.device)
-        rms = torch.full_like(momentum[:1], RMS_DECAY)
+        decays = feats.Decays(momentum, torch.full_like(momentum[:1], RMS_DECAY), momentum[:0])
     else:
-        momentum = feats.effective_decay(MOMENTUM_DECAYS, offsets["momentum_decays"])
-        rms = feats.effective_decay((RMS_DECAY,), offsets["rms_decays"]).clamp(0, 1)
-    return feats.update_moments(exp_avg, exp_avg_sq, grad, feats.Decays(momentum, rms, momentum[:0]))
+        decays = learned_decays(offsets)
+    return feats.update_moments(exp_avg, exp_avg_sq, grad, decays)
+
+
+def learned_decays(offsets: Mapping[str, Tensor]) -> feats.Decays:
+    """Effective decays of the three momenta and of the second moment.
+
+    Args:
+        offsets: `momentum_decays (3,)` and `rms_decays (1,)`, see `features.effective_decay`.
+    """
+    momentum = feats.effective_decay(MOMENTUM_DECAYS, offsets["momentum_decays"])
+    rms = feats.effective_decay((RMS_DECAY,), offsets["rms_decays"]).clamp(0, 1)
+    return feats.Decays(momentum, rms, momentum[:0])
 
 
 def stabilized_terms(

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lopt.rules import features as feats
-from lightning_lopt.rules import nominal, scheduler
+from lightning_lopt.rules import nominal
 from lightning_lopt.rules.base import RuleConfig, StepContext, UpdateRule, register
 from lightning_lopt.rules.shards import TensorShard, local, means, whole_shape
 
@@ -66,8 +66,6 @@ class STARConfig(RuleConfig):
     eps: float = feats.EPS
     """Added to the second moment before its root. The authors' 1e-6 hides gradients below 1e-3, as of losses that are
     means over many outputs; a smaller one is not in the paper."""
-    scheduler: bool = False
-    """Not in the paper: a learned schedule, and a factor for each tensor, multiply both terms; see `scheduler`."""
     hidden_size: int = 4
     """Units of each hidden layer."""
     hidden_layers: int = 2
@@ -96,7 +94,6 @@ class STARConfig(RuleConfig):
             "nominal_controller", "normalize_blackbox", "regularization_controller", "selfnormalize_blackbox"
         )
         self.check_flags("aggregate_magnitude", "aggregate_nom_magnitude", "aggregate_reg_magnitude")
-        self.check_flags("scheduler")
         self.check_number("eps", 1e-20, 1.0)
         self.check_integer("hidden_size", 1, 1024)
         self.check_integer("hidden_layers", 1, 16)
@@ -113,7 +110,6 @@ class Statistics(NamedTuple):
     """Means over one tensor, that its step reads."""
 
     channels: list[Tensor]  # mean squares of the features' channels: (16,), (6,), (6,); empty without a network
-    scales: list[Tensor]  # () x 4 mean squares that the scheduler reads: parameter, and momenta / sqrt(second moment)
     means: list[Tensor]  # () mean gradient, for selfnormalize_blackbox
 
 
@@ -151,8 +147,6 @@ class STAR(UpdateRule):
         self.momentum_decays = nn.Parameter(torch.zeros(3))
         self.rms_decays = nn.Parameter(torch.zeros(1))
         self.adafactor_decays = nn.Parameter(torch.zeros(3))
-        for name, shape in scheduler.STAR_SHAPES.items() if self.config.scheduler else ():
-            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
 
     def init_state(self, param: Tensor) -> feats.Accumulators:
         """Zero accumulators."""
@@ -167,7 +161,6 @@ class STAR(UpdateRule):
         context: StepContext,
     ) -> tuple[Tensor, feats.Accumulators]:
         """One step: accumulators first, then the features from them, then the network's heads, then the two terms."""
-        grad = self._centered(meta_params, grad, context)
         state = feats.update_accumulators(state, grad, self.decays(meta_params), context.shard)
         terms = self._terms(meta_params, grad, state, param, context)
         return sum(terms.values(), torch.zeros_like(param)), state
@@ -181,7 +174,6 @@ class STAR(UpdateRule):
         context: StepContext,
     ) -> dict[str, Tensor]:
         """The step's `blackbox`, `nominal` and `decay` parts, those that the configuration has."""
-        grad = self._centered(meta_params, grad, context)
         state = feats.update_accumulators(state, grad, self.decays(meta_params), context.shard)
         return self._terms(meta_params, grad, state, param, context)
 
@@ -217,13 +209,6 @@ class STAR(UpdateRule):
             hidden = feats.contract(weight, torch.relu(hidden)) + _bias(bias, ndim)
         return hidden
 
-    def _centered(self, meta_params: Mapping[str, Tensor], grad: Tensor, context: StepContext) -> Tensor:
-        """The gradient as the rule sees it: as it is in the paper's form."""
-        if not self.config.scheduler:
-            return grad
-        share = scheduler.ramp(meta_params, "centering", context.step, context.num_steps)
-        return feats.centered(grad, share, context.shard)
-
     def _terms(
         self,
         meta_params: Mapping[str, Tensor],
@@ -236,11 +221,11 @@ class STAR(UpdateRule):
         inv_root, heads, features = feats.inverse_root(state.exp_avg_sq, c.eps), torch.zeros(0), None
         if c.step_mult or c.nominal_controller or (c.weight_decay and c.regularization_controller):
             features = feats.features(state, grad, param, shard, c.eps)
-        whole = self._of_the_whole_tensor(grad, state, param, inv_root, features, shard)
+        whole = self._statistics(grad, features, shard)
         if features is not None:
             time = feats.time_features(context.step, param.dtype)
             heads = self.heads(meta_params, features, whole.channels, time, shard)
-        terms, (factor, weights) = {}, self._multipliers(meta_params, whole.scales, param, context)
+        terms = {}
         if c.step_mult:
             size = nominal.magnitude(c.exp_mult[0], heads[1], aggregate=c.aggregate_magnitude, shard=shard)
             step = c.step_mult * heads[0] * size
@@ -248,16 +233,13 @@ class STAR(UpdateRule):
                 step = nominal.precondition(step, inv_root)
             if c.selfnormalize_blackbox:
                 step = step * whole.means[0]
-            terms["blackbox"] = -factor * step
+            terms["blackbox"] = -step
         if c.nominal_stepsize:
             control: Tensor | float = math.exp(c.exp_mult[1])
             if c.nominal_controller:
                 control = nominal.magnitude(c.exp_mult[1], heads[2], aggregate=c.aggregate_nom_magnitude, shard=shard)
-            direction = nominal.nominal_direction(c.nominal_grad_estimator, grad, state.exp_avg, inv_root, weights)
-            if c.scheduler:
-                caution = scheduler.ramp(meta_params, "caution", context.step, context.num_steps)
-                direction = nominal.cautious(direction, grad, caution)
-            terms["nominal"] = -factor * nominal.nominal_term(c.nominal_stepsize, direction, control)
+            direction = nominal.nominal_direction(c.nominal_grad_estimator, grad, state.exp_avg, inv_root)
+            terms["nominal"] = -nominal.nominal_term(c.nominal_stepsize, direction, control)
         if c.weight_decay:
             decay: Tensor | float = c.weight_decay
             if c.regularization_controller:
@@ -266,41 +248,19 @@ class STAR(UpdateRule):
             terms["decay"] = -decay * param
         return terms
 
-    def _of_the_whole_tensor(
-        self,
-        grad: Tensor,
-        state: feats.Accumulators,
-        param: Tensor,
-        inv_root: Tensor,
-        features: feats.Features | None,
-        shard: TensorShard | None,
-    ) -> Statistics:
-        """All means over the tensor that the step reads, asked for at once: for a shard each question is a message."""
+    def _statistics(self, grad: Tensor, features: feats.Features | None, shard: TensorShard | None) -> Statistics:
+        """All means over the tensor that the step reads, asked for at once: each question of a shard is a message."""
         c, every = self.config, tuple(range(-grad.dim(), 0))
         # Rows and columns are whole in every shard.
         factored = features is not None and feats.factored_dims(whole_shape(shard, grad)) is not None
         groups: Sequence[Tensor] = () if features is None else features[:1] if factored else features
         questions = [feats.mean_square_of(channels) for channels in groups]
-        if c.scheduler:
-            questions += [(squares, every) for squares in scheduler.scales(param, state.exp_avg, inv_root)]
         questions += [(grad, every)] if c.selfnormalize_blackbox else []
         answers = means(shard, *questions) if questions else []
         channels = answers[: len(groups)]
         if features is not None and factored:
             channels += means(None, *(feats.mean_square_of(rows) for rows in features[1:]))
-        scales = answers[len(groups) : len(groups) + 4] if c.scheduler else []
-        return Statistics(channels, scales, answers[-1:])
-
-    def _multipliers(
-        self, meta_params: Mapping[str, Tensor], mean_squares: Sequence[Tensor], param: Tensor, context: StepContext
-    ) -> tuple[Tensor | float, Tensor | None]:
-        """The factor of both terms and the weights of the momenta: 1 and equal ones in the paper's form."""
-        if not self.config.scheduler:
-            return 1.0, None
-        decays = self.decays(meta_params)
-        noise = scheduler.noise_strength(decays.momentum[2], decays.rms[0], context.step)
-        run = context.step, context.num_steps, context.num_tensors, noise
-        return scheduler.of_tensor(meta_params, mean_squares, whole_shape(context.shard, param), *run)
+        return Statistics(channels, answers[-1:])
 
     @classmethod
     def from_jax(cls, theta: Mapping[str, Any], **arguments: Any) -> STAR:
@@ -336,7 +296,7 @@ class STAR(UpdateRule):
 
 
 _LAYOUT_ARGUMENTS = {"concat_weights", "make_separate_weights", "split_weights"}
-_NOT_IN_THE_REFERENCE = {"num_heads", "scheduler", "eps"}
+_NOT_IN_THE_REFERENCE = {"num_heads", "eps"}
 _FLAT = "Pass the flat mapping of w0, b0, w1, b1, w2, b2, momentum_decays, rms_decays, adafactor_decays"
 
 
