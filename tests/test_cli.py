@@ -181,7 +181,7 @@ def test_the_configurations_run(config, folder):
     assert run("meta-train", "fit", "--config", config, *SHORT, "--model.estimator.num_pairs=1") == 0
     out = folder / "runs" / config.stem
     rule = lopt.load_rule(out / "rule" / "best")
-    assert rule.kind == {"star": "star", "star_paper": "star", "tiny": "star"}.get(config.stem, config.stem)
+    assert rule.kind == {"star": "star", "star_paper": "star", "tiny": "scheduled"}.get(config.stem, config.stem)
     assert (out / "lightning_logs" / "version_0" / "config.yaml").is_file()
     header = (out / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"meta_loss", "val/meta_loss", "val/final/breast-cancer-logreg"} <= set(header)

@@ -1,11 +1,11 @@
-"""Loads damaged and hostile rule files, many times, and counts what happens.
+"""Load damaged and hostile rule files many times, and count the results.
 
     python examples/soak/fuzz_files.py --cases 100000
     python examples/soak/fuzz_files.py --cases 100000 --atheris     # coverage-guided; pip install atheris
 
-Our own files, PyLO's, and learned_optimization's theta.state. A case must load as a sound rule or be refused by a
-ValueError of one line. No file beside its own may be opened, no process started, nothing imported and no address looked
-up; memory may not grow by 100 MB.
+Covers our own files, PyLO's, and learned_optimization's theta.state. Each case must load as a sound rule or raise a
+one-line ValueError. Loading must not open other files, start processes, import modules or look up addresses, and memory
+must not grow by 100 MB.
 """
 
 from __future__ import annotations
