@@ -28,7 +28,7 @@ class Print(Callback):
 
 
 def meta_train(epochs: int, folder: str) -> None:
-    rule = lopt.rules.make("star", nominal_stepsize=1e-3, step_mult=0.0, nominal_controller=False, scheduler=True)
+    rule = lopt.rules.make("scheduled", nominal_stepsize=1e-3)
     module = lopt.MetaTrainer(
         rule,
         tasks=[("digits-mlp", {"hidden": (16,), "batch_size": 32}), "wine-mlp"],
