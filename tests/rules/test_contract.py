@@ -232,7 +232,7 @@ def test_is_rebuilt_from_kind_configuration_and_weights(case, rule):
 
 
 def test_configuration_fields_are_documented(case):
-    """By a string below the field, which becomes the command line's help, or by its `meaning`, which `lopt show` prints."""
+    """By a string below the field, the command line's help, or by its `meaning`, which `lopt show` prints."""
     config = REGISTRY[case.kind].rule.Config
     source = inspect.getsource(config)
     for field in dataclasses.fields(config):
