@@ -220,8 +220,6 @@ FUSED = {
     "star": ("star", {"step_mult": 1e-2}),
     "scheduler": ("star", {"scheduler": True, "nominal_controller": False, "step_mult": 0.0}),
     "blackbox": ("blackbox", {}),
-    "multiscale_adam": ("multiscale_adam", {"mixer": "la_b", "k": 5}),
-    "k_momentums": ("k_momentums", {}),
 }
 
 
