@@ -220,8 +220,6 @@ FUSED = {
     "star": ("star", {"step_mult": 1e-2}),
     "scheduled": ("scheduled", {"centering_start": 0.5, "caution_end": 0.5}),
     "blackbox": ("blackbox", {}),
-    "multiscale_adam": ("multiscale_adam", {"mixer": "la_b", "k": 5}),
-    "k_momentums": ("k_momentums", {}),
 }
 
 
