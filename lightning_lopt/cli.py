@@ -18,11 +18,13 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning_lopt import hub
 from lightning_lopt.hub.bundle import find_dir
 from lightning_lopt.hub.files import CARD
+from lightning_lopt.rules import Scheduled
 
 # command -> its module, which is imported when asked for and has add_arguments(parser) and run(arguments); its help
 DELEGATED = {
@@ -78,8 +80,9 @@ def _parser(command: str) -> _Parser:
 
     add("list", _list, "The names of the bundled rules.")
     rule_help = "a bundled name, a directory, or a Hub repo owner/name"
-    show = add("show", _show, "A rule's card.")
+    show = add("show", _show, "A rule's card; of a scheduled rule also its readable numbers and its schedule.")
     show.add_argument("name", metavar="NAME", help=rule_help)
+    show.add_argument("--plot", type=Path, metavar="FILE", help="save the schedule as a PNG file")
     push = add("push", _push, "Put a rule on the Hugging Face Hub, with the token of `hf auth login` or HF_TOKEN.")
     push.add_argument("name", metavar="NAME", help="a bundled name or a directory")
     push.add_argument("repo_id", metavar="OWNER/REPO")
@@ -105,6 +108,14 @@ def _list(arguments: argparse.Namespace) -> None:
 def _show(arguments: argparse.Namespace) -> None:
     rule = hub.load_rule(arguments.name)
     print(_card(arguments.name) or rule)
+    if isinstance(rule, Scheduled):
+        schedule = importlib.import_module("lightning_lopt.analysis.schedule")
+        print(f"\n{schedule.describe(rule)}")
+        if arguments.plot:
+            schedule.plot(rule, arguments.plot)
+            print(f"\nThe schedule is drawn in {arguments.plot}.")
+    elif arguments.plot:
+        raise ValueError(f"{arguments.name} is of kind {rule.kind!r}: --plot draws rules of kind 'scheduled'.")
 
 
 def _push(arguments: argparse.Namespace) -> None:

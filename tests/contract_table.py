@@ -45,7 +45,7 @@ class RuleCase(NamedTuple):
 
 RULES_UNDER_TEST = [
     RuleCase("star", {"nominal_stepsize": 1e-2, "step_mult": 1e-6}),
-    RuleCase("star", {"nominal_stepsize": 1e-2, "step_mult": 1e-6, "scheduler": True}),
+    RuleCase("scheduled", {"nominal_stepsize": 1e-2, "centering_start": 0.5, "caution_end": 0.5}),
     RuleCase("hyperparam", {"nominal_stepsize": 1e-2}),
     RuleCase("blackbox", {"step_mult": 1e-2}, pass_gradient_through),
     RuleCase("lstm", {"nominal_stepsize": 1e-2, "nominal_controller": True, "out_scale": 1e-6}),

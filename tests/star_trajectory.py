@@ -1,4 +1,4 @@
-"""Fifty steps of the bundled `star` on fixed gradients, recorded when it was still a configuration of the paper's rule."""
+"""Fifty steps of the bundled `star` on fixed gradients, recorded when it was a configuration of the paper's rule."""
 
 import numpy as np
 import torch

@@ -74,7 +74,7 @@ def test_list(capsys):
 
 def test_show(capsys, folder):
     assert run("show", "star") == 0
-    assert capsys.readouterr().out.rstrip() == (hub.bundled_dir() / "star" / "README.md").read_text().rstrip()
+    assert capsys.readouterr().out.startswith((hub.bundled_dir() / "star" / "README.md").read_text())
     lopt.save_rule(lopt.rules.make("blackbox"), folder / "mine", card="# My card\n")
     assert run("show", "mine") == 0
     assert "# My card" in capsys.readouterr().out

@@ -39,6 +39,7 @@ ARROWS = {  # the longest prefix of a module's name counts
     "meta.cli": Arrows({"rules", "tasks", "meta", "hub"}, {"torch", "lightning", "jsonargparse", "omegaconf"}),
     "analysis": Arrows({"rules", "tasks", "meta.unroll", "analysis"}, {"torch", "numpy"}),
     "analysis.plots": Arrows({"rules", "tasks", "meta.unroll", "analysis"}, {"torch", "numpy", "matplotlib"}),
+    "analysis.schedule": Arrows({"rules"}, {"torch", "matplotlib"}),
     "analysis.report": Arrows({"analysis"}, {"matplotlib"}),
     "analysis.cli": Arrows({"rules", "tasks", "hub", "analysis"}, {"torch", "matplotlib"}),
     "evaluation": Arrows(

@@ -1,19 +1,18 @@
-"""How the bundled `star` was made: its scheduler's readable numbers, fitted to many small tasks at two horizons.
+"""How the bundled `star` was made: its readable numbers, fitted to many small tasks at two horizons.
 
-    python examples/recipes/star_scheduler.py --out runs/star --seed 5    # 80 minutes of a core; resumes
+    python examples/recipes/star_scheduler.py --out runs/star --seed 5    # 80 minutes of one core; resumes
 
-96 points in a box, then 72 and 56 in ever smaller ones about the best; then the best of nine candidates on other tasks
-(VALIDATION); see `lightning_lopt.meta.surface`. The curve for runs of unknown length is fitted after that, and `growth`
-last, with tasks of nothing but noise beside the others. Needs MNIST, Fashion-MNIST, CIFAR-10 and tiny Shakespeare,
-from $LIGHTNING_LOPT_DATA. Of `evaluation.suites.HELDOUT`, which judges the result, `digits-mlp` alone is here, at 8,000
-steps and fewer in place of 20,000.
+Fits 96 points in a box, then 72 and 56 in ever smaller boxes around the best, and takes the best of nine candidates on
+other tasks (VALIDATION); see `lightning_lopt.meta.surface`. Then it fits the curve for runs of unknown length, and last
+`growth`, with tasks whose gradients are nearly all noise. Needs MNIST, Fashion-MNIST, CIFAR-10 and tiny Shakespeare in
+$LIGHTNING_LOPT_DATA. Of the suite that judges the result (`evaluation.suites.HELDOUT`) only `digits-mlp` is used here,
+at 8,000 steps and fewer instead of 20,000.
 """
 
 import argparse
 import hashlib
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,41 +21,38 @@ import torch
 import lightning_lopt as lopt
 from lightning_lopt import tasks
 from lightning_lopt.meta.surface import Knob, fit, sample, score
-from lightning_lopt.rules.scheduler import FRACTIONS, LOG_STEPS
 
-KNOBS = {  # boxes about what was best in an earlier fit
-    "peak": Knob(0.4, 1.4),  # log of the largest factor of the nominal step size 1e-2
-    "start": Knob(-0.7, 0.1),  # log of the first factor relative to the peak
-    "warmup": Knob(0.05, 0.35),  # fraction of the run until the peak
-    "anneal": Knob(0.35, 0.9),  # power of the cosine after it
-    "early": Knob(0.15, 0.7),  # 1: the second moment's bias correction; 0: none, which is the paper's form
-    "length": Knob(-1.0, -0.4),  # what ten times the length adds to the log factor
-    "start_length": Knob(0.0, 0.6),  # and to the first factor beyond that: a long run need not start as slowly
-    "depth": Knob(-1.2, -0.5),  # exponent of the number of tensors
-    "scale": Knob(0.3, 0.75),  # exponent of a matrix's root mean square
-    "size": Knob(-0.5, 0.3),  # what ten times the size adds to a matrix's log factor
-    "fan": Knob(-0.9, -0.2),  # and ten times the fan-in
-    "vectors": Knob(-1.1, 0.1),  # log factor of vectors
-    "strength_start": Knob(0.3, 0.9),  # exponents of the momenta's strength
+# A thousandth above 1e-2, since the paper multiplies its nominal term by exp(1e-3) where no controller does.
+STEPSIZE = 1e-2 * math.exp(1e-3)
+# Boxes around the best of an earlier fit. `lightning_lopt.rules.ScheduledConfig` says what each number means.
+KNOBS = {
+    "peak": Knob(0.4, 1.4),
+    "start": Knob(-0.7, 0.1),
+    "warmup": Knob(0.05, 0.35),
+    "anneal": Knob(0.35, 0.9),
+    "bias_correction": Knob(0.15, 0.7),
+    "length": Knob(-1.0, -0.4),
+    "start_length": Knob(0.0, 0.6),
+    "depth": Knob(-1.2, -0.5),
+    "scale": Knob(0.3, 0.75),
+    "size": Knob(-0.5, 0.3),
+    "fan_in": Knob(-0.9, -0.2),
+    "vectors": Knob(-1.1, 0.1),
+    "strength_start": Knob(0.3, 0.9),
     "strength_end": Knob(0.0, 0.6),
-    "mix_start": Knob(-0.4, 0.8),  # the fastest momentum's logit; the slowest's is its negative
+    "mix_start": Knob(-0.4, 0.8),
     "mix_end": Knob(0.0, 1.0),
-    "centering_start": Knob(0.5, 0.95),  # how much of a gradient's mean over the fan-in is taken out of it
+    "centering_start": Knob(0.5, 0.95),
     "centering_end": Knob(0.2, 0.95),
-    "caution_start": Knob(0.5, 1.0),  # how much of a step against the gradient is held back
+    "caution_start": Knob(0.5, 1.0),
     "caution_end": Knob(0.2, 1.0),
-    "memory": Knob(0.04, 0.2),  # offset of the second moment's decay
-    "fast": Knob(0.05, 0.13),  # offset of the fastest momentum's decay
-    "slow": Knob(-0.05, 0.09),  # offset of the slowest's; the middle one's is half of it
+    "rms_offset": Knob(0.04, 0.2),
+    "fast_offset": Knob(0.05, 0.13),
+    "slow_offset": Knob(-0.05, 0.09),
 }
-WITHOUT_LENGTH = {  # fitted second: the curve over steps, for runs whose length is not known
-    "level": Knob(-1.5, 1.0),  # log factor at 300 steps
-    "early": Knob(-1.5, 1.0),  # what ten times fewer steps add to it
-    "late": Knob(-1.5, 0.3),  # what ten times more do
-}
-GROWTH = {  # fitted last, with the tasks of NOISY
-    "growth": Knob(-1.6, 0.0),  # exponent of how far a matrix that is moved by noise has grown
-}
+WITHOUT_LENGTH = {"unknown_level": Knob(-1.5, 1.0), "unknown_early": Knob(-1.5, 1.0), "unknown_late": Knob(-1.5, 0.3)}
+GROWTH = {"growth": Knob(-1.6, 0.0)}  # fitted last, with the tasks of NOISY
+Numbers = dict[str, float]
 Run = tuple[str, int, dict[str, Any]]  # task, steps, options
 SIZES = {"width": 16, "depth": 2, "heads": 2}
 TASKS: list[Run] = [  # each is also run at a third of its steps
@@ -120,42 +116,9 @@ MEAN = 1.0  # weight of the mean loss beside the final one
 SHRINK = 0.6  # of the box from round to round
 
 
-def theta(rule: lopt.rules.UpdateRule, knob: dict[str, float]) -> Theta:
-    """The rule's meta-parameters with the knobs set."""
-    params = {name: torch.zeros_like(value) for name, value in rule.meta_params().items()}
-    up = [min(1.0, fraction / knob["warmup"]) for fraction in FRACTIONS]
-    down = [max(0.0, fraction - knob["warmup"]) / (1 - knob["warmup"]) for fraction in FRACTIONS]
-    cosine = [max(0.5 + 0.5 * math.cos(math.pi * x), 1e-4) for x in down]
-    curve = [knob["start"] * (1 - u) + knob["anneal"] * math.log(c) for u, c in zip(up, cosine, strict=True)]
-    params["schedule_fraction"] += knob["peak"] + torch.tensor(curve)
-    params["schedule_length"] += knob["length"] + knob["start_length"] * (1 - torch.tensor(up))
-    powers = params["tensor_powers"]  # (vectors, matrices) x (start, end) x feature
-    powers[0, :, 0], powers[1, :, 1], powers[1, :, 2], powers[1, :, 3], powers[:, :, 4] = (
-        knob["vectors"], 2 * knob["scale"], knob["size"], knob["fan"], knob["depth"],
-    )  # fmt: skip
-    powers[:, 0, 5:], powers[:, 1, 5:] = 2 / 3 * knob["strength_start"], 2 / 3 * knob["strength_end"]
-    for row, name in enumerate(("mix_start", "mix_end")):
-        params["momentum_mix"][row] = torch.tensor([knob[name], 0.0, -knob[name]])
-    for name in ("centering", "caution"):
-        params[name] += torch.tensor([knob[f"{name}_start"], knob[f"{name}_end"]])
-    params["rms_decays"] += knob["memory"]
-    params["momentum_decays"] += torch.tensor([knob["fast"], knob["slow"] / 2, knob["slow"]])
-    decay = 1 - 1e-3 * math.exp(10 * knob["memory"])
-    bias = torch.tensor([math.log(1 - decay ** (10**x)) for x in LOG_STEPS])
-    params["schedule_early"] += knob["early"] / 2 * bias
-    return params
-
-
-def theta_with_growth(found: Theta, knob: dict[str, float]) -> Theta:
-    """The rule's meta-parameters with growth set."""
-    return {**found, "growth": torch.full((2,), knob["growth"])}
-
-
-def theta_without_length(found: Theta, knob: dict[str, float]) -> Theta:
-    """The rule's meta-parameters with the curve over steps set."""
-    decades = torch.tensor(LOG_STEPS) - math.log10(300)
-    curve = knob["level"] + knob["early"] * (-decades).clamp(min=0) + knob["late"] * decades.clamp(min=0)
-    return {**found, "schedule_step": curve}
+def make_rule(eps: float, numbers: Numbers) -> lopt.rules.UpdateRule:
+    """The rule with these readable numbers, and neutral ones for the others."""
+    return lopt.rules.make("scheduled", nominal_stepsize=STEPSIZE, eps=eps, **numbers)
 
 
 def digest(thetas: list[Theta]) -> str:
@@ -207,31 +170,37 @@ def search(
     study: Study,
     judge: Study,
     knobs: dict[str, Knob],
-    make: Callable[[dict[str, float]], Theta],
+    found: Numbers,
     counts: list[int],
     seed: int,
     tell: bool,
-) -> Theta:
-    """Rounds of so many points, each in a smaller box than the last; then the best of nine, by the judge."""
+) -> Numbers:
+    """Fit `knobs`, given the numbers `found` so far: rounds of points in shrinking boxes, then the judge's choice."""
+
+    def theta(point: Numbers) -> Theta:
+        return dict(make_rule(study.rule.config.eps, {**found, **point}).meta_params())
+
     points, worth, center = torch.zeros(0, len(knobs)), torch.zeros(0), None
     for number, count in enumerate(counts):
         new = sample(knobs, count, seed=seed + number, center=center, width=SHRINK**number)
-        thetas = [make(dict(zip(knobs, point, strict=True))) for point in new.tolist()]
+        thetas = [theta(dict(zip(knobs, point, strict=True))) for point in new.tolist()]
         points, worth = torch.cat([points, new]), torch.cat([worth, study.values(thetas, seed + number, tell)])
         surface = fit(knobs, points, worth)
         center = surface.center()
     best = [dict(zip(knobs, point, strict=True)) for point in points[worth.argsort()[:4]].tolist()]
     last = [center, *(surface.minimum(pull=pull) for pull in (0.02, 0.05, 0.1, 0.3)), *best]
-    chosen = last[int(judge.values([make(knob) for knob in last], seed + 5, tell).argmin())]
+    chosen = last[int(judge.values([theta(point) for point in last], seed + 5, tell).argmin())]
     print("chosen", {name: round(value, 3) for name, value in chosen.items()}, flush=True)
-    return make(chosen)
+    return {**found, **chosen}
 
 
 def compare(judge: Study, names: list[str], seed: int) -> None:
     """Print what rules of this recipe lose on the judge's tasks, final and mean, relative to the first of them."""
     rules = [lopt.load_rule(name) for name in names]
-    if other := [name for name, rule in zip(names, rules, strict=True) if rule.config != judge.rule.config]:
-        raise SystemExit(f"{other[0]} is not a rule of this recipe: {judge.rule.config} is what these are.")
+    fixed = (judge.rule.config.nominal_stepsize, judge.rule.config.eps)
+    for name, rule in zip(names, rules, strict=True):
+        if rule.kind != "scheduled" or (rule.config.nominal_stepsize, rule.config.eps) != fixed:
+            raise SystemExit(f"{name} is not a rule of this recipe: kind 'scheduled', step size and eps {fixed}.")
     scores = judge.scores([dict(rule.meta_params()) for rule in rules], seed, True)
     ratios = (scores - scores[:, :, :1]).exp()
     for (task, steps, _), row in zip(judge.runs, ratios, strict=True):
@@ -252,9 +221,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if wrong := set(arguments.tasks or ()) - {name for name, _, _ in TASKS + NOISY + VALIDATION}:
         parser.error(f"--tasks: {sorted(wrong)[0]!r} is not a task of this recipe; TASKS, NOISY and VALIDATION are.")
-    rule = lopt.rules.make(
-        "star", nominal_stepsize=1e-2, step_mult=0.0, nominal_controller=False, scheduler=True, eps=arguments.eps
-    )
+    rule = make_rule(arguments.eps, {})
 
     def study(folder: str, runs: list[Run], starts: int = 1) -> Study:
         (arguments.out / folder).mkdir(parents=True, exist_ok=True)
@@ -271,13 +238,11 @@ def main() -> None:
         compare(judge, arguments.compare, seed)
         return
     whole = study(".", both(TASKS))
-    found = search(
-        whole, study("validation", VALIDATION, 3), KNOBS, lambda knob: theta(rule, knob), arguments.points, seed, True
-    )
-    found = search(whole, whole, WITHOUT_LENGTH, lambda knob: theta_without_length(found, knob), [few], seed + 6, False)
+    found = search(whole, study("validation", VALIDATION, 3), KNOBS, {}, arguments.points, seed, True)
+    found = search(whole, whole, WITHOUT_LENGTH, found, [few], seed + 6, False)
     noisy = study("noisy", both(TASKS + NOISY))
-    found = search(noisy, judge, GROWTH, lambda knob: theta_with_growth(found, knob), [few // 2], seed + 7, True)
-    rule.load_state_dict(found)
+    found = search(noisy, judge, GROWTH, found, [few // 2], seed + 7, True)
+    rule = make_rule(arguments.eps, found)
     print(lopt.save_rule(rule, arguments.out / "rule"))
 
 

@@ -36,8 +36,9 @@ TOLERANCE = 1e-5
 NETWORK = {"nominal_stepsize": 1e-2, "step_mult": 1e-4}
 RULES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("star", NETWORK),
-    ("star", {**NETWORK, "aggregate_magnitude": True, "aggregate_nom_magnitude": True, "selfnormalize_blackbox": True}),
-    ("scheduled", {}),
+    ("star", {**NETWORK, "selfnormalize_blackbox": True}),
+    ("scheduled", {"centering_start": 0.5}),
+    ("star", {**NETWORK, "aggregate_magnitude": True, "aggregate_nom_magnitude": True}),
     ("hyperparam", {"nominal_stepsize": 1e-2}),
     ("blackbox", {}),
     ("lstm", {"nominal_stepsize": 1e-2, "nominal_controller": True, "out_scale": 1e-2}),

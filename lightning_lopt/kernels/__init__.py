@@ -1,11 +1,13 @@
-"""Fast paths of update rules. They are no second definition: each is tested equal to its rule over at least 50 steps.
+"""Fused kernels of update rules: a faster way to take the same steps.
 
-A kernel moves all tensors of one device that it takes in one call; the optimizer moves the others by the rule itself.
-`MODULES` says which module has the kernel of a kind on a type of device. It is imported when it is first needed, and
-offers two functions:
+A kernel is not a second definition of its rule: each is tested equal to it over at least 50 steps. It moves all tensors
+on a device that it can handle in one call; `RuleOptimizer` moves the others by the rule itself.
 
-* `supports(rule) -> str | None`: why there is no kernel for this rule on this machine, None if there is one;
-* `make(rule) -> Kernel`.
+`MODULES` names the module with the kernel for a kind of rule and a type of device. The module is imported when it is
+first needed, and must define two functions:
+
+* `supports(rule) -> str | None`: why this rule has no kernel on this machine, None if it has one;
+* `make(rule) -> Kernel`: a new kernel for a rule that `supports` accepts.
 """
 
 from __future__ import annotations
@@ -19,36 +21,40 @@ from torch import Tensor
 
 from lightning_lopt.rules import UpdateRule
 
-MODULES = {(kind, "cpu"): "lightning_lopt.kernels.cpu.star" for kind in ("star", "hyperparam", "blackbox")}
-MODULES |= {(kind, "cuda"): "lightning_lopt.kernels.cuda.star" for kind in ("star", "hyperparam", "blackbox")}
-MODULES |= {("lstm", "cuda"): "lightning_lopt.kernels.cuda.lstm"}
-for _kind in ("mng", "k_timesteps", "k_momentums", "multiscale_adam"):
-    MODULES[_kind, "cpu"] = "lightning_lopt.kernels.cpu.history"
+MODULES = {
+    ("star", "cpu"): "lightning_lopt.kernels.cpu.star",
+    ("hyperparam", "cpu"): "lightning_lopt.kernels.cpu.star",
+    ("blackbox", "cpu"): "lightning_lopt.kernels.cpu.star",
+    ("star", "cuda"): "lightning_lopt.kernels.cuda.star",
+    ("hyperparam", "cuda"): "lightning_lopt.kernels.cuda.star",
+    ("blackbox", "cuda"): "lightning_lopt.kernels.cuda.star",
+    ("lstm", "cuda"): "lightning_lopt.kernels.cuda.lstm",
+}
 
 
 class WorkItem(NamedTuple):
-    """One tensor's part in a step: value <- value + scale * delta - decay * value, delta from the rule."""
+    """A kernel's argument for one tensor: param <- param + scale * delta - decay * param, with delta from the rule."""
 
-    param: Tensor  # changed in place
-    grad: Tensor  # dense, the parameter's shape, dtype and device; any strides
-    state: dict[str, Tensor]  # changed in place: "step" (), the fields of the rule's state; maybe the skip counters
+    param: Tensor  # updated in place
+    grad: Tensor  # dense, with the parameter's shape, dtype and device, and any strides
+    state: dict[str, Tensor]  # updated in place: "step" (), the fields of the rule's state, perhaps the skip counters
     scale: float | Tensor
     decay: float | Tensor
-    maximize: bool  # the gradient counts negated
+    maximize: bool  # negate the gradient
 
 
 class Squares(NamedTuple):
-    """Sums of squares over all coordinates of a step's parts, () each."""
+    """Sums of squares over all coordinates of a step's work items, () each."""
 
     change: Tensor  # of the parameters' change
-    terms: dict[str, Tensor]  # of the terms of the rule's delta, by their names in `rule.terms`
+    terms: dict[str, Tensor]  # of each term of the rule's delta, by its name in `rule.terms`
 
 
 class Kernel(Protocol):
-    """A fast path of one rule on one type of device; made once for an optimizer, so that it may keep tables."""
+    """A fused implementation of one rule on one type of device; each optimizer has its own, which may keep tables."""
 
     def refuses(self, param: Tensor) -> str | None:
-        """Why this parameter is left to the rule itself (dtype, sharding), None if the kernel takes it. Cheap."""
+        """Why the rule itself must move this parameter (dtype, sharding), None if the kernel can. Cheap."""
         ...
 
     def step(
@@ -61,34 +67,41 @@ class Kernel(Protocol):
         safeguard: bool,
         measure: bool,
     ) -> Squares | None:
-        """Move all parts, and their states with them.
+        """Update the parameters and states of all work items.
 
         Args:
-            parts: at least one tensor, each with its state.
-            meta_params: float32 on the parts' device; the same object as long as they have not changed.
-            num_steps: the run's length, where known.
-            num_tensors: how many tensors move in this step, those without the kernel too.
-            safeguard: leave a tensor, its state and its "step" as they are where gradient, new value or new state is
-                not finite, and count that in its state's "skipped" and "skipped_in_row" (which a good step sets to 0).
-            measure: whether to return `Squares`; skipped tensors count nothing. None otherwise.
+            parts: at least one work item, each with its state.
+            meta_params: float32, on the same device; the same object as long as they have not changed.
+            num_steps: the length of the run, None if unknown.
+            num_tensors: the number of tensors that move in this step, including those that the kernel does not move.
+            safeguard: if a tensor's gradient, new value or new state is not finite, leave the tensor, its state and its
+                "step" unchanged and increment its state's "skipped" and "skipped_in_row". A finite step sets the latter
+                to 0.
+            measure: whether to return `Squares`, in which skipped tensors count as 0. If not, return None.
         """
         ...
 
 
 def find(rule: UpdateRule, device_type: str) -> Kernel | str:
-    """The kernel for a rule's tensors on a type of device ("cpu", "cuda"), or why there is none."""
+    """A new kernel for a rule's tensors on a type of device ("cpu", "cuda"), or the reason why there is none."""
     if (rule.kind, device_type) not in MODULES:
         return f"there is no fused kernel for kind {rule.kind!r} on {device_type!r}"
     try:
         module = importlib.import_module(MODULES[rule.kind, device_type])
     except ImportError as error:
-        return f"the fused kernel for {device_type!r} needs {error.name}, which is not installed"
+        # An installed library that lacks a part of itself, or a symbol, is a different matter: pip would not help.
+        missing = isinstance(error, ModuleNotFoundError) and error.name is not None and "." not in error.name
+        reason = f"needs {error.name}, which is not installed" if missing else f"cannot be imported: {error}"
+        return f"the fused kernel for {device_type!r} {reason}"
     why: str | None = module.supports(rule)
     return why or module.make(rule)
 
 
 def exists(rule: UpdateRule, device_type: str | None = None) -> bool:
-    """Whether rules of this kind have a kernel on a type of device, or on any; not, whether this machine can run it."""
+    """Whether rules of this kind have a kernel on a type of device, or on any type if that is None.
+
+    This does not check that this machine can run the kernel, and imports nothing.
+    """
     return any(kind == rule.kind and device_type in (None, device) for kind, device in MODULES)
 
 
@@ -96,11 +109,11 @@ _WARNED: set[str] = set()
 
 
 def warn_once(why: str) -> None:
-    """Say, once a process and reason, that tensors are moved by the rule itself though their kind has a kernel."""
+    """Warn that a rule moves tensors itself although its kind has a kernel; once per process and reason."""
     if why not in _WARNED:
         _WARNED.add(why)
         warnings.warn(
-            f"RuleOptimizer takes its torch path, which is many times slower: {why}. Steps are the same but for "
-            "rounding. backend='reference' asks for this path, and silences this.",
+            f"RuleOptimizer falls back to eager PyTorch, which is many times slower: {why}. The steps differ by "
+            "rounding only. Pass backend='reference' to choose eager PyTorch and silence this warning.",
             stacklevel=3,
         )

@@ -62,24 +62,24 @@ class ScheduledConfig(RuleConfig):
     anneal: float = _number(0.0, "power of the cosine after the peak")
     bias_correction: float = _number(0.0, "power of the second moment's bias correction; 0 leaves it out, 1 is Adam's")
     length: float = _number(0.0, "added to the log factor by a run ten times as long")
-    start_length: float = _number(0.0, "and to that of the first step beyond that")
+    start_length: float = _number(0.0, "added, beyond that, to that of the first step")
     unknown_level: float = _number(0.0, "log factor at step 300 of a run of unknown length")
     unknown_early: float = _number(0.0, "added to it per factor of ten in steps before that")
     unknown_late: float = _number(0.0, "added to it per factor of ten in steps after that")
     depth: float = _number(0.0, "power of the number of tensors that train")
     scale: float = _number(0.0, "power of a matrix's root mean square")
     size: float = _number(0.0, "added to a matrix's log factor per factor of ten in its size")
-    fan_in: float = _number(0.0, "and per factor of ten in its fan-in")
+    fan_in: float = _number(0.0, "the same, per factor of ten in its fan-in")
     vectors: float = _number(0.0, "log factor of vectors and scalars")
     strength_start: float = _number(0.0, "power of the momenta's strength at the start")
-    strength_end: float = _number(0.0, "and at the end")
+    strength_end: float = _number(0.0, "the same, at the end")
     mix_start: float = _number(0.0, "logit of the fastest momentum at the start; the slowest has its negative")
-    mix_end: float = _number(0.0, "and at the end")
+    mix_end: float = _number(0.0, "the same, at the end")
     growth: float = _number(0.0, "power of how far a matrix that only noise moves has grown")
     centering_start: float = _number(0.0, "fraction of a gradient's mean over the fan-in that is removed at the start")
-    centering_end: float = _number(0.0, "and at the end")
+    centering_end: float = _number(0.0, "the same, at the end")
     caution_start: float = _number(0.0, "fraction of a step against the gradient that is held back at the start")
-    caution_end: float = _number(0.0, "and at the end")
+    caution_end: float = _number(0.0, "the same, at the end")
     fast_offset: float = _number(0.0, "offset of the fastest momentum's decay")
     slow_offset: float = _number(0.0, "offset of the slowest momentum's decay; the middle one has half of it")
     rms_offset: float = _number(0.0, "offset of the second moment's decay")
@@ -253,7 +253,7 @@ def centered(grad: Tensor, fraction: Tensor, shard: TensorShard | None = None) -
     and it would move as far as any other.
 
     Args:
-        grad: (*shape); the fan-in is all dims but the first, as in `nn.Linear` and convolutions that are not transposed.
+        grad: (*shape); the fan-in is all dims but the first, as in `nn.Linear` and `nn.Conv2d`.
         fraction: () between 0 and 1; 0 changes nothing.
         shard: the shard of the tensor that `grad` covers; None for all of it.
 

@@ -1,6 +1,6 @@
 """A learned scheduler: one factor for all steps over the run, and one for each tensor from its own statistics.
 
-It is not in the STAR paper. A rule that does not know how long a run is cannot anneal at the right time, and the hardest
+It is not in the STAR paper. A rule that does not know how long a run is cannot anneal at the right time. The hardest
 baseline, AdamW with a cosine schedule, does know; so does Lightning, for nearly every run. And no single step size fits
 both a LayerNorm's gain and a matrix. VeLO (Metz et al. 2022, arXiv 2211.09760) and Celo put a learned scheduler beside
 a per-parameter rule, too. Theirs are LSTMs; this one is a curve of a few points and a power law, which can be drawn and

@@ -1,16 +1,16 @@
-"""STAR: stabilised through ample regularisation. Harrison, Metz, Sohl-Dickstein 2022 (arXiv 2209.11208).
+"""STAR: "stabilized through ample regularization". Harrison, Metz, Sohl-Dickstein 2022 (arXiv 2209.11208).
 
     f = beta_1 exp(beta_2 m_g) g  +  beta_3 (d / v) exp(beta_4 m_b)                                  (eqs. 21 and 22)
         nominal term                 preconditioned blackbox term
 
-A small network reads 39 features of each coordinate and gives direction d and magnitudes m_b, m_g, m_r. It is the
-authors' code that is followed where it differs from the paper:
+A small network reads 39 features of each coordinate and returns a direction d and magnitudes m_b, m_g, m_r. Where the
+authors' code differs from the paper, this file follows the code:
 
-* the paper counts 203 meta-parameters (three heads, and beta_1 learned); the code has 207: four heads, the fourth a
-  regulariser magnitude m_r that is off by default, and beta_1 given by hand;
-* v is sqrt(second moment + 1e-6) without bias correction, not "of the magnitude of the mean gradient": the first steps
-  are about ten times larger than later ones, and a tensor without gradient moves by the full 1 / sqrt(1e-6);
-* with the nominal controller off m_g is 1, not 0: the nominal term is multiplied by exp(beta_2).
+* The paper counts 203 meta-parameters (three heads, and beta_1 learned). The code has 207: four heads, the fourth a
+  regularizer magnitude m_r that is off by default, and beta_1 is set by hand.
+* v is sqrt(second moment + 1e-6) without bias correction, not "of the magnitude of the mean gradient". So the first
+  steps are about ten times larger than later ones, and a tensor without gradient moves by the full 1 / sqrt(1e-6).
+* With the nominal controller off, m_g is 1, not 0: the nominal term is multiplied by exp(beta_2).
 
 symbol | here                   | symbol | here
 beta_1 | nominal_stepsize       | g      | nominal.nominal_direction
@@ -40,11 +40,11 @@ class STARConfig(RuleConfig):
     """Configuration of `STAR`. The defaults are the paper's (section 5 and App. B.2)."""
 
     nominal_stepsize: float = 1e-3
-    """beta_1, the nominal term's step size; 0 leaves the blackbox alone."""
+    """beta_1, the nominal term's step size; 0 leaves only the blackbox term."""
     step_mult: float = 1e-3
-    """beta_3, the blackbox term's multiplier; 0 leaves the nominal term and its controller alone."""
+    """beta_3, the blackbox term's multiplier; 0 leaves only the nominal term and its controller."""
     exp_mult: tuple[float, float, float] = (1e-3, 1e-3, 1e-3)
-    """Multipliers of the blackbox, nominal and regulariser magnitudes: beta_4, beta_2, and the code's third."""
+    """Multipliers of the blackbox, nominal and regularizer magnitudes: beta_4, beta_2, and the code's third."""
     nominal_grad_estimator: str = "AdamAggMo"
     """The nominal direction: SGD, SGDM, AggMo, Adam or AdamAggMo."""
     nominal_controller: bool = True
@@ -52,7 +52,7 @@ class STARConfig(RuleConfig):
     normalize_blackbox: bool = True
     """Precondition the blackbox term by 1 / v."""
     weight_decay: float = 0.0
-    """Per step, multiplied by no learning rate."""
+    """Per step; not multiplied by any learning rate."""
     regularization_controller: bool = False
     """Let the network scale the weight decay."""
     aggregate_magnitude: bool = False
@@ -60,12 +60,12 @@ class STARConfig(RuleConfig):
     aggregate_nom_magnitude: bool = False
     """One nominal magnitude per tensor."""
     aggregate_reg_magnitude: bool = False
-    """One regulariser magnitude per tensor. The authors' code fails on this option; here it does what it says."""
+    """One regularizer magnitude per tensor. The authors' code fails on this option; here it works."""
     selfnormalize_blackbox: bool = False
     """Multiply the blackbox term by the tensor's signed mean gradient."""
     eps: float = feats.EPS
-    """Added to the second moment before its root. The authors' 1e-6 hides gradients below 1e-3, as of losses that are
-    means over many outputs; a smaller one is not in the paper."""
+    """Added to the second moment before its root. The authors' 1e-6 hides gradients below 1e-3, which losses that are
+    means over many outputs have; smaller values are not in the paper."""
     hidden_size: int = 4
     """Units of each hidden layer."""
     hidden_layers: int = 2
@@ -107,14 +107,14 @@ class STARConfig(RuleConfig):
 
 
 class Statistics(NamedTuple):
-    """Means over one tensor, that its step reads."""
+    """Means over one tensor that its step reads."""
 
     channels: list[Tensor]  # mean squares of the features' channels: (16,), (6,), (6,); empty without a network
     means: list[Tensor]  # () mean gradient, for selfnormalize_blackbox
 
 
 class STAR(UpdateRule):
-    """STAR, with `hyperparam` (step_mult 0) and `blackbox` (two heads, no nominal term) as configurations of it.
+    """STAR. `hyperparam` (step_mult 0) and `blackbox` (two heads, no nominal term) are configurations of it.
 
     Meta-parameters: `w0 (39, h), b0, w1 (h, h), b1, ..., w2 (h, heads), b2` and the decay offsets
     `momentum_decays (3,)`, `rms_decays (1,)`, `adafactor_decays (3,)`; 207 in all, 197 for `blackbox`. State: 4 floats
@@ -173,12 +173,12 @@ class STAR(UpdateRule):
         param: Tensor,
         context: StepContext,
     ) -> dict[str, Tensor]:
-        """The step's `blackbox`, `nominal` and `decay` parts, those that the configuration has."""
+        """The step's `blackbox`, `nominal` and `decay` terms, as far as the configuration has them."""
         state = feats.update_accumulators(state, grad, self.decays(meta_params), context.shard)
         return self._terms(meta_params, grad, state, param, context)
 
     def decays(self, meta_params: Mapping[str, Tensor]) -> feats.Decays:
-        """Effective decay rates. The reference clips all but the momentum's to [0, 1], and so do we."""
+        """Effective decay rates. The reference clips all but the momenta's to [0, 1], and so do we."""
         c = self.config
         return feats.Decays(
             feats.effective_decay(c.initial_momentum_decays, meta_params["momentum_decays"]),
@@ -194,10 +194,10 @@ class STAR(UpdateRule):
         time: Tensor,
         shard: TensorShard | None = None,
     ) -> Tensor:
-        """The network's outputs (heads, *shape): direction, blackbox, nominal and regulariser magnitude.
+        """The network's outputs (heads, *shape): direction, blackbox, nominal and regularizer magnitude.
 
-        The first layer is applied group by group, with the normaliser folded into its rows: features that are constant
-        along a dim then cost a row or a column instead of a plane, and nothing of 39 planes is ever formed.
+        The first layer is applied group by group, with the normalizer folded into its rows. So features that are
+        constant along a dim cost a row or a column instead of a plane, and the 39 planes are never formed.
         """
         w0, ndim = meta_params["w0"], features.dense.dim() - 1
         hidden = _bias(meta_params["b0"] + time @ w0[feats.NUM_CHANNELS :], ndim)
@@ -269,12 +269,12 @@ class STAR(UpdateRule):
         Args:
             theta: `w0 b0 w1 b1 w2 b2 momentum_decays rms_decays adafactor_decays` as arrays. A last layer of two
                 columns gives the `blackbox` rule. The arrays' dtype is kept.
-            arguments: the reference constructor's own (`MLPNomLOpt`, or `AdafacMLPLOpt` with its scalar `exp_mult`),
-                with its own defaults: nominal_stepsize 0, nominal_controller False, normalize_blackbox False.
+            arguments: those of the reference's constructor (`MLPNomLOpt`, or `AdafacMLPLOpt` with its scalar
+                `exp_mult`), with its defaults: nominal_stepsize 0, nominal_controller False, normalize_blackbox False.
 
         Raises:
-            ValueError: for missing, unknown or wrongly shaped arrays, and for arguments that the reference does not
-                have or that change how the same weights are read (`split_weights`, `make_separate_weights`).
+            ValueError: for missing, unknown or wrongly shaped arrays; for arguments that the reference does not have
+                or that change how the same weights are read (`split_weights`, `make_separate_weights`).
 
         Example:
             >>> import lightning_lopt as lopt
@@ -304,7 +304,7 @@ def _theta_tensor(name: str, value: Any) -> Tensor:
     try:
         tensor = torch.as_tensor(value).clone()
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"theta[{name!r}] is {type(value).__name__}, no array. {_FLAT} to arrays.") from None
+        raise ValueError(f"theta[{name!r}] is {type(value).__name__}, not an array. {_FLAT} to arrays.") from None
     if not (tensor.is_floating_point() and tensor.isfinite().all()):
         raise ValueError(f"theta[{name!r}] is {tensor.dtype} or holds NaN or inf. {_FLAT} to finite floating arrays.")
     return tensor
@@ -318,7 +318,7 @@ def _from_reference(cls: type[STAR], theta: Mapping[str, Tensor], arguments: Map
             f"{refused[0]}=True reads the same weights as another function; it is not supported. Leave it False."
         )
     if unknown := sorted(_NOT_IN_THE_REFERENCE.intersection(arguments)):
-        raise ValueError(f"{unknown[0]!r} is no argument of the reference; for our own options use rules.make.")
+        raise ValueError(f"{unknown[0]!r} is not an argument of the reference; for our own options use rules.make.")
     config = {name: _plain(value) for name, value in arguments.items() if name not in _LAYOUT_ARGUMENTS}
     kind = "blackbox" if theta["w2"].shape[1] == 2 else "star"
     defaults = dict(_BLACKBOX, num_heads=2 if kind == "blackbox" else 4)

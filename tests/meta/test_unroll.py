@@ -218,10 +218,8 @@ def test_compiled_steps_equal_eager_ones():
 
 FUSED = {
     "star": ("star", {"step_mult": 1e-2}),
-    "scheduler": ("star", {"scheduler": True, "nominal_controller": False, "step_mult": 0.0}),
+    "scheduled": ("scheduled", {"centering_start": 0.5, "caution_end": 0.5}),
     "blackbox": ("blackbox", {}),
-    "multiscale_adam": ("multiscale_adam", {"mixer": "la_b", "k": 5}),
-    "k_momentums": ("k_momentums", {}),
 }
 
 

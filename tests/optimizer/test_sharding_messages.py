@@ -19,7 +19,7 @@ NETWORK = {"nominal_stepsize": 1e-2, "step_mult": 1e-3}
 # kind, config -> messages of a step: those of the rule, whatever the number of tensors; the safeguard has one more.
 CASES = (
     ("star", NETWORK, 2),
-    ("star", {**NETWORK, "scheduler": True, "selfnormalize_blackbox": True}, 2),
+    ("star", {**NETWORK, "selfnormalize_blackbox": True}, 2),
     ("star", {**NETWORK, "aggregate_magnitude": True}, 3),
     ("hyperparam", {"nominal_controller": False}, 1),
     ("blackbox", {}, 2),

@@ -24,7 +24,6 @@ BAD_VALUES = {
     "aggregate_magnitude": NOT_A_FLAG,
     "aggregate_nom_magnitude": NOT_A_FLAG,
     "aggregate_reg_magnitude": NOT_A_FLAG,
-    "scheduler": NOT_A_FLAG,
     "eps": (0.0, -1e-6, 2.0, "1e-6", None),
     "hidden_size": (0, -1, 1025, 4.0, "4", None, True),
     "hidden_layers": (0, 17, 2.0, "2", None),

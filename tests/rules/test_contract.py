@@ -1,6 +1,7 @@
 """What every update rule must do, whatever it is. A new rule adds one line to `contract_table.RULES_UNDER_TEST`."""
 
 import copy
+import dataclasses
 import inspect
 import json
 from typing import Any
@@ -231,10 +232,10 @@ def test_is_rebuilt_from_kind_configuration_and_weights(case, rule):
 
 
 def test_configuration_fields_are_documented(case):
-    """Each with a string below it, where it is defined: these become the command line's help."""
+    """By a string below the field, the command line's help, or by its `meaning`, which `lopt show` prints."""
     config = REGISTRY[case.kind].rule.Config
     source = inspect.getsource(config)
-    for name in config().to_dict():
-        assert f"    {name}: " in source, f"{name} is not defined in {config.__name__} itself"
-        after = source.split(f"    {name}: ", 1)[1].split("\n", 2)[1]
-        assert after.strip().startswith('"""'), name
+    for field in dataclasses.fields(config):
+        assert f"    {field.name}: " in source, f"{field.name} is not defined in {config.__name__} itself"
+        after = source.split(f"    {field.name}: ", 1)[1].split("\n", 2)[1]
+        assert field.metadata.get("meaning") or after.strip().startswith('"""'), field.name
