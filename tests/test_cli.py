@@ -215,7 +215,7 @@ def test_flags_alone_and_another_meta_optimizer(folder):
     assert run("meta-train", "fit", *arguments) == 0
     before, after = lopt.load_rule("star"), lopt.load_rule(folder / "rule")
     assert after.rms_decays != before.rms_decays
-    assert torch.equal(after.w0, before.w0)
+    assert torch.equal(after.schedule_fraction, before.schedule_fraction)
 
 
 TASK = ["--model.tasks=[quadratic]"]
