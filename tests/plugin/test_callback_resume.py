@@ -132,7 +132,17 @@ def checkpoint(tmp_path):
 def test_the_checkpoint_says_which_rule_it_was(checkpoint):
     saved = torch.load(checkpoint, weights_only=True)["callbacks"]["LearnedOptimizer"]
     rule = star()
-    assert set(saved) == {"kind", "config", "lr", "weight_decay", "source", "revision", "sha256", "weights"}
+    assert set(saved) == {
+        "kind",
+        "config",
+        "lr",
+        "reference_lr",
+        "weight_decay",
+        "source",
+        "revision",
+        "sha256",
+        "weights",
+    }
     assert saved["kind"] == "star"
     assert saved["config"] == rule.config.to_dict()
     assert saved["source"] is saved["revision"] is None
@@ -154,6 +164,23 @@ def test_the_fingerprint_is_that_of_kind_configuration_and_weights():
 
     assert fingerprint(star()) == fingerprint(star())
     assert len({fingerprint(rule) for rule in (star(), star(seed=1), star(step_mult=0.5))}) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_rules_of_every_dtype_that_files_hold_reach_a_checkpoint(tmp_path, dtype):
+    def rule():
+        made = star().to(dtype)
+        made.register_buffer("scalar", torch.ones((), dtype=dtype))
+        return made
+
+    def fingerprint(rule):
+        return lopt.LearnedOptimizer(rule).state_dict()["sha256"]
+
+    fit(tmp_path, lopt.LearnedOptimizer(rule()), max_epochs=1).save_checkpoint(tmp_path / "saved.ckpt")
+    fit(tmp_path, lopt.LearnedOptimizer(rule()), ckpt_path=tmp_path / "saved.ckpt")  # warnings are errors
+    other = rule()
+    other.scalar += 1
+    assert fingerprint(rule()) == fingerprint(rule()) != fingerprint(other)
 
 
 def test_other_weights_of_the_same_rule_give_way_to_the_checkpoints(tmp_path, checkpoint):
