@@ -328,6 +328,7 @@ class LearnedOptimizer(Callback, *_pytorch_lightnings_callback()):  # type: igno
         """
         if self._restores:
             rule_record.load_record(state_dict, self.rule, self._group_options())
+        self._restores = True
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_fits": {}}  # copies and pickles leave the Trainers behind
