@@ -70,28 +70,29 @@ class _Fit:
 class LearnedOptimizer(Callback, *_pytorch_lightnings_callback()):  # type: ignore[misc]
     """Trains the module by a learned update rule in place of the optimizers that its `configure_optimizers` returns.
 
-    Everything else stays the user's: parameter groups, schedulers (they go on ticking and being logged), checkpoints
-    and resume, accumulation, clipping, precision, manual optimization. A module must define `configure_optimizers`, as
-    Lightning demands. Logs `lopt/update_rms` (root mean square change of the parameters), `lopt/nominal_share` (the
-    nominal term's part of the update, 0 to 1) and `lopt/skipped` (updates skipped by the safeguard) every
-    `log_every_n_steps`.
+    Everything else works as before: parameter groups, schedulers (they keep stepping and being logged), checkpoints and
+    resume, accumulation, clipping, precision, manual optimization. The module must define `configure_optimizers`, as
+    Lightning requires. Every `log_every_n_steps` steps the callback logs `lopt/update_rms` (root mean square change of
+    the parameters), `lopt/nominal_share` (the nominal term's fraction of the update, 0 to 1) and `lopt/skipped`
+    (updates skipped by the safeguard).
 
     Args:
-        rule: the update rule, of which the callback keeps a copy, or a name or path for `lightning_lopt.load_rule`.
-        lr: "ignore", the module's learning rate is logged and changes nothing; "scale", the update is multiplied by
-            lr / reference_lr, so that schedules act.
-        reference_lr: the learning rate at which the update has its full size, for lr="scale". Default: the largest
-            initial lr of the groups (max_lr under OneCycleLR and CyclicLR). Pass the peak of schedules that climb.
-        weight_decay: "ignore", or "decoupled": the groups' own weight decay, as AdamW applies it.
-        num_steps: the run's length in steps of each optimizer, which rules with a schedule anneal over. "auto": from
-            the Trainer, and unknown where nobody can know it (manual optimization, a Timer, EarlyStopping under
-            Lightning's default max_epochs, reloaded dataloaders). None: unknown.
-        only: replace only these optimizers: positions in what `configure_optimizers` returns, or exact classes.
-        skip: leave these optimizers alone, likewise. SparseAdam is always left alone.
-        safeguard: never let a non-finite gradient or update reach a parameter or its state; skip, count, log, and stop
-            with a RuntimeError after 20 steps in a row. "fallback": besides, take the rule's nominal term alone while
-            the loss is outside its trust band (see `optimizer.trust_band`), and log that as `lopt/fallback`.
-        backend: "auto", "reference" or "fused", see `RuleOptimizer`.
+        rule: the update rule (the callback copies it), or a name or path for `lightning_lopt.load_rule`.
+        lr: "ignore" (default): the module's learning rate is logged and has no effect. "scale": the update is
+            multiplied by lr / reference_lr, so schedules take effect.
+        reference_lr: for lr="scale": the learning rate at which the update has its full size. Default: the largest
+            initial lr of the groups (max_lr under OneCycleLR and CyclicLR). For a schedule that climbs, pass its peak.
+        weight_decay: "ignore" (default), or "decoupled": apply the groups' own weight decay, as AdamW does.
+        num_steps: the run's length in steps of each optimizer; rules with a schedule anneal over it. "auto" (default):
+            taken from the Trainer, or unknown where it cannot be known (manual optimization, a Timer, EarlyStopping
+            with Lightning's default max_epochs, reloaded dataloaders). None: unknown.
+        only: replace only these optimizers, given as positions in what `configure_optimizers` returns or as exact
+            classes. Default: all.
+        skip: do not replace these optimizers, given likewise. SparseAdam is never replaced.
+        safeguard: True (default): skip, count and log steps with a non-finite gradient or update, and stop with a
+            RuntimeError after 20 in a row. "fallback": in addition, apply only the rule's nominal term while the loss
+            is outside its trust band (see `optimizer.trust_band`), logged as `lopt/fallback`.
+        backend: "auto" (default), "reference" or "fused", see `RuleOptimizer`.
 
     Raises:
         TypeError: if `rule` is neither an `UpdateRule` nor a name.
@@ -225,7 +226,7 @@ class LearnedOptimizer(Callback, *_pytorch_lightnings_callback()):  # type: igno
             )
         if self.lr == "ignore" and any(type(c).__name__ == "LearningRateFinder" for c in trainer.callbacks):
             rank_zero_warn(
-                "The learning-rate finder has nothing to find: LearnedOptimizer ignores lr. Drop it, or use "
+                "The learning-rate finder has nothing to find: LearnedOptimizer ignores lr. Remove the finder, or use "
                 "LearnedOptimizer(lr='scale')."
             )
         # Lightning stops calling on_exception hooks at the first one that raises, and ours has to undo the wraps. So it
@@ -266,7 +267,7 @@ class LearnedOptimizer(Callback, *_pytorch_lightnings_callback()):  # type: igno
             announcement.warn_about_groups(fit.rule_optimizers())
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """Have the steps that will be logged measured."""
+        """Measure the steps that will be logged."""
         if not isinstance(optimizer, RuleOptimizer):
             return
         self._fits[trainer].checks.observe(optimizer)
@@ -285,10 +286,13 @@ class LearnedOptimizer(Callback, *_pytorch_lightnings_callback()):  # type: igno
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Warn if the first epoch shows that the rule does not train the module."""
-        self._fits[trainer].checks.end_epoch()
+        fit = self._fits[trainer]
+        fit.checks.end_epoch(trainer.current_epoch)
+        # Replaced optimizers hold parameters, which the module may drop in mid-training.
+        fit.replacement = Replacement([], fit.replacement.left_alone)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Say how often the safeguard stepped in."""
+        """Report how often the safeguard intervened."""
         optimizers = [o for o in trainer.strategy.optimizers if isinstance(o, RuleOptimizer)]
         if self.safeguard and (skipped := sum(o.num_skipped() for o in optimizers)):
             rank_zero_warn(
@@ -296,7 +300,7 @@ class LearnedOptimizer(Callback, *_pytorch_lightnings_callback()):  # type: igno
             )
         if handovers := sum(o.num_handovers() for o in optimizers):
             rank_zero_warn(
-                f"The loss left its trust band {handovers} times, and the nominal term ran alone until it was back."
+                f"The loss left its trust band {handovers} times; only the nominal term was applied until it returned."
             )
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -304,7 +308,7 @@ class LearnedOptimizer(Callback, *_pytorch_lightnings_callback()):  # type: igno
         self._end(trainer)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Put the strategy's own methods back; Lightning calls no teardown on exceptions."""
+        """Put the strategy's own methods back: Lightning does not call `teardown` after an exception."""
         self._end(trainer)
         disk_errors.explain(trainer, exception)
 
@@ -321,7 +325,7 @@ class LearnedOptimizer(Callback, *_pytorch_lightnings_callback()):  # type: igno
         return rule_record.save_record(self.rule, self._group_options())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the weights that the checkpoint was made with; do nothing while the Trainer only evaluates.
+        """Restore the weights that the checkpoint was made with; do nothing if the Trainer only evaluates.
 
         Raises:
             MisconfigurationException: if the checkpoint's rule is of another kind or configuration.
@@ -378,9 +382,9 @@ class LearnedOptimizer(Callback, *_pytorch_lightnings_callback()):  # type: igno
         if fallback is not None and bool(fallback) != (number in fallen_back):
             fallen_back ^= {number}
             rank_zero_info(
-                "LearnedOptimizer: the loss has left its trust band; the rule's nominal term goes on alone."
+                "LearnedOptimizer: the loss left its trust band; only the rule's nominal term is applied."
                 if bool(fallback)
-                else "LearnedOptimizer: the loss is back in its trust band; the whole rule goes on."
+                else "LearnedOptimizer: the loss is back in its trust band; the whole rule is applied again."
             )
 
     def _end(self, trainer: Any) -> None:

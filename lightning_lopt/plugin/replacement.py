@@ -64,7 +64,8 @@ def replace_optimizers(
     optimizers = [optimizer for optimizer in strategy.optimizers if not is_mock(optimizer)]
     wanted = _matched(optimizers, "only", only) if only is not None else set(range(len(optimizers)))
     wanted -= _matched(optimizers, "skip", skip or ())
-    replaced, left_alone = [], []
+    replaced: list[Replaced] = []
+    left_alone: list[Optimizer] = []
     for number, old in enumerate(optimizers):
         if isinstance(old, RuleOptimizer):
             continue

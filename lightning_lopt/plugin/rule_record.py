@@ -1,4 +1,4 @@
-"""What a Trainer's checkpoint says of the rule that trained: which one it was, where it came from, and its weights."""
+"""The record of a rule in a Trainer's checkpoint: which rule trained, where it came from, and its weights."""
 
 from __future__ import annotations
 
@@ -44,12 +44,13 @@ def load_record(record: dict[str, Any], rule: UpdateRule, options: dict[str, Any
     for key, value in options.items():
         if record[key] != value:  # it is in the optimizer's groups, which are restored
             rank_zero_warn(
-                f"The checkpoint was made with {key}={record[key]!r}, and the run goes on so, not with {key}={value!r}."
+                f"The checkpoint was made with {key}={record[key]!r}, and the run continues with that, not with "
+                f"{key}={value!r}."
             )
     if record["sha256"] != fingerprint(rule):
         rank_zero_warn(
             f"The weights of the rule differ from those of the checkpoint ({origin}, sha256 {record['sha256'][:12]}); "
-            "the run goes on with the checkpoint's."
+            "the run continues with the checkpoint's."
         )
     rule.load_state_dict(record["weights"])
 

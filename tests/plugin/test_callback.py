@@ -1,4 +1,4 @@
-"""LearnedOptimizer takes the place of every optimizer that Lightning accepts, and leaves everything else as it was."""
+"""LearnedOptimizer replaces every optimizer that Lightning accepts, and leaves everything else unchanged."""
 
 import copy
 import pickle

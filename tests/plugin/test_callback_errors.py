@@ -1,4 +1,4 @@
-"""Bad input to LearnedOptimizer: one line each, which says what came, what is allowed and what to do."""
+"""Bad input to LearnedOptimizer gives one-line errors: what came, what is allowed, what to do."""
 
 import lightning as L
 import pytest

@@ -1,4 +1,4 @@
-"""What LearnedOptimizer says and logs, and its safeguard in a Trainer."""
+"""What LearnedOptimizer announces and logs, and its safeguard in a Trainer."""
 
 import logging
 import math
@@ -32,7 +32,7 @@ def announcements(caplog):
 
 @pytest.fixture
 def said(caplog):
-    """Lightning's messages, which its loggers keep from the root logger."""
+    """Lightning's messages, which do not reach the root logger."""
     names = ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero")
     caplog.set_level(logging.INFO)
     for name in names:
@@ -128,7 +128,7 @@ def test_logging_changes_nothing(tmp_path):
 
 
 class Spoiled(Module):
-    """Some batches have a loss that is not finite; the weights of the second layer alone see it where `partly`."""
+    """Some batches have a non-finite loss; with `partly` it only reaches the last bias."""
 
     def __init__(self, bad, partly=False):
         super().__init__()

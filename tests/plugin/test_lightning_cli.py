@@ -20,7 +20,7 @@ def _no_deprecation_warnings(monkeypatch):
 
 
 class CLIModule(Module):
-    """What a LightningCLI can build: annotated arguments with defaults, and its own data."""
+    """A module that LightningCLI can build: annotated arguments with defaults, and its own data."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()

@@ -1,5 +1,8 @@
 """Which optimizers LearnedOptimizer replaces, and what it says where a replacement is not what the user means."""
 
+import gc
+import weakref
+
 import lightning as L
 import pytest
 import torch
@@ -328,8 +331,25 @@ def test_a_module_that_steps_its_own_optimizer_is_told_once(tmp_path, make, faul
 
 
 def test_a_learning_rate_set_on_the_old_optimizer_is_pointed_out(tmp_path):
-    with pytest.warns(UserWarning, match=f"The lr of a AdamW was set, but .* no effect. {ADVICE}"):
+    with pytest.warns(UserWarning, match=f"The module set the lr of its own AdamW, .* no effect. {ADVICE}"):
         fit(tmp_path, learned(lr="scale"), module=Keeps(steps=False))
+
+
+def test_the_old_optimizer_is_released_after_the_first_epoch(tmp_path):
+    class Looks(L.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            gc.collect()
+            self.alive = made[0]() is not None
+
+    def configure(module):
+        optimizer = adamw(module)
+        made.append(weakref.ref(optimizer))
+        return optimizer
+
+    made = []
+    looks = Looks()
+    fit(tmp_path, learned(), looks, module=Module(configure))
+    assert not looks.alive
 
 
 def test_an_optimizer_that_comes_with_state_is_not_taken_for_one_that_stepped(tmp_path):
@@ -381,6 +401,16 @@ def test_a_schedule_that_never_comes_near_its_reference_is_pointed_out(tmp_path)
 
     with pytest.warns(UserWarning, match=r"by at most 0.004 in the first epoch: the lr never came near its reference"):
         fit(tmp_path, learned(lr="scale"), module=Module(scheduled(noam, lr=1.0)))
+
+
+def test_a_resumed_schedule_near_its_end_is_not_taken_for_one_off_its_reference(tmp_path):
+    module = lambda: Module(scheduled(lambda optimizer: schedulers.ExponentialLR(optimizer, 0.5)))  # noqa: E731
+    fit(tmp_path, learned(lr="scale"), module=module(), max_epochs=1).save_checkpoint(tmp_path / "saved.ckpt")
+    fit(tmp_path, learned(lr="scale"), module=module(), ckpt_path=tmp_path / "saved.ckpt")  # warnings are errors
+
+
+def test_the_lr_of_the_modules_own_rule_optimizer_is_its_own_affair(tmp_path):
+    fit(tmp_path, learned(lr="scale"), module=Module(lambda m: RuleOptimizer(m.parameters(), star(), lr=2.0)))
 
 
 def two_groups(lr, make=None):

@@ -1,4 +1,4 @@
-"""What holds for the callback holds through Trainer(strategy="lopt") and "lopt_ddp_fork", to the bit."""
+"""The callback's behavior through Trainer(strategy="lopt") and "lopt_ddp_fork", bit for bit."""
 
 import lightning as L
 import pytest

@@ -32,7 +32,8 @@ class Wraps(L.Callback):
 
 
 def test_a_wrap_above_ours_stays_and_ours_passes_calls_through(tmp_path):
-    wraps, callback = Wraps(), lopt.LearnedOptimizer(LossRule())
+    wraps = Wraps()
+    callback = lopt.LearnedOptimizer(LossRule())
     runner = fit(tmp_path, callback, wraps)
     assert {name: vars(runner.strategy)[name] for name in WRAPPED} == wraps.own
     seen = len(callback.rule.losses)
