@@ -474,4 +474,4 @@ def _scalar(value: float | Tensor) -> float | Tensor:
 
 
 def _reference_lr(group: dict[str, Any]) -> float:
-    return next((float(group[key]) for key in _LR_KEYS if key in group), 1.0)
+    return next((float(group[key]) for key in _LR_KEYS if group.get(key) is not None), 1.0)
