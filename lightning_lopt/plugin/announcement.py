@@ -49,9 +49,10 @@ def warn_about_groups(optimizers: Iterable[RuleOptimizer]) -> None:
     """Warn of groups with lr 0, which somebody may have meant to hold fixed; for fits that ignore the lr."""
     for optimizer in optimizers:
         for number, group in enumerate(optimizer.param_groups):
-            # A schedule that warms up from 0 has its target in one of the other two.
-            peak = max(float(group.get(key) or 0.0) for key in ("lr", "initial_lr", "max_lr"))
-            if peak == 0 and any(param.requires_grad for param in group["params"]):
+            # A schedule that warms up from 0 has its target in one of the other two. None is an lr that the optimizer
+            # would have worked out itself (Adafactor).
+            lrs = [group.get(key, 0.0) for key in ("lr", "initial_lr", "max_lr")]
+            if lrs == [0.0, 0.0, 0.0] and any(param.requires_grad for param in group["params"]):
                 rank_zero_warn(
                     f"Parameter group {number} has lr=0, and LearnedOptimizer(lr='ignore') trains it like the others. "
                     "To hold its parameters fixed, call requires_grad_(False) on them, leave them out of the "

@@ -430,6 +430,16 @@ def test_a_group_with_lr_0_is_pointed_out_where_lr_is_ignored(tmp_path):
     assert len([w for w in seen if "has lr=0" in str(w.message)]) == 1
 
 
+@pytest.mark.filterwarnings("ignore:LearnedOptimizer replaces .*Relative, which does not come with torch")
+def test_an_lr_that_the_optimizer_works_out_itself(tmp_path):
+    class Relative(torch.optim.Optimizer):  # as transformers' Adafactor
+        def __init__(self, params):
+            super().__init__(params, {"lr": None})
+
+    runner = fit(tmp_path, module=Module(lambda m: Relative(m.parameters())))  # warnings are errors
+    assert runner.optimizers[0].param_groups[0]["lr"] is None
+
+
 def test_a_group_with_lr_0_is_held_where_lr_scales(tmp_path):
     runner = fit(tmp_path, learned(lr="scale", weight_decay="decoupled"), module=Module(two_groups(0.0)))
     assert_equal(weights(runner)[:2], [p.detach() for p in Module().net[0].parameters()])
