@@ -189,7 +189,7 @@ def test_a_right_arrow_is_not_reported(tmp_path, path, source):
 # Looks before and after the import. The libraries that the package stands on are in already: all that shows is its own.
 GLOBAL_STATE = """
 import logging, os, random, signal, sys, warnings
-import lightning.pytorch, numpy, torch, torchmetrics, safetensors.torch, huggingface_hub
+import lightning.pytorch, numpy, pytorch_lightning.strategies, torch, torchmetrics, safetensors.torch, huggingface_hub
 
 happened = []
 
