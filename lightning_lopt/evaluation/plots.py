@@ -6,8 +6,7 @@ import math
 import statistics
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lightning_lopt.evaluation.report import TUNED, labels, main_reference
-from lightning_lopt.evaluation.results import DEFAULT_ADAM, REFERENCES, Results
+from lightning_lopt.evaluation.results import DEFAULT_ADAM, REFERENCES, TUNED, Results
 from lightning_lopt.evaluation.suites import Case
 
 if TYPE_CHECKING:
@@ -76,7 +75,7 @@ def curves(results: Results) -> Figure:
 
 
 def _curve_panel(panel: Axes, results: Results, case: Case, drawn: list[str]) -> None:
-    styles, names = looks(results), labels(results)
+    styles, names = looks(results), results.labels
     for name in drawn:
         runs, look = results.entry(case, name).best["final"].runs, styles[name]
         seeds = [_smooth(curve) for curve in runs.curve]
@@ -129,7 +128,7 @@ def ratios(results: Results) -> Figure:
     """A row per task: the optimizers' final and mean loss divided by the reference's, and the geometric means."""
     from matplotlib.figure import Figure
 
-    reference = main_reference(results)
+    reference = results.main_reference
     drawn = [name for name in results.optimizers if name not in (reference, DEFAULT_ADAM)]
     height = 0.34 * (len(results.cases) + 2) + 1.5
     figure = Figure(figsize=(11.5, max(height, 3.2)), layout="constrained")
@@ -142,7 +141,7 @@ def ratios(results: Results) -> Figure:
 
 
 def _ratio_panel(panel: Axes, results: Results, measure: str, reference: str, drawn: list[str]) -> None:
-    styles, names, cases = looks(results), labels(results), results.cases
+    styles, names, cases = looks(results), results.labels, results.cases
     means = {summary.optimizer: summary.ratios[measure, reference].value for summary in results.summary()}
     for number, name in enumerate(drawn):
         look = styles[name]

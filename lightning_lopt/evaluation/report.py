@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_lopt.evaluation.results import DEFAULT_ADAM, MEASURES, REFERENCES, Entry, Ratio, Results
+from lightning_lopt.evaluation import plots
+from lightning_lopt.evaluation.results import DEFAULT_ADAM, MEASURES, REFERENCES, TUNED, Entry, Ratio, Results
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-TUNED = ("final", "mean")  # what settings are chosen for
 LOSSES = {"final": "final training loss", "mean": "mean training loss", "test": "test loss"}
 NEEDS = ("matplotlib", "rich")
 
@@ -40,8 +40,6 @@ def write(results: Results, directory: str | Path) -> list[Path]:
     Returns:
         The files.
     """
-    from lightning_lopt.evaluation import plots
-
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / name for name in ("table.csv", "summary.csv", "curves.png", "ratios.png")]
@@ -55,14 +53,6 @@ def write(results: Results, directory: str | Path) -> list[Path]:
 def tables(results: Results) -> list[Table]:
     """Ratios task by task, for the final and for the mean loss, and the summary, for rich to print."""
     return [*(_ratio_table(results, measure) for measure in TUNED), _summary_table(results)]
-
-
-def labels(results: Results) -> dict[str, str]:
-    """Optimizer -> what it is called in tables and plots; of a path, the last part where that is unambiguous."""
-    found = {entry.optimizer: entry.label for entry in results.entries}
-    short = {name: label.rsplit("/", 1)[-1] for name, label in found.items()}
-    taken = list(short.values())
-    return {name: short[name] if taken.count(short[name]) == 1 else label for name, label in found.items()}
 
 
 def _row(results: Results, entry: Entry) -> dict[str, Any]:
@@ -113,15 +103,10 @@ def _number(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.5g}"
 
 
-def main_reference(results: Results) -> str:
-    """What tables and plots take ratios to: tuned Adam where it was run."""
-    return "adam" if "adam" in results.references else DEFAULT_ADAM
-
-
 def _ratio_table(results: Results, measure: str) -> Table:
     from rich.table import Table
 
-    reference, names = main_reference(results), labels(results)
+    reference, names = results.main_reference, results.labels
     others = [optimizer for optimizer in results.optimizers if optimizer != reference]
     table = Table(title=f"{measure.capitalize()} training loss / that of {REFERENCES[reference]} (lower is better)")
     table.add_column("task", no_wrap=True)
@@ -151,7 +136,7 @@ def _summary_table(results: Results) -> Table:
     )
     table = Table(title=f"Geometric means over {tasks}, {seeds} each")
     table.add_column("", no_wrap=True)
-    rows, names = results.summary(), labels(results)
+    rows, names = results.summary(), results.labels
     for row in rows:
         table.add_column(names[row.optimizer], justify="right")
     for measure in MEASURES:

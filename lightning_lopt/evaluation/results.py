@@ -18,6 +18,8 @@ REFERENCES = {"adam": "tuned Adam", "best": "best tuned", DEFAULT_ADAM: "Adam 1e
 """What ratios are taken to: name -> in words."""
 MEASURES = {"final": "final", "mean": "mean", "test": "test_loss"}
 """What is compared: name -> field of `Runs`. The test loss is that of the setting chosen for the final one."""
+TUNED = ("final", "mean")
+"""The measures that settings are chosen for."""
 SLACK = 1.02
 
 
@@ -99,6 +101,19 @@ class Results:
         """The references that ratios can be taken to."""
         ran = set(self.optimizers)
         return [name for name in REFERENCES if name in ran or (name == "best" and ran & set(BEST_OF))]
+
+    @property
+    def main_reference(self) -> str:
+        """The reference of tables and plots: tuned Adam where it was run."""
+        return "adam" if "adam" in self.references else DEFAULT_ADAM
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Optimizer -> its name in tables and plots; of a path, the last part where that is unambiguous."""
+        full = {entry.optimizer: entry.label for entry in self.entries}
+        short = {name: label.rsplit("/", 1)[-1] for name, label in full.items()}
+        taken = list(short.values())
+        return {name: short[name] if taken.count(short[name]) == 1 else label for name, label in full.items()}
 
     def entry(self, case: Case, optimizer: str) -> Entry:
         """The entry of an optimizer on a case."""
