@@ -9,10 +9,10 @@ import torch
 from lightning_cases import KNOWN_WARNINGS
 
 import lightning_lopt as lopt
-from lightning_lopt.claims import Lab, find, lstm, lstm_quadratic, verdict
+from lightning_lopt.claims import Experiment, find, lstm, lstm_quadratic, verdict
 from lightning_lopt.claims import lstm_eigenvalue as eigenvalue
-from lightning_lopt.claims.curves import losses as losses_of
-from lightning_lopt.claims.together import normalized, train_together
+from lightning_lopt.claims.loss_curves import losses as losses_of
+from lightning_lopt.claims.multi_seed import meta_train_seeds, normalize_by_seed
 from lightning_lopt.cli import main
 from lightning_lopt.meta.estimators import TruncatedBackprop
 from lightning_lopt.meta.schedules import Horizon
@@ -25,8 +25,8 @@ FOLDER = Path(__file__).parents[2] / "examples" / "configs" / "lstm"
 RULES = {"lstm": "lstm", "lstm_dmd": "lstm_dmd"}
 
 
-def lab(path=None, seeds=2):
-    return Lab(seeds=seeds, quick=True, cache_dir=path)
+def experiment(path=None, seeds=2):
+    return Experiment(seeds=seeds, quick=True, cache_dir=path)
 
 
 @pytest.fixture
@@ -81,14 +81,14 @@ def test_the_length_is_told_and_the_nominal_term_alone_has_the_scheduler(tiny, m
     monkeypatch.setattr(lstm, "load_rule", lambda name: robust)
     task, ends = make_task("breast-cancer-logreg"), []
     for rule, length in ((silent, 30), (lstm.nominal_alone(), 30), (silent, None)):
-        ((_, make_optimizer),) = lstm.learned(rule, length).items()
-        ends.append(float(lstm.descend(task, 30, 0, make_optimizer)[-1]))
+        ((_, make_optimizer),) = lstm.with_rule(rule, length).items()
+        ends.append(float(lstm.train(task, 30, 0, make_optimizer)[-1]))
     assert ends[0] == pytest.approx(ends[1], rel=1e-5)
     assert abs(ends[2] / ends[0] - 1) > 1e-3
 
 
 def test_adam_is_annealed_at_each_rate():
-    rows = lstm.annealed(20)
+    rows = lstm.cosine_adams(20)
     assert len(rows) == 9
     for rate, make_optimizer in zip(lstm.RATES, rows.values(), strict=True):
         param = torch.nn.Parameter(torch.ones(3))
@@ -107,7 +107,7 @@ def test_adam_is_annealed_at_each_rate():
 def test_the_papers_window_is_never_learned_from(monkeypatch):
     """To the letter, m = 100 and runs of 100 steps: the eigenvalue's weights stay as drawn; with m = 20 they do not."""
     monkeypatch.setattr(eigenvalue, "make_task", lambda name, **options: make_task("breast-cancer-logreg"))
-    numbers = eigenvalue._literal(lab(seeds=2)).numbers
+    numbers = eigenvalue._literal(experiment(seeds=2)).numbers
     assert max(numbers[f"{eigenvalue.BY_EIGENVALUE}, m = 100"]) < 1e-5  # weights are kept to six digits
     for name in (f"{eigenvalue.BY_EIGENVALUE}, m = 20", f"{eigenvalue.BY_GRADIENT}, m = 100"):
         assert min(numbers[name]) > 1e-4
@@ -119,11 +119,11 @@ def test_the_papers_window_is_never_learned_from(monkeypatch):
 def test_a_summary_is_numpys():
     numpy = pytest.importorskip("numpy")
     values = [0.3, 0.1, 0.7, 0.2, 2.0]
-    found = lstm.summary(values)
+    found = lstm.summarize(values)
     low, middle, high = numpy.percentile(values, [25, 50, 75])
     expected = {"mean": numpy.mean(values), "std": numpy.std(values, ddof=1), "median": middle, "iqr": high - low}
     assert found == pytest.approx(expected)
-    assert lstm.summary([3.0]) == {"mean": 3.0, "std": 0.0, "median": 3.0, "iqr": 0.0}
+    assert lstm.summarize([3.0]) == {"mean": 3.0, "std": 0.0, "median": 3.0, "iqr": 0.0}
 
 
 def test_nag_is_torchs():
@@ -142,7 +142,7 @@ def test_nag_is_torchs():
 
 
 def test_the_table_is_measured_with_adam_at_its_best(tiny, tmp_path):
-    measured = lstm._table(lab(tmp_path))
+    measured = lstm._table(experiment(tmp_path))
     names = {*lstm.LEARNED, lstm.ALONE, lstm.UNTOLD, lstm.COSINE, "Adam 0.01", "tuned Adam", "lr of tuned Adam"}
     assert set(measured.numbers) == {f"A: {name}" for name in names}
     assert all(len(row) == 2 for name, row in measured.numbers.items() if "lr of" not in name)
@@ -151,15 +151,15 @@ def test_the_table_is_measured_with_adam_at_its_best(tiny, tmp_path):
     (rate,) = measured.numbers["A: lr of tuned Adam"]
     task = make_task("breast-cancer-logreg")
     for seed, value in enumerate(adam):
-        losses = lstm.descend(task, 30, seed, lambda params: torch.optim.Adam(params, lr=rate))
+        losses = lstm.train(task, 30, seed, lambda params: torch.optim.Adam(params, lr=rate))
         assert value == pytest.approx(float(losses[-10:].mean()), rel=1e-5)
-    again = Lab(seeds=2, quick=True, cache_dir=tmp_path)
+    again = Experiment(seeds=2, quick=True, cache_dir=tmp_path)
     assert lstm._table(again).numbers == measured.numbers
 
 
 def test_a_run_is_a_plain_loop_and_divergence_is_bounded():
     task = make_task("quadratic", dim=3)
-    losses = lstm.descend(task, 5, 3, lambda params: torch.optim.SGD(params, lr=0.01))
+    losses = lstm.train(task, 5, 3, lambda params: torch.optim.SGD(params, lr=0.01))
     generator = torch.Generator().manual_seed(3)
     start = task.init(generator)
     x, matrix, target = start.params["x"], start.constants["matrix"], start.constants["target"]
@@ -167,12 +167,12 @@ def test_a_run_is_a_plain_loop_and_divergence_is_bounded():
         residual = matrix @ x - target
         torch.testing.assert_close(loss.float(), residual.square().sum())
         x = x - 0.01 * 2 * matrix.T @ residual
-    wild = lstm.descend(task, 200, 3, lambda params: torch.optim.SGD(params, lr=1e9))
+    wild = lstm.train(task, 200, 3, lambda params: torch.optim.SGD(params, lr=1e9))
     assert wild[-1] == 2 * wild[0]
 
 
 def test_long_runs_are_judged_by_their_worst_stretch(tiny):
-    numbers = lstm._long(lab(seeds=1)).numbers
+    numbers = lstm._long(experiment(seeds=1)).numbers
     assert set(numbers) == {f"A: {lstm.WORST}", "A: last loss"}
     assert all(math.isfinite(row[0]) for row in numbers.values())
 
@@ -181,7 +181,7 @@ def test_the_eigenvalue_is_replaced_and_nothing_else():
     rule = make("lstm_dmd", hidden_size=3, num_snapshots=3, snapshots="increments")
     task, shown = make_task("rosenbrock"), {}
     for feature in eigenvalue.FEATURES:
-        altered = eigenvalue.Altered(rule, feature)
+        altered = eigenvalue.ReplacedEigenvalue(rule, feature)
         states = {"x": rule.init_state(torch.zeros(2))}
         for step in range(6):
             param = {"x": torch.tensor([1.0, 2.0]) * 0.5**step}
@@ -191,7 +191,7 @@ def test_the_eigenvalue_is_replaced_and_nothing_else():
         assert int(states["x"].seen) == 6
     assert shown == pytest.approx({"eigenvalue": 0.5, "zero": 0.0, "one": 1.0, "step counter": 0.05})
     unroll, generator = (
-        Unroll(eigenvalue.Altered(rule, "eigenvalue"), task, "raw"),
+        Unroll(eigenvalue.ReplacedEigenvalue(rule, "eigenvalue"), task, "raw"),
         torch.Generator().manual_seed(0),
     )
     plain = Unroll(rule, task, "raw")
@@ -220,7 +220,7 @@ def test_the_papers_window_shows_nothing_in_all_of_meta_training():
 
 
 def test_the_quick_quadratic_measures_all(monkeypatch):
-    numbers = lstm_quadratic._quadratic(lab(seeds=1)).numbers
+    numbers = lstm_quadratic._quadratic(experiment(seeds=1)).numbers
     summed = lstm_quadratic.SUMMED
     assert {f"{summed} {name}" for name in ("the LSTM", *lstm_quadratic.HAND_DESIGNED)} < set(numbers)
     assert numbers[f"{summed} NAG"][0] < 300  # 100 steps from a first loss of 10 on average
@@ -230,7 +230,7 @@ def test_the_quick_quadratic_measures_all(monkeypatch):
 def test_problems_side_by_side_are_runs_of_their_own():
     """The rule takes each coordinate alone, so that one run of the sum is many runs; the norm, to see gradients mix."""
     rule = make("lstm", preprocessing="none", hidden_size=4)
-    many = lstm_quadratic.SideBySide(problems=3, dim=4, init_std=1.0, squared=False)
+    many = lstm_quadratic.StackedLeastSquares(problems=3, dim=4, init_std=1.0, squared=False)
     one = make_task("quadratic", dim=4, init_std=1.0, squared=False)
     start = many.init(torch.Generator().manual_seed(0))
     states = [rule.init_state(start.params["x"]), *(rule.init_state(x) for x in start.params["x"])]
@@ -251,13 +251,14 @@ def test_seeds_that_are_trained_together_are_trained_apart(tmp_path):
     """Whatever the second meta-seed, the first learns the same, on the same problems; and finds it again."""
     rule, task = make("lstm", hidden_size=3, preprocessing="none"), make_task("quadratic", dim=3)
     estimator = TruncatedBackprop(2, 4, Horizon(9), stagger=False)
-    options = {"num_steps": 5, "lr": 1e-2, "looks": 2, "schedule": "cosine"}
+    options = {"num_steps": 5, "lr": 1e-2, "num_checkpoints": 2, "schedule": "cosine"}
+    here = experiment(tmp_path)
     for normalize in (False, True, "tensor", "clip"):
         found = [
-            train_together(lab(tmp_path), "", rule, task, estimator, normalize=normalize, seeds=seeds, **options)
+            meta_train_seeds(here, "", rule, task, estimator, normalize=normalize, seeds=seeds, **options)
             for seeds in ((3, 5), (3, 9), (3, 5))
         ]
-        assert [len(looks) for looks in found] == [2, 2, 2]
+        assert [len(checkpoints) for checkpoints in found] == [2, 2, 2]
         for (mine, my_other), (theirs, their_other), (again, _) in zip(*found, strict=True):
             for name, value in mine.items():
                 assert torch.equal(again[name], value)
@@ -277,13 +278,13 @@ def test_gradients_are_normalized_by_meta_seed():
         "clip": ([0.6, 0.3], [0.8, 0.4]),
     }
     for how, (of_a, of_b) in expected.items():
-        found = normalized(double, how, 2)
+        found = normalize_by_seed(double, how, 2)
         assert found["a"][:, 0].tolist() == pytest.approx(of_a)
         assert found["b"][:, 0].tolist() == pytest.approx(of_b)
 
 
 def test_the_quick_findings_and_windows_measure_all(monkeypatch):
-    quick = lab(seeds=2)
+    quick = experiment(seeds=2)
     monkeypatch.setattr(lstm_quadratic, "RECIPES", {k: lstm_quadratic.RECIPES[k] for k in ("default", "3200 steps")})
     numbers = lstm_quadratic._findings(quick).numbers
     assert len(numbers) == 8

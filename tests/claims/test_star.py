@@ -6,7 +6,7 @@ import numpy
 import pytest
 from matplotlib.figure import Figure
 
-from lightning_lopt.claims import Lab, Measured, estimators, star, star_general, verdict
+from lightning_lopt.claims import Experiment, Measurement, estimators, star, star_general, verdict
 from lightning_lopt.claims.star import DIVERGED, END, GROWTH, MEAN, Scale
 from lightning_lopt.evaluation import Runs
 
@@ -53,7 +53,7 @@ def test_growth_is_the_final_loss_over_that_at_the_horizon():
     assert star._growth(runs_with(curve, [0.2, 0.4])) == pytest.approx(0.3)
     diverged = runs_with(curve, [math.nan, math.nan])
     assert star._growth(diverged) == pytest.approx(4.0)  # twice the initial loss at most
-    assert star.curve_of(diverged)[9] == 1.0
+    assert star.mean_curve(diverged)[9] == 1.0
 
 
 @pytest.fixture
@@ -64,9 +64,9 @@ def tiny(monkeypatch):
 
 
 def test_figures_of_meta_training_are_measured_and_drawn(tiny, tmp_path):
-    lab = Lab(seeds=2, quick=True, cache_dir=tmp_path)
+    experiment = Experiment(seeds=2, quick=True, cache_dir=tmp_path)
     names = ("STAR wd 0.1", "No Nom.")
-    measured = star.measure(lab, names, "digits-mlp")
+    measured = star.measure(experiment, names, "digits-mlp")
     assert {name.split(", ")[1] for name in measured.numbers} == set(names)
     assert all(len(values) == 2 and all(map(math.isfinite, values)) for values in measured.numbers.values())
     curve = measured.data["meta"]["STAR wd 0.1"]
@@ -74,14 +74,16 @@ def test_figures_of_meta_training_are_measured_and_drawn(tiny, tmp_path):
     assert curve["seeds"][0] != curve["seeds"][1]  # the meta-seeds differ
     assert isinstance(star.plot(measured), Figure)
     assert isinstance(star.plot_each(measured), Figure)
-    again = Lab(seeds=2, quick=True, cache_dir=tmp_path, progress=lambda *_: pytest.fail("it was all done before"))
+    again = Experiment(
+        seeds=2, quick=True, cache_dir=tmp_path, progress=lambda *_: pytest.fail("it was all done before")
+    )
     assert star.measure(again, names, "digits-mlp").numbers == measured.numbers
 
 
 def test_generalization_is_measured_and_drawn(tiny, monkeypatch):
     monkeypatch.setattr(star_general, "MAIN", ("STAR wd 0.1", "STAR wd 0.5"))
     target = star_general.Target("wider", "digits-mlp", (("hidden", (40,)),))
-    measured = star_general.measure(Lab(seeds=1, quick=True), [target])
+    measured = star_general.measure(Experiment(seeds=1, quick=True), [target])
     assert set(measured.numbers) == {
         star_general.quantity(name) for name in ("STAR wd 0.1", "STAR wd 0.5", "tuned Adam", "better STAR")
     }
@@ -108,5 +110,5 @@ def test_variance_of_one_step_is_that_of_its_closed_form():
 
 def test_the_variance_plot():
     rows = {name: [[1.0, 2.0], [2.0, 3.0]] for name in estimators.NAMES}
-    measured = Measured({}, {"horizons": [10, 100], "curves": {"stable": rows, "unstable": rows}})
+    measured = Measurement({}, {"horizons": [10, 100], "curves": {"stable": rows, "unstable": rows}})
     assert len(estimators.plot(measured).axes) == 2

@@ -142,9 +142,9 @@ def entry(case, name, final, mean=None, seconds=1.0, initial=2.0):
 def test_diverged_and_bounded_losses():
     runs = made([4.1, 4.0, 1e-9, math.nan, math.inf, 0.5])
     assert runs.diverged == [True, False, False, True, True, False]
-    assert runs.bounded("final") == [4.0, 4.0, 0.002, 4.0, 4.0, 0.5]
-    assert runs.score("tail") == math.inf
-    assert made([1.0, 3.0]).score("tail") == 2.0
+    assert runs.clamped("final") == [4.0, 4.0, 0.002, 4.0, 4.0, 0.5]
+    assert runs.tuning_loss("tail") == math.inf
+    assert made([1.0, 3.0]).tuning_loss("tail") == 2.0
     assert made([1.0], mean=[math.nan]).diverged == [True]
 
 
@@ -306,7 +306,7 @@ def test_rules_of_all_kinds_of_names_and_precisions(options, tmp_path):
         (("star", [SMALL], ["lion"]), "baseline='lion' is not allowed"),
         (("star", [("synthetic-mlp", 0)]), "steps=0 is not allowed"),
         (("star", []), "cases is empty"),
-        ((["star", "star"], [SMALL]), "'star' comes twice"),
+        ((["star", "star"], [SMALL]), "'star' is used twice"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -410,5 +410,5 @@ def test_missing_words_are_bad_usage(words, capsys):
 
 def test_a_missing_library_is_named_before_anything_runs(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "rich" else object())
-    with pytest.raises(ModuleNotFoundError, match="needs rich"):
+    with pytest.raises(ModuleNotFoundError, match="Reports need rich"):
         cli.run(parse("--rule", "star", "--task", "synthetic-mlp"))
