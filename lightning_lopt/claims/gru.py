@@ -24,6 +24,7 @@ from lightning_lopt.claims.training import Checkpoints, meta_train
 from lightning_lopt.evaluation.baselines import SGDM, Adam, HandDesigned, RMSProp
 from lightning_lopt.evaluation.compare import Progress, fingerprint
 from lightning_lopt.evaluation.plots import tidy
+from lightning_lopt.evaluation.runs import stack
 from lightning_lopt.meta.estimators import FullUnroll
 from lightning_lopt.meta.unroll import MetaParams, Unroll
 from lightning_lopt.rules import UpdateRule, make
@@ -130,10 +131,7 @@ def mean_ratios(
     unroll = Unroll(rule, task, "ratio", tell_horizon=False)
     lengths = torch.full((problems,), steps + 2)
     sides = len(settings)
-    names = settings[0]
-    population = {n: torch.stack([s[n].detach() for s in settings]).repeat_interleave(problems, 0) for n in names}
-    if sides == 1:
-        population = {n: value.detach() for n, value in settings[0].items()}
+    population = stack(settings, problems, batched=sides > 1)
     total = torch.zeros(sides * problems)
     with torch.no_grad():
         inner = unroll.start(generator, lengths, sides=sides)

@@ -43,11 +43,7 @@ def losses(
     """
     unroll = Unroll(rule, make_task(task_name), "raw")
     generator = torch.Generator().manual_seed(seed)
-    stacked = {name: torch.stack([setting[name].detach() for setting in settings]) for name in settings[0]}
-    population = {name: values.repeat_interleave(runs, 0) for name, values in stacked.items()}
-    found, _ = run_population(
-        unroll, population, generator, steps=steps, seeds=runs, sides=len(settings), batched=True, on_step=on_step
-    )
+    found, _ = run_population(unroll, settings, generator, steps=steps, seeds=runs, batched=True, on_step=on_step)
     found = torch.nan_to_num(found, nan=torch.inf).minimum(2 * found[:1])
     return found.T.reshape(len(settings), runs, steps)
 

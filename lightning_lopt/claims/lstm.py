@@ -156,16 +156,7 @@ def _table(experiment: Experiment) -> Measurement:
         numbers[f"{label}: Adam 0.01"] = rows[RATES.index(1e-2)]
         numbers[f"{label}: tuned Adam"] = rows[best_row(rows)]
         numbers[f"{label}: lr of tuned Adam"] = [RATES[best_row(rows)]]
-    return Measurement(numbers, {"table": {name: summarize(row) for name, row in numbers.items()}})
-
-
-def summarize(values: Sequence[float]) -> dict[str, float]:
-    """Mean, standard deviation, median and interquartile range."""
-    if len(values) < 2:
-        return {"mean": values[0], "std": 0.0, "median": values[0], "iqr": 0.0}
-    quarters = statistics.quantiles(values, n=4, method="inclusive")
-    spread = {"std": statistics.stdev(values), "iqr": quarters[2] - quarters[0]}
-    return {"mean": statistics.fmean(values), "median": quarters[1], **spread}
+    return Measurement(numbers)
 
 
 def _wins(low: str, high: str, least: int, average: Callable[[list[float]], float] = statistics.median) -> Check:

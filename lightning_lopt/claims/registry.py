@@ -43,22 +43,16 @@ def find(targets: Sequence[str]) -> list[Claim]:
     known = find_all()
     found: list[Claim] = []
     for target in dict.fromkeys(targets):
-        if target in known:  # also if there is a folder of this name; "./name" means the folder
+        if target in known:  # also if a folder has this name; "./name" is the folder
             found.append(known[target])
         elif target.endswith(".py") or Path(target).exists():
             found += load(target)
         else:
             close = difflib.get_close_matches(target, known, n=3)
             hint = f"Did you mean {' or '.join(close)}?" if close else f"Known claims are {', '.join(known)}."
-            raise ValueError(
-                f"Unknown claim {target!r}: not a claim's id, nor the path of a file or folder. {hint} "
-                "`lopt reproduce --list` describes them."
-            )
-    own = [claim for claim in found if claim.path]
-    if taken := sorted(claim.id for claim in own if claim.id in known):
-        (path,) = {claim.path for claim in own if claim.id == taken[0]}
-        raise ValueError(f"{path}: the id {taken[0]!r} belongs to a claim of lightning_lopt; choose another one.")
-    return list(_by_id(found).values())
+            raise ValueError(f"Unknown claim {target!r}; it is not the path of a file or folder either. {hint}")
+    _by_id([*known.values(), *(claim for claim in found if claim.path)])  # ids must differ from the bundled ones too
+    return found
 
 
 def load(path: str) -> list[Claim]:
@@ -114,10 +108,10 @@ def _run(file: Path) -> ModuleType:
 
 
 def _by_id(claims: Sequence[Claim]) -> dict[str, Claim]:
-    found = {claim.id: claim for claim in claims}
-    if len(found) < len(claims):
-        ids = [claim.id for claim in claims]
-        twice = next(name for name in ids if ids.count(name) > 1)
-        places = ", ".join(dict.fromkeys(claim.path for claim in claims if claim.id == twice and claim.path))
-        raise ValueError(f"Two claims have the id {twice!r}{f' ({places})' if places else ''}; rename one of them.")
-    return found
+    by_id: dict[str, Claim] = {}
+    for claim in claims:
+        if claim.id in by_id:
+            places = " and in ".join(each.path or "lightning_lopt" for each in (by_id[claim.id], claim))
+            raise ValueError(f"The claim id {claim.id!r} is taken: it is in {places}. Choose another id.")
+        by_id[claim.id] = claim
+    return by_id

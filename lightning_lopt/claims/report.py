@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import shlex
@@ -16,6 +15,7 @@ import torch
 from lightning_lopt import __version__
 from lightning_lopt.claims.claim import Check, Claim, Measurement, verdict
 from lightning_lopt.evaluation.cache import decode, encode
+from lightning_lopt.evaluation.report import write_csv
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -101,22 +101,15 @@ def _write_tables(directory: Path, found: list[Record]) -> None:
         {**row, "checks_that_hold": sum(check["holds"] for check in row["checks"]), "checks": len(row["checks"])}
         for row in found
     ]
-    _write_csv(directory / "claims.csv", columns, claims)
+    write_csv(directory / "claims.csv", claims, columns)
     numbers = [
         {"id": row["id"], "scale": row["scale"], "quantity": name, "number": i, "value": f"{value:.6g}"}
         for row in found
         for name, values in row["numbers"].items()
         for i, value in enumerate(values)
     ]
-    _write_csv(directory / "numbers.csv", ["id", "scale", "quantity", "number", "value"], numbers)
+    write_csv(directory / "numbers.csv", numbers, ["id", "scale", "quantity", "number", "value"])
     (directory / PAGE).write_text(page(found, directory), encoding="utf-8")
-
-
-def _write_csv(path: Path, columns: list[str], rows: list[Record]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, columns, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def page(found: list[Record], directory: Path) -> str:

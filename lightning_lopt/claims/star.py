@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
@@ -194,11 +195,6 @@ def plot(measured: Measurement, *, each: bool = False) -> Figure:
     return figure
 
 
-def plot_each(measured: Measurement) -> Figure:
-    """The same plot with a line per seed."""
-    return plot(measured, each=True)
-
-
 def _faster(ours: str, theirs: str) -> Check:
     return below(f"{MEAN}, {ours}", f"{MEAN}, {theirs}", published="trains faster")
 
@@ -318,7 +314,7 @@ def _claim(key: str, net: str) -> Claim:
         checks=figure.checks,
         minutes=figure.minutes * times,
         quick_minutes=figure.quick_minutes * times,
-        plot=plot_each if key == "app1" else plot,
+        plot=partial(plot, each=True) if key == "app1" else plot,
     )
 
 

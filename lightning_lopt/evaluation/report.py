@@ -33,8 +33,8 @@ def write(results: Results, directory: str | Path) -> list[Path]:
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / name for name in ("table.csv", "summary.csv", "curves.png", "ratios.png")]
-    _write_csv(files[0], [_row(results, entry) for entry in results.entries])
-    _write_csv(files[1], _summary_rows(results))
+    write_csv(files[0], [_row(results, entry) for entry in results.entries])
+    write_csv(files[1], _summary_rows(results))
     plots.curves(results).savefig(files[2], dpi=150)
     plots.ratios(results).savefig(files[3], dpi=150)
     return files
@@ -81,9 +81,10 @@ def _summary_rows(results: Results) -> list[dict[str, Any]]:
     return rows
 
 
-def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+def write_csv(path: Path, rows: Sequence[dict[str, Any]], columns: Sequence[str] | None = None) -> None:
+    """Write some columns of the rows (default: all); floats have five digits, NaN is an empty cell."""
     with path.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(stream, columns or list(rows[0]), extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows({k: _number(v) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
 

@@ -63,7 +63,6 @@ class Summary(NamedTuple):
     """Results of one optimizer over all cases."""
 
     optimizer: str
-    label: str
     ratios: dict[tuple[str, str], Ratio]
     """(measure, reference) -> geometric mean over the cases, for the references that were run."""
     not_worse: dict[str, int]
@@ -149,7 +148,6 @@ class Results:
         diverged = [flag for entry in entries for flag in entry.best["final"].runs.diverged]
         return Summary(
             optimizer=optimizer,
-            label=entries[0].label,
             ratios={key: _geometric_mean(ratios) for key, ratios in rows.items()},
             not_worse={m: sum(ratio.value <= SLACK for ratio in rows[m, DEFAULT_ADAM]) for m in MEASURES},
             diverged=sum(diverged),

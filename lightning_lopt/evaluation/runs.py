@@ -104,51 +104,57 @@ def run(
     """
     generator = torch.Generator().manual_seed(SEED)
     unroll = Unroll(rule, task, "raw", tell_horizon=tell_length)
-    sides = len(meta_params)
-    population = _stack(meta_params, seeds)
     losses, inner = run_population(
-        unroll, population, generator, steps=steps, seeds=seeds, sides=sides, batched=sides > 1, on_step=on_step
+        unroll, meta_params, generator, steps=steps, seeds=seeds, batched=len(meta_params) > 1, on_step=on_step
     )
     with torch.no_grad():
-        tests = [_test(task, inner, member) for member in range(sides * seeds)]
-    return [_summarize(losses[:, i : i + seeds], tests[i : i + seeds]) for i in range(0, sides * seeds, seeds)]
+        tests = [_test(task, inner, member) for member in range(losses.shape[1])]
+    return [_summarize(losses[:, i : i + seeds], tests[i : i + seeds]) for i in range(0, losses.shape[1], seeds)]
 
 
 def run_population(
     unroll: Unroll,
-    meta_params: MetaParams,
+    meta_params: Sequence[MetaParams],
     generator: torch.Generator,
     *,
     steps: int,
     seeds: int,
-    sides: int,
     batched: bool,
     on_step: Callable[[int], None] | None = None,
 ) -> tuple[Tensor, Inner]:
-    """Run a population for a number of steps.
+    """Run several sets of meta-parameters, each with several seeds, as one population.
 
     Args:
         unroll: the rule on its task.
-        meta_params: with a leading axis of sides * seeds if `batched`, else one set for all runs.
+        meta_params: the sets of meta-parameters.
         generator: draws starting points and batches.
         steps: length of the runs.
-        seeds: runs with different starting points and batches.
-        sides: copies of each of them, see `Unroll.start`.
-        batched: whether each run has its own meta-parameters.
+        seeds: runs per set, with different starting points and batches.
+        batched: give every run its own copy of its meta-parameters. With a single set, all runs can do without.
         on_step: called after each step with the number of steps done.
 
     Returns:
-        Training losses before each update, (steps, sides * seeds) float64, and the runs after the last update.
+        Training losses before each update, (steps, sets * seeds) float64, and the runs after the last update.
     """
+    sides = len(meta_params)
+    population = stack(meta_params, seeds, batched=batched)
     losses = torch.empty(steps, sides * seeds, dtype=torch.float64)
     with torch.no_grad():
         inner = unroll.start(generator, torch.full((seeds,), steps), sides=sides)
         for step in range(steps):
-            inner, record, _ = unroll.slot(meta_params, inner, generator, _no_reset, sides=sides, batched=batched)
+            inner, record, _ = unroll.slot(population, inner, generator, _no_reset, sides=sides, batched=batched)
             losses[step] = record.losses
             if on_step:
                 on_step(step + 1)
     return losses, inner
+
+
+def stack(meta_params: Sequence[MetaParams], seeds: int, *, batched: bool) -> dict[str, Tensor]:
+    """Sets of meta-parameters along a leading axis, each repeated for every seed; not `batched`, the one set alone."""
+    if not batched:
+        return {name: value.detach() for name, value in meta_params[0].items()}
+    stacked = {name: torch.stack([each[name].detach() for each in meta_params]) for name in meta_params[0]}
+    return {name: values.repeat_interleave(seeds, 0) for name, values in stacked.items()}
 
 
 def initial_losses(task: Task, seeds: int) -> list[float]:
@@ -174,15 +180,6 @@ def step_seconds(rule: UpdateRule, meta_params: MetaParams, task: Task, *, num: 
             inner, _, _ = unroll.slot(meta_params, inner, generator, _no_reset)
             times.append(time.process_time() - start)
     return min(times[2:])
-
-
-def _stack(meta_params: Sequence[MetaParams], seeds: int) -> dict[str, Tensor]:
-    """A single set as it is; several stacked along a leading axis, each repeated for every seed."""
-    if len(meta_params) == 1:
-        return {name: value.detach() for name, value in meta_params[0].items()}
-    names = meta_params[0]
-    stacked = {name: torch.stack([setting[name].detach() for setting in meta_params]) for name in names}
-    return {name: values.repeat_interleave(seeds, 0) for name, values in stacked.items()}
 
 
 def _no_reset(num: int) -> Tensor:

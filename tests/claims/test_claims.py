@@ -248,7 +248,7 @@ def test_an_interrupted_claim_goes_on(folder, monkeypatch):
     [
         ([], r"Give either claims by name or path, or --all, or --list\. Known claims are toy, toy-text"),
         (["toy", "--all"], "Give either claims"),
-        (["toi"], r"Unknown claim 'toi': .* Did you mean toy\?"),
+        (["toi"], r"Unknown claim 'toi'; .* Did you mean toy\?"),
         (["toy-text"], r"tinyshakespeare.*LIGHTNING_LOPT_DATA"),
         (["toy", "--out", "file"], "--out 'file' is a file"),
         (["toy", "--scale", "2"], "unrecognized arguments"),
@@ -333,9 +333,12 @@ def test_a_path_is_listed_without_measuring_it(capsys, folder, own):
         ("CLAIMS = ()", r"own\.py: CLAIMS is empty"),
         ("CLAIMS = [1]", r"own\.py: CLAIMS must be a tuple of claims, not \[1\]"),
         (f"{OWN}\nCLAIMS = CLAIMS[0]", r"own\.py: CLAIMS must be a tuple of claims, not Claim\(id='own'"),
-        (OWN.replace('"own"', '"toy"'), r"own\.py: the id 'toy' belongs to a claim of lightning_lopt; choose another"),
+        (
+            OWN.replace('"own"', '"toy"'),
+            r"The claim id 'toy' is taken: it is in lightning_lopt and in mine/own\.py\. Choose another",
+        ),
         (OWN.replace('"own"', '"a b"'), r"own\.py, line 16: ValueError: The claim id 'a b' is not allowed"),
-        (f"{OWN}\nCLAIMS *= 2", r"Two claims have the id 'own' \(mine/own\.py\); rename one"),
+        (f"{OWN}\nCLAIMS *= 2", r"The claim id 'own' is taken: it is in mine/own\.py and in mine/own\.py"),
         (OWN.replace("Measurement({", "dict({"), r"`measure` of the claim 'own' must return a Measurement, not dict"),
         (OWN.replace('at_most("loss"', 'at_most("los"'), r"needs 'los'; its claim measured \['loss'\]"),
     ],
@@ -355,7 +358,7 @@ def test_mistakes_in_a_file(capsys, folder, own, toys, source, message):
         ("nowhere.py", r"nowhere\.py: there is no such file"),
         ("empty", "empty: none of its Python files has CLAIMS"),
         ("notes.txt", r"notes\.txt is not a Python file"),
-        ("./nowhere", "not a claim's id, nor the path of a file or folder"),
+        ("./nowhere", r"Unknown claim '\./nowhere'; it is not the path of a file or folder either"),
     ],
 )
 def test_paths_without_claims(capsys, folder, own, toys, path, message):
@@ -402,7 +405,7 @@ def test_claims_are_well_formed(claim):
 def test_two_claims_of_one_name_are_refused(monkeypatch):
     module = types.SimpleNamespace(CLAIMS=(made("twice"), made("twice")))
     monkeypatch.setattr(registry.importlib, "import_module", lambda name: module)
-    with pytest.raises(ValueError, match="Two claims have the id 'twice'"):
+    with pytest.raises(ValueError, match="The claim id 'twice' is taken: .* lightning_lopt and in lightning_lopt"):
         find_all()
 
 

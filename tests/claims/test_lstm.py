@@ -116,16 +116,6 @@ def test_the_papers_window_is_never_learned_from(monkeypatch):
     assert [check(numbers) for check in claim.checks] == [False, True, False, True]
 
 
-def test_a_summary_is_numpys():
-    numpy = pytest.importorskip("numpy")
-    values = [0.3, 0.1, 0.7, 0.2, 2.0]
-    found = lstm.summarize(values)
-    low, middle, high = numpy.percentile(values, [25, 50, 75])
-    expected = {"mean": numpy.mean(values), "std": numpy.std(values, ddof=1), "median": middle, "iqr": high - low}
-    assert found == pytest.approx(expected)
-    assert lstm.summarize([3.0]) == {"mean": 3.0, "std": 0.0, "median": 3.0, "iqr": 0.0}
-
-
 def test_nag_is_torchs():
     rule, param = lstm_quadratic.NAG(lr=0.1), torch.tensor([1.0, -2.0, 3.0])
     theirs = torch.nn.Parameter(param.clone())

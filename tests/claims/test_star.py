@@ -73,7 +73,7 @@ def test_figures_of_meta_training_are_measured_and_drawn(tiny, tmp_path):
     assert (curve["steps"], [len(row) for row in curve["seeds"]]) == ([0, 1, 2], [3, 3])
     assert curve["seeds"][0] != curve["seeds"][1]  # the meta-seeds differ
     assert isinstance(star.plot(measured), Figure)
-    assert isinstance(star.plot_each(measured), Figure)
+    assert isinstance(star.plot(measured, each=True), Figure)
     again = Experiment(
         seeds=2, quick=True, cache_dir=tmp_path, progress=lambda *_: pytest.fail("it was all done before")
     )
