@@ -45,7 +45,7 @@ ARROWS = {  # the longest prefix of a module's name counts
     "evaluation": Arrows({"rules", "hub", "tasks", "meta.unroll", "evaluation"}, {"torch", "rich", "matplotlib"}),
     "claims": Arrows(
         {"rules", "optimizer", "hub", "tasks", "meta", "analysis", "evaluation", "claims", "__version__"},
-        {"torch", "lightning", "numpy", "rich", "matplotlib"},
+        {"torch", "lightning", "rich", "matplotlib"},
     ),
 }
 ANYTHING = {PACKAGE, "cli"}  # the package's __init__ and the command

@@ -94,9 +94,11 @@ def _variance(experiment: Experiment, name: str, lr: float, horizon: int, num: i
     estimator = make_estimator(name, horizon)
     if isinstance(estimator, (FullES, FullUnroll)):
         # Whole runs are expensive and each starts afresh: take fewer of them, without warm-up.
-        count, warmup = max(num // 5, 10), 0
+        count = max(num // 5, 10)
+        warmup = 0
     else:
-        count, warmup = num, horizon // TRUNCATION + 1
+        count = num
+        warmup = horizon // TRUNCATION + 1
     key = {"estimator": repr(estimator), "lr": lr, "num": count, "warmup": warmup, "seed": seed}
 
     def compute() -> dict[str, Any]:

@@ -203,18 +203,19 @@ def _figure17(name: str, experiment: Experiment) -> Measurement:
     numbers: dict[str, list[float]] = {f"objective of {label}": [] for label in rules}
     each: dict[str, list[float]] = {}
     for seed in experiment.seeds:
-        for label, made in rules.items():
+        for label, optimizer in rules.items():
             objectives = []
             parts = experiment.pick(PROBLEMS // budget.fresh, 1)
             for part in range(parts):
                 experiment.progress(f"{label} on fresh problems, seed {seed}", part, parts)
                 run = {"problems": budget.fresh, "seed": 2_000 + seed + 1_000 * part, "steps": STEPS}
 
-                def fresh(made: UpdateRule = made, run: dict[str, int] = run) -> dict[str, Any]:
-                    return {"objectives": mean_ratios(made, [made.meta_params()], task, **run)[0].tolist()}
+                def measure(optimizer: UpdateRule = optimizer, run: dict[str, int] = run) -> dict[str, Any]:
+                    return {"objectives": mean_ratios(optimizer, [optimizer.meta_params()], task, **run)[0].tolist()}
 
-                key = {"rule": fingerprint(made), **run}
-                objectives += experiment.cached(f"{label} on fresh problems of {task.name}", key, fresh)["objectives"]
+                key = {"rule": fingerprint(optimizer), **run}
+                found = experiment.cached(f"{label} on fresh problems of {task.name}", key, measure)
+                objectives += found["objectives"]
             numbers[f"objective of {label}"].append(statistics.fmean(objectives))
             each.setdefault(label, []).extend(objectives)
     numbers["settings at a grid's edge"] = [float(sum(not inside for _, inside in tuned.values()))]
@@ -335,7 +336,7 @@ def _momentum_stage(experiment: Experiment) -> Measurement:
             return {"rows": rows}
 
         rows = experiment.cached(
-            "gru linearized on the way", {**size, "options": repr(options), "runs": runs}, compute
+            "gru checkpoints linearized", {**size, "options": repr(options), "runs": runs}, compute
         )["rows"]
         closest = min(range(len(rows)), key=lambda i: math.inf if math.isnan(rows[i]["away"]) else rows[i]["away"])
         numbers.setdefault("meta-training step", []).append(found.steps[closest])

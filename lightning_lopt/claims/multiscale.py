@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -41,9 +41,17 @@ from lightning_lopt.tasks import make as make_task
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CONSTANT = (1e-1, 5e-2, 1e-2, 5e-3, 1e-3, 5e-4, 1e-4, 5e-5)
-COSINE = (5e-2, 1e-2)
-SCHEDULES = {f"{eta:g}": (eta, "constant") for eta in CONSTANT} | {f"{eta:g} to 0": (eta, "cosine") for eta in COSINE}
+
+class Schedule(NamedTuple):
+    """A learning-rate schedule; `kind` and `floor` as in `WithLearningRate`."""
+
+    lr: float
+    kind: str = "constant"
+    floor: float = 0.0
+
+
+SCHEDULES = {f"{lr:g}": Schedule(lr) for lr in (1e-1, 5e-2, 1e-2, 5e-3, 1e-3, 5e-4, 1e-4, 5e-5)}
+SCHEDULES |= {f"{lr:g} to 0": Schedule(lr, "cosine") for lr in (5e-2, 1e-2)}
 
 
 def _single_adams(rate: float, k: int = 6) -> dict[str, Candidate]:
@@ -124,7 +132,8 @@ def _bundled() -> dict[str, UpdateRule]:
 
 def heat_map(experiment: Experiment, rules: Mapping[str, UpdateRule]) -> Measurement:
     """Measure losses of rules with eta 1 and of the six Adams under all schedules, and the rules' ranks among them."""
-    steps, seeds = experiment.pick(HORIZON, 30), len(experiment.seeds)
+    steps = experiment.pick(HORIZON, 30)
+    seeds = len(experiment.seeds)
     table = {
         name: _row(experiment, name, partial(WithLearningRate, rule), {}, steps, seeds) for name, rule in rules.items()
     }
@@ -149,14 +158,17 @@ def _row(
     row: dict[str, list[float]] = {}
     for schedule in ("constant", "cosine"):
         rule = make_rule(schedule)
-        rates = {label: eta for label, (eta, kind) in SCHEDULES.items() if kind == schedule}
+        rates = {label: each.lr for label, each in SCHEDULES.items() if each.kind == schedule}
         key = {"rule": fingerprint(rule), "hyper": hyper, "rates": list(rates.values()), "steps": steps}
         key |= {"schedule": schedule, "seeds": seeds}
-        settings = [at_rate(rule, eta) for eta in rates.values()]
-        report = experiment.reporter(f"heat map, {name}, {schedule}", steps)
-        mean_losses = partial(losses, rule, settings, "mnist-mlp", steps, seeds, seed=0, on_step=report)
-        found = experiment.cached("heat map", key, lambda run=mean_losses: {"mean": run().mean(2).tolist()})  # type: ignore[misc]
-        row |= dict(zip(rates, found["mean"], strict=True))
+
+        def compute(rule: UpdateRule = rule, rates: dict[str, float] = rates, kind: str = schedule) -> dict[str, Any]:
+            settings = [at_rate(rule, lr) for lr in rates.values()]
+            report = experiment.reporter(f"heat map, {name}, {kind}", steps)
+            found = losses(rule, settings, "mnist-mlp", steps, seeds, seed=0, on_step=report)
+            return {"mean": found.mean(2).tolist()}
+
+        row |= dict(zip(rates, experiment.cached("heat map", key, compute)["mean"], strict=True))
     return row
 
 
@@ -199,17 +211,17 @@ def draw_heat_map(measured: Measurement) -> Figure:
 
 # --- Figures 4.11 and 4.13 to 4.15: convolutional networks ---
 
-TRANSFERS: dict[str, tuple[Any, ...]] = {**SCHEDULES, "0.0005 to 5e-05": (5e-4, "cosine", 0.1)}
+TRANSFERS = {**SCHEDULES, "0.0005 to 5e-05": Schedule(5e-4, "cosine", floor=0.1)}
 
 
 def transfer(experiment: Experiment, rules: Mapping[str, UpdateRule], task_name: str, schedule: str) -> Measurement:
     """Measure losses of rules with eta 1 and of the six Adams under one schedule, on a task that no rule has seen."""
     steps = experiment.pick(60, 3)
-    lr, *kind = TRANSFERS[schedule]
+    lr, kind, floor = TRANSFERS[schedule]
     everything = {**rules, **{f"Adam {beta:g}": single_adam(number) for number, (beta, _) in enumerate(BETAS[6])}}
     candidates: dict[str, Candidate] = {}
     for name, rule in everything.items():
-        scheduled = WithLearningRate(rule, *kind)
+        scheduled = WithLearningRate(rule, kind, floor)
         candidates[name] = scheduled, at_rate(scheduled, lr)
     found = curves(experiment, candidates, task_name, steps)
     numbers = means(found, "last loss", last=max(steps // 6, 1))

@@ -39,20 +39,19 @@ RUNS = 4
 class Variant(NamedTuple):
     """A rule, and the weight decay of its meta-training."""
 
-    config: tuple[tuple[str, Any], ...]
+    config: dict[str, Any]
     weight_decay: float = 0.0
 
 
-_STAR = (("kind", "star"),)
 VARIANTS = {
-    "STAR wd 0.1": Variant(_STAR, 0.1),
-    "STAR wd 0.5": Variant(_STAR, 0.5),
-    "Blackbox": Variant((("kind", "blackbox"),)),
-    "Hyperparam": Variant((("kind", "hyperparam"),)),
-    "STAR wd 0": Variant(_STAR, 0.0),
-    "STAR wd 1": Variant(_STAR, 1.0),
-    "No Pre.": Variant((*_STAR, ("normalize_blackbox", False)), 0.1),
-    "No Nom.": Variant((*_STAR, ("nominal_stepsize", 0.0), ("nominal_controller", False)), 0.1),
+    "STAR wd 0.1": Variant({"kind": "star"}, 0.1),
+    "STAR wd 0.5": Variant({"kind": "star"}, 0.5),
+    "Blackbox": Variant({"kind": "blackbox"}),
+    "Hyperparam": Variant({"kind": "hyperparam"}),
+    "STAR wd 0": Variant({"kind": "star"}),
+    "STAR wd 1": Variant({"kind": "star"}, 1.0),
+    "No Pre.": Variant({"kind": "star", "normalize_blackbox": False}, 0.1),
+    "No Nom.": Variant({"kind": "star", "nominal_stepsize": 0.0, "nominal_controller": False}, 0.1),
 }
 MAIN = ("STAR wd 0.1", "STAR wd 0.5", "Blackbox", "Hyperparam")
 TASKS = {"mlp": "digits-mlp", "conv": "digits-conv"}
@@ -86,20 +85,21 @@ def train(experiment: Experiment, names: Sequence[str], task: Task) -> dict[str,
     """Meta-train variants: name -> the rule, with arbitrary meta-parameters, and the checkpoints of each seed."""
     scale = experiment.pick(FULL, QUICK)
     trained = {}
-    made: dict[Any, UpdateRule] = {}
+    rules: dict[str, UpdateRule] = {}
     estimator = PES(
         num_pairs=scale.pairs, truncation=scale.truncation, std=0.01, horizon=Horizon(scale.horizon), stagger=True
     )
-    for name in sorted(names, key=lambda name: str(VARIANTS[name].config)):  # variants of one rule in a row
+    for name in sorted(names, key=lambda name: str(VARIANTS[name].config)):  # a rule's variants in a row
         config, weight_decay = VARIANTS[name]
-        if config not in made:
+        if str(config) not in rules:
             reset_compiler()
-            made[config] = make(**dict(config))
+            rules[str(config)] = make(**config)
+        rule = rules[str(config)]
         rows = [
             meta_train(
                 experiment,
                 f"meta-train {name} seed {seed}",
-                made[config],
+                rule,
                 [task],
                 estimator,
                 num_steps=scale.num_steps,
@@ -114,7 +114,7 @@ def train(experiment: Experiment, names: Sequence[str], task: Task) -> dict[str,
             )
             for seed in experiment.seeds
         ]
-        trained[name] = made[config], rows
+        trained[name] = rule, rows
     return {name: trained[name] for name in names}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_lopt.claims.claim import Check, Claim, Measurement
@@ -29,18 +29,18 @@ class Target(NamedTuple):
 
     label: str
     task: str
-    options: tuple[tuple[str, Any], ...] = ()
+    options: Mapping[str, Any] = {}
 
 
 FIGURE_4 = (
-    Target("(a) MLP with LayerNorm", "digits-layernorm-mlp", (("hidden", (32, 32, 32)),)),
+    Target("(a) MLP with LayerNorm", "digits-layernorm-mlp", {"hidden": (32, 32, 32)}),
     Target("(b) residual net", "digits-resnet"),
     Target("(c) LSTM language model", "shakespeare-small-lstm"),
     Target("(d) transformer language model", "shakespeare-small-transformer"),
 )
 APP_5_6 = (
     Target("logistic regression", "digits-logreg"),
-    Target("wider MLP", "digits-mlp", (("hidden", (128,)),)),
+    Target("wider MLP", "digits-mlp", {"hidden": (128,)}),
     Target("deep MLP", "digits-deep-mlp"),
     Target("tanh MLP", "digits-tanh-mlp"),
     Target("MLP with BatchNorm", "digits-batchnorm-mlp"),
@@ -59,7 +59,7 @@ def measure(experiment: Experiment, targets: Sequence[Target]) -> Measurement:
     losses: dict[str, list[float]] = {name: [] for name in (*MAIN, ADAM)}
     curves: dict[str, Any] = {}
     for target in targets[: experiment.pick(len(targets), 3)]:
-        task = make_task(target.task, **dict(target.options))
+        task = make_task(target.task, **target.options)
         panel: dict[str, Any] = {}
         for name, (rule, rows) in trained.items():
             label = f"{target.label}, {name}"

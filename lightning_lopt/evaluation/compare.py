@@ -139,7 +139,9 @@ class _CaseEvaluator:
 
     def __init__(self, case: Case, options: Options, progress: Progress | None) -> None:
         check_positive("steps", case.steps)
-        self.case, self.options, self.progress = case, options, progress
+        self.case = case
+        self.options = options
+        self.progress = progress
         self.cache = Cache(options.cache_dir)
         self._task: Task | None = None
         if case.task not in catalog.REGISTRY:
@@ -235,7 +237,8 @@ class _CaseEvaluator:
     def _reporter(self, name: str, num: int) -> Callable[[int], None] | None:
         if self.progress is None:
             return None
-        progress, total = self.progress, self.case.steps
+        progress = self.progress
+        total = self.case.steps
         text = f"{self.case} {name}" + (f", {num} settings" if num > 1 else "")
         every = max(total // 100, 1)
 

@@ -85,10 +85,12 @@ def test_results_are_computed_once_and_come_back_alike(tmp_path):
         calls.append(1)
         return {"losses": [1 / 3, math.inf], "name": "x"}
 
-    first = Experiment(cache_dir=tmp_path)
+    told = []
+    first = Experiment(cache_dir=tmp_path, progress=lambda *what: told.append((what, len(calls))))
     found = first.cached("p", {"seed": 0}, compute)
     assert found["losses"][0] == 0.333333
     assert math.isnan(found["losses"][1])
+    assert told == [(("p", 0, 1), 0)]  # before it is computed
     again = Experiment(cache_dir=tmp_path)
     assert again.cached("p", {"seed": 0}, compute)["losses"][0] == 0.333333
     assert len(calls) == 1
@@ -113,8 +115,8 @@ def test_meta_training_is_cached(tmp_path, monkeypatch):
     assert told[-1] == ("some rule", 4, 4)
     moved = [row["w0"] - first.meta_params[0]["w0"] for row in first.meta_params]
     assert [bool(difference.any()) for difference in moved] == [False, True, True]
-    train(seed=2)  # the rule is now another's
-    monkeypatch.setattr(training.L.Trainer, "fit", lambda *_: pytest.fail("it was done before"))
+    train(seed=2)  # overwrites the rule's weights
+    monkeypatch.setattr(training.L.Trainer, "fit", lambda *_: pytest.fail("it should be cached"))
     again = train()
     for row, same in zip(first.meta_params, again.meta_params, strict=True):
         assert all(torch.equal(row[name], same[name]) for name in row)
@@ -126,7 +128,7 @@ def test_meta_training_is_cached(tmp_path, monkeypatch):
 
 
 def made(name="toy", *, checks=None, values=(1.0, 2.0), **options):
-    """A claim that takes no time."""
+    """A claim that takes no time to measure."""
 
     def measure(experiment):
         rows = [
@@ -151,7 +153,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def toys(monkeypatch):
-    """The registry holds these claims alone."""
+    """A registry with these claims only."""
     claims = {claim.id: claim for claim in (made("toy"), made("toy-text", needs=("tinyshakespeare",)))}
     for module in (registry, claims_cli):
         monkeypatch.setattr(module, "find_all", lambda: dict(claims))
@@ -190,7 +192,7 @@ def test_reproduce_writes_the_verdict_everywhere(capsys, folder, toys):
     assert "![toy](toy.png)" in page
 
 
-def test_quick_is_said_to_be_quick_and_failed_checks_are_shown(capsys, folder, toys):
+def test_the_quick_scale_and_failed_checks_are_shown(capsys, folder, toys):
     assert run("toy", "--quick") == 0
     page = (folder / "reproduction" / "report.md").read_text()
     assert "**partly, at the quick scale**" in page
@@ -199,19 +201,19 @@ def test_quick_is_said_to_be_quick_and_failed_checks_are_shown(capsys, folder, t
     assert "partly, at the quick scale" in re.sub(r"[│\s]+", " ", capsys.readouterr().out)
 
 
-def test_claims_without_their_data_are_said_to_be_not_run(capsys, folder, toys, monkeypatch):
+def test_claims_without_their_data_are_reported_as_not_run(capsys, folder, toys, monkeypatch):
     monkeypatch.setattr(claims_cli.datasets, "is_available", lambda name: False)
     assert run("--all", "--out", "out") == 0
     assert [row["verdict"] for row in rows_of(folder / "out" / "claims.csv")] == ["reproduced", "not run"]
     assert "set $LIGHTNING_LOPT_DATA" in (folder / "out" / "report.md").read_text()
-    # What was measured elsewhere is not lost.
+    # An earlier measurement is kept.
     measured = {**json.loads((folder / "out" / "toy.json").read_text()), "id": "toy-text"}
     (folder / "out" / "toy-text.json").write_text(json.dumps(measured))
     assert run("--all", "--out", "out") == 0
     assert [row["verdict"] for row in rows_of(folder / "out" / "claims.csv")] == ["reproduced"] * 2
 
 
-def test_results_of_several_commands_come_together(folder, toys, monkeypatch):
+def test_results_of_several_commands_are_merged(folder, toys, monkeypatch):
     monkeypatch.setattr(claims_cli.datasets, "is_available", lambda name: True)
     monkeypatch.setattr(claims_cli.datasets, "load", lambda name: None)
     assert run("toy", "--out", "out") == 0
@@ -219,7 +221,7 @@ def test_results_of_several_commands_come_together(folder, toys, monkeypatch):
     assert [row["id"] for row in rows_of(folder / "out" / "claims.csv")] == ["toy", "toy-text"]
 
 
-def test_an_interrupted_claim_goes_on(folder, monkeypatch):
+def test_an_interrupted_claim_resumes(folder, monkeypatch):
     """The second seed fails the first time; the first seed is not computed again."""
     computed = []
 

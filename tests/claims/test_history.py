@@ -1,4 +1,4 @@
-"""The claims about normalized histories and Multiscale Adam: their arithmetic and checks, and the bundled weights."""
+"""Claims about normalized histories and Multiscale Adam: arithmetic, checks, and the bundled weights."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_losses_are_those_of_a_plain_loop():
     torch.testing.assert_close(found, torch.tensor(losses, dtype=torch.float64), rtol=1e-4, atol=1e-6)
 
 
-def test_rules_that_are_the_same_are_run_side_by_side_and_alike():
+def test_candidates_with_one_rule_run_side_by_side_as_they_run_alone():
     both = history.adams({"a": {"lr": 0.1}, "b": {"lr": 0.01}})
     together = history.curves(experiment(), both, "sum-of-squares", 20)
     alone = history.curves(experiment(), {"b": both["b"]}, "sum-of-squares", 20)
@@ -47,7 +47,7 @@ def test_rules_that_are_the_same_are_run_side_by_side_and_alike():
     assert not torch.allclose(together["a"][0], together["b"][0])
 
 
-def test_a_piece_of_one_rate_is_not_found_for_another(tmp_path):
+def test_cached_losses_are_kept_apart_by_learning_rate(tmp_path):
     rule = WithLearningRate(make("multiscale_adam", mixer="la_b", eta=1.0), "constant")
     cached = Experiment(seeds=1, quick=True, cache_dir=tmp_path)
     rows = []
@@ -58,7 +58,7 @@ def test_a_piece_of_one_rate_is_not_found_for_another(tmp_path):
 
 
 def test_mng_is_below_adam_on_the_sum_of_squares():
-    """From step 50 to 200, and in summed loss over 1,000 steps; three seeds."""
+    """From step 50 to 200, and in the summed loss over 1,000 steps, for three seeds."""
     rules = history.adams({f"{rate:g}": {"lr": rate} for rate in history.RATES})
     found = history.curves(experiment(3), {**rules, "MNG": make("mng", eta_min=1e-3)}, "sum-of-squares", 1000)
     for rate in history.RATES:
@@ -85,7 +85,7 @@ def test_the_bundled_timesteps_vote():
     assert votes[-1] < -0.9
 
 
-def test_the_bundled_mixer_takes_one_adam_where_all_agree_and_the_extremes_where_none_goes_far():
+def test_the_bundled_mixer_uses_one_adam_for_large_features_and_the_extremes_for_small_ones():
     rule = lopt.load_rule("multiscale-adam")
     assert (rule.kind, rule.config.mixer, rule.config.k) == ("multiscale_adam", "rnn2", 6)
     far, near = rule.mixing_weights(torch.tensor([[-1.0] * 6, [0.0] * 6]).mT).unbind(1)
@@ -95,7 +95,7 @@ def test_the_bundled_mixer_takes_one_adam_where_all_agree_and_the_extremes_where
 
 
 @pytest.mark.parametrize(("schedule", "floor"), [("constant", 0.0), ("cosine", 0.0), ("cosine", 0.1)])
-def test_an_annealed_rule_is_the_rule_under_torchs_scheduler(schedule, floor):
+def test_a_rule_with_a_learning_rate_matches_torchs_scheduler(schedule, floor):
     rule, steps = make("multiscale_adam", mixer="la_b", eta=1.0), 20
     annealed = WithLearningRate(rule, schedule, floor)
     meta_params = {**{k: v.detach() for k, v in annealed.meta_params().items()}, "lr": torch.tensor(0.1).double()}
@@ -116,7 +116,7 @@ def test_an_annealed_rule_is_the_rule_under_torchs_scheduler(schedule, floor):
 
 
 def heat_map(best: int) -> dict[str, list[float]]:
-    """A table in which RNN-2 has the lowest loss in the first so many schedules and the third lowest in the others."""
+    """A table in which RNN-2 has the lowest loss in the first `best` schedules and the third lowest in the others."""
     table = {}
     for column, schedule in enumerate(multiscale.SCHEDULES):
         table[f"RNN-2 at {schedule}"] = [0.1 if column < best else 0.35]
@@ -152,7 +152,7 @@ def test_the_heat_map_is_drawn_with_the_best_of_a_column_darkest():
     assert shades.max() == 1
 
 
-def test_table_3_1_holds_of_the_thesis_and_not_of_a_rule_that_does_nothing():
+def test_table_3_1_passes_for_the_thesis_and_fails_for_a_rule_that_does_nothing():
     (claim,) = find(["history-step-map"])
 
     def held(steps):
@@ -199,7 +199,7 @@ def test_claims_run_on_a_small_task_in_place_of_their_own(name, monkeypatch):
 
 
 def test_k_timesteps_of_several_lengths(monkeypatch):
-    """history-sizes keeps of each k the run with eta_min 1e-4 and the best, which may be the same."""
+    """history-sizes keeps, for each k, the run at eta_min 1e-4 and the best run, which may be the same."""
     tiny = make_task("synthetic-mlp", hidden=(4,))
     for module in (loss_curves, shahid_trained):
         monkeypatch.setattr(module, "make_task", lambda *_, **__: tiny)

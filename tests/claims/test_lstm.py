@@ -1,4 +1,4 @@
-"""The claims about the LSTM rules: their arithmetic and checks; their recipes run; the bundled weights."""
+"""Claims about the LSTM rules: arithmetic, checks, recipes, and the bundled weights."""
 
 import math
 import statistics
@@ -31,7 +31,7 @@ def experiment(path=None, seeds=2):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """Fresh little rules in place of the bundled ones, and one small task."""
+    """Small fresh rules instead of the bundled ones, and one small task."""
 
     def load(name):
         torch.manual_seed(len(name))
@@ -47,7 +47,7 @@ def tiny(monkeypatch):
 
 
 def as_published(ours=0.2):
-    """Table 1 as it is printed, with our rule at `ours` on each task, and tuned Adam at 0.25."""
+    """Table 1 as published, with our rule at `ours` on each task and tuned Adam at 0.25."""
     numbers = {}
     for label, (plain, dmd, adam) in lstm.PUBLISHED.items():
         row = {"lstm": plain, "lstm-dmd": dmd, "Adam 0.01": adam, "lstm-dmd-robust": ours, "tuned Adam": 0.25}
@@ -55,7 +55,7 @@ def as_published(ours=0.2):
     return numbers
 
 
-def test_table_1_holds_of_what_is_printed_and_of_nothing_less():
+def test_table_1_passes_as_published_and_fails_otherwise():
     checks = find(["dmd-table1"])[0].checks
     assert verdict([check(as_published()) for check in checks]) == "reproduced"
     for name, value in (("MNIST-1L: lstm-dmd", 0.56), ("CIFAR10-1L: lstm-dmd", 2.03), ("MNIST-2L: lstm", 0.1)):
@@ -71,8 +71,8 @@ def test_wins_are_counted_by_medians_or_by_means(wins, holds):
     assert not lstm._wins("lstm-dmd-robust", "tuned Adam", 1, statistics.fmean)(numbers)
 
 
-def test_the_length_is_told_and_the_nominal_term_alone_has_the_scheduler(tiny, monkeypatch):
-    """Its steps are those of the whole rule without the network, and others than of a run of unknown length."""
+def test_the_nominal_term_alone_keeps_the_scheduler_and_the_length(tiny, monkeypatch):
+    """It steps like the full rule with the network switched off, and depends on the length of the run."""
     robust = lstm.load_rule(lstm.ROBUST)
     with torch.no_grad():
         robust.schedule_fraction += torch.linspace(0, -1, 11)
@@ -87,7 +87,7 @@ def test_the_length_is_told_and_the_nominal_term_alone_has_the_scheduler(tiny, m
     assert abs(ends[2] / ends[0] - 1) > 1e-3
 
 
-def test_adam_is_annealed_at_each_rate():
+def test_cosine_adams_match_torch_at_each_rate():
     rows = lstm.cosine_adams(20)
     assert len(rows) == 9
     for rate, make_optimizer in zip(lstm.RATES, rows.values(), strict=True):
@@ -105,7 +105,7 @@ def test_adam_is_annealed_at_each_rate():
 
 
 def test_the_papers_window_is_never_learned_from(monkeypatch):
-    """To the letter, m = 100 and runs of 100 steps: the eigenvalue's weights stay as drawn; with m = 20 they do not."""
+    """With the paper's m = 100 and runs of 100 steps, the eigenvalue's weights do not change; with m = 20 they do."""
     monkeypatch.setattr(eigenvalue, "make_task", lambda name, **options: make_task("breast-cancer-logreg"))
     numbers = eigenvalue._literal(experiment(seeds=2)).numbers
     assert max(numbers[f"{eigenvalue.BY_EIGENVALUE}, m = 100"]) < 1e-5  # weights are kept to six digits
@@ -194,8 +194,8 @@ def test_the_eigenvalue_is_replaced_and_nothing_else():
     torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=0)
 
 
-def test_the_papers_window_shows_nothing_in_all_of_meta_training():
-    """(R, m) = (1, 100) and runs of 100 steps: eigenvalues are 0 in each of them, and come with the 101st step."""
+def test_the_papers_window_has_no_eigenvalue_during_meta_training():
+    """With (R, m) = (1, 100) the first nonzero eigenvalue comes at step 101, after the end of runs of 100 steps."""
     rule = make("lstm_dmd")
     states, shown = {"x": rule.init_state(torch.zeros(3))}, []
     for step in range(101):
@@ -218,7 +218,7 @@ def test_the_quick_quadratic_measures_all(monkeypatch):
 
 
 def test_problems_side_by_side_are_runs_of_their_own():
-    """The rule takes each coordinate alone, so that one run of the sum is many runs; the norm, to see gradients mix."""
+    """For a coordinatewise rule, one run on the sum is many runs. Uses the norm, whose gradients mix coordinates."""
     rule = make("lstm", preprocessing="none", hidden_size=4)
     many = lstm_quadratic.StackedLeastSquares(problems=3, dim=4, init_std=1.0, squared=False)
     one = make_task("quadratic", dim=4, init_std=1.0, squared=False)
@@ -237,8 +237,8 @@ def test_problems_side_by_side_are_runs_of_their_own():
     torch.testing.assert_close(params[0], torch.stack(params[1:]))
 
 
-def test_seeds_that_are_trained_together_are_trained_apart(tmp_path):
-    """Whatever the second meta-seed, the first learns the same, on the same problems; and finds it again."""
+def test_meta_seeds_that_train_side_by_side_are_independent(tmp_path):
+    """What a meta-seed learns does not depend on the other one, and is found in the cache."""
     rule, task = make("lstm", hidden_size=3, preprocessing="none"), make_task("quadratic", dim=3)
     estimator = TruncatedBackprop(2, 4, Horizon(9), stagger=False)
     options = {"num_steps": 5, "lr": 1e-2, "num_checkpoints": 2, "schedule": "cosine"}
@@ -307,7 +307,7 @@ def test_the_recipes_run(name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", lstm.LEARNED)
 def test_the_bundled_rules_train(name):
-    """A small net in 80 steps; all three go down, and those with eigenvalues see them."""
+    """All three lower the loss of a small net in 80 steps; windows are short enough for eigenvalues to appear."""
     rule = lopt.load_rule(name)
     assert rule.kind == ("lstm" if name == "lstm" else "lstm_dmd")
     (losses,) = losses_of(rule, [rule.meta_params()], "digits-sigmoid-mlp", 80, 2, seed=0)

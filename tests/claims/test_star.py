@@ -1,4 +1,4 @@
-"""The claims about STAR and about estimators: their checks, their arithmetic, and that they measure and draw."""
+"""Claims about STAR and about estimators: checks, arithmetic, measurements and plots."""
 
 import math
 
@@ -27,7 +27,7 @@ def held(checks, table):
     return [check(numbers_of(table)) for check in checks]
 
 
-def test_figure_3_holds_of_what_the_paper_shows_and_of_nothing_less():
+def test_figure_3_passes_as_published_and_fails_otherwise():
     assert verdict(held(star.FIGURE_3, AS_PUBLISHED)) == "reproduced"
     for variant, column, value in (
         ("Blackbox", 0, 0.19),
@@ -48,7 +48,7 @@ def runs_with(curve, final, initial=2.0):
 
 
 def test_growth_is_the_final_loss_over_that_at_the_horizon():
-    # A hundred stretches: the tenth ends at the horizon.
+    # A hundred intervals: the tenth ends at the horizon.
     curve = [[3.0] * 9 + [0.5] + [0.1] * 90, [3.0] * 9 + [1.5] + [0.1] * 90]
     assert star._growth(runs_with(curve, [0.2, 0.4])) == pytest.approx(0.3)
     diverged = runs_with(curve, [math.nan, math.nan])
@@ -74,15 +74,13 @@ def test_figures_of_meta_training_are_measured_and_drawn(tiny, tmp_path):
     assert curve["seeds"][0] != curve["seeds"][1]  # the meta-seeds differ
     assert isinstance(star.plot(measured), Figure)
     assert isinstance(star.plot(measured, each=True), Figure)
-    again = Experiment(
-        seeds=2, quick=True, cache_dir=tmp_path, progress=lambda *_: pytest.fail("it was all done before")
-    )
+    again = Experiment(seeds=2, quick=True, cache_dir=tmp_path, progress=lambda *_: pytest.fail("it should be cached"))
     assert star.measure(again, names, "digits-mlp").numbers == measured.numbers
 
 
 def test_generalization_is_measured_and_drawn(tiny, monkeypatch):
     monkeypatch.setattr(star_general, "MAIN", ("STAR wd 0.1", "STAR wd 0.5"))
-    target = star_general.Target("wider", "digits-mlp", (("hidden", (40,)),))
+    target = star_general.Target("wider", "digits-mlp", {"hidden": (40,)})
     measured = star_general.measure(Experiment(seeds=1, quick=True), [target])
     assert set(measured.numbers) == {
         star_general.quantity(name) for name in ("STAR wd 0.1", "STAR wd 0.5", "tuned Adam", "better STAR")
