@@ -51,7 +51,6 @@ def meta_train_seeds(
     normalize: bool | str = "tensor",
     schedule: str = "constant",
     second_order: bool = False,
-    seeds: Sequence[int] | None = None,
 ) -> list[list[dict[str, Tensor]]]:
     """Meta-train a rule with Adam from several fresh starts, or read the result from the cache.
 
@@ -59,7 +58,7 @@ def meta_train_seeds(
     them see the same random draws.
 
     Args:
-        experiment: caches the result.
+        experiment: gives the meta-seeds, and caches the result.
         label: for the progress report.
         rule: gives the kind and configuration; its weights are not read.
         task: the task of the inner runs.
@@ -72,12 +71,11 @@ def meta_train_seeds(
             scale the gradient to norm 1 if its norm is larger.
         schedule: "constant", or "cosine" down to zero.
         second_order: see `Unroll`.
-        seeds: meta-seeds (default: those of the experiment).
 
     Returns:
         For each checkpoint and each meta-seed, the meta-parameters.
     """
-    seeds = list(experiment.seeds if seeds is None else seeds)
+    seeds = list(experiment.seeds)
     key: dict[str, Any] = {"kind": rule.kind, "config": rule.config.to_dict(), "estimator": repr(estimator)}
     key |= {"task": task.name, "size": task.num_params, "num_steps": num_steps, "num_checkpoints": num_checkpoints}
     key |= {"lr": lr, "objective": objective, "normalize": normalize, "schedule": schedule}

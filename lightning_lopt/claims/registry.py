@@ -98,7 +98,8 @@ def _run(file: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except SyntaxError as error:
-        raise ValueError(f"{file}, line {error.lineno}: {error.msg}. Correct the file and try again.") from error
+        where = file if error.filename == name else error.filename
+        raise ValueError(f"{where}, line {error.lineno}: {error.msg}. Correct the file and try again.") from error
     except Exception as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == name]
         where = f"{file}, line {lines[-1]}" if lines else str(file)

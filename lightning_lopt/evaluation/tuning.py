@@ -28,6 +28,8 @@ SELECTED_BY = {"final": "tail", "mean": "mean"}
 """Measure in a table -> field of `Runs` by which its setting is selected."""
 RunSettings = Callable[[list[Hyperparameters]], Sequence[Runs]]
 """Runs the settings, and returns the runs of each."""
+LIMIT = 24
+"""A search gives up this many half-decades away from a learning rate of 1."""
 Point = tuple[int, int]
 """A place in a grid: the numbers of the learning rate and of the weight decay."""
 Key = TypeVar("Key", int, Point)
@@ -63,8 +65,6 @@ class Grid:
     highest: int = 0
     decays: int = 0
     """Number of decays; 0 leaves the weight decay at its default."""
-    limit: int = 24
-    """The search gives up this many half-decades away from a learning rate of 1."""
 
     def setting(self, point: Point) -> Hyperparameters:
         """The hyper-parameters at a point of the grid."""
@@ -81,7 +81,7 @@ class Grid:
             run: runs settings.
 
         Raises:
-            RuntimeError: losses still improve at `limit`.
+            RuntimeError: losses still improve at `LIMIT`.
         """
         seen: dict[Point, Trial] = {}
         self._extend(seen, [(rate, 0) for rate in range(self.lowest, self.highest + 1)], run, vary_decay=False)
@@ -96,7 +96,7 @@ class Grid:
             settings = [self.setting(point) for point in new]
             seen.update(zip(new, map(Trial, settings, run(settings)), strict=True))
             points = sorted({near for point in _best(seen) for near in _neighbors(point, vary_decay)})
-            if any(abs(rate) > self.limit or decay > self.limit for rate, decay in points):
+            if any(abs(rate) > LIMIT or decay > LIMIT for rate, decay in points):
                 raise RuntimeError(
                     f"The search reached {settings[-1]} and losses still improve to the edge; check the task."
                 )

@@ -6,6 +6,7 @@ import math
 import re
 import shlex
 import sys
+import time
 import types
 
 import pytest
@@ -192,6 +193,26 @@ def test_reproduce_writes_the_verdict_everywhere(capsys, folder, toys):
     assert "![toy](toy.png)" in page
 
 
+def test_the_cost_counts_what_was_measured_now_and_what_was_cached(folder, monkeypatch):
+    def work(seconds):
+        start = time.process_time()
+        while time.process_time() - start < seconds:
+            pass
+        return {}
+
+    def measure(experiment):
+        work(0.05)
+        experiment.cached("work", {}, lambda: work(0.05))
+        return Measurement({"loss": [1.0]})
+
+    claim = Claim("busy", "S", "s", "s", measure, (at_least("loss", 0.0),), 1, 1)
+    monkeypatch.setattr(registry, "find_all", lambda: {"busy": claim})
+    for _ in range(2):  # the second time from the cache
+        assert run("busy") == 0
+        minutes = json.loads((folder / "reproduction" / "busy.json").read_text())["cpu_minutes"]
+        assert 0.1 <= 60 * minutes < 1
+
+
 def test_the_quick_scale_and_failed_checks_are_shown(capsys, folder, toys):
     assert run("toy", "--quick") == 0
     page = (folder / "reproduction" / "report.md").read_text()
@@ -330,6 +351,7 @@ def test_a_path_is_listed_without_measuring_it(capsys, folder, own):
     [
         ("x = 1", r"own\.py has no CLAIMS; write CLAIMS = \(Claim\(\.\.\.\),\)"),
         ("x = 1\ndef f(:", r"own\.py, line 2: .*\. Correct the file"),
+        ("import neighbor", r"mine/neighbor\.py, line 1: .*\. Correct the file"),
         ("a = 1\nb = nothing", r"own\.py, line 2: NameError: name 'nothing' is not defined\. Correct the file"),
         ("import no_such_module", r"own\.py, line 1: ModuleNotFoundError: No module named 'no_such_module'"),
         ("CLAIMS = ()", r"own\.py: CLAIMS is empty"),
@@ -348,6 +370,7 @@ def test_a_path_is_listed_without_measuring_it(capsys, folder, own):
 )
 def test_mistakes_in_a_file(capsys, folder, own, toys, source, message):
     (own / "own.py").write_text(source)
+    (own / "neighbor.py").write_text("def f(:")
     assert run("mine/own.py") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("lopt reproduce: error: ")

@@ -242,10 +242,15 @@ def test_meta_seeds_that_train_side_by_side_are_independent(tmp_path):
     rule, task = make("lstm", hidden_size=3, preprocessing="none"), make_task("quadratic", dim=3)
     estimator = TruncatedBackprop(2, 4, Horizon(9), stagger=False)
     options = {"num_steps": 5, "lr": 1e-2, "num_checkpoints": 2, "schedule": "cosine"}
-    here = experiment(tmp_path)
+
+    def with_seeds(*seeds):
+        found = experiment(tmp_path)
+        found.seeds = seeds
+        return found
+
     for normalize in (False, True, "tensor", "clip"):
         found = [
-            meta_train_seeds(here, "", rule, task, estimator, normalize=normalize, seeds=seeds, **options)
+            meta_train_seeds(with_seeds(*seeds), "", rule, task, estimator, normalize=normalize, **options)
             for seeds in ((3, 5), (3, 9), (3, 5))
         ]
         assert [len(checkpoints) for checkpoints in found] == [2, 2, 2]
