@@ -54,9 +54,10 @@ def run(arguments: argparse.Namespace) -> None:
     baselines = list(BASELINES) if "all" in arguments.baseline else list(dict.fromkeys(arguments.baseline))
     with progress_bar(console) as progress:
         results = evaluate(arguments.rule, _cases(arguments), baselines, options=options, progress=progress)
+    paths = report.write(results, arguments.out)  # before printing, which fails if a pager or `head` closes the pipe
     for table in report.tables(results):
         console.print(table)
-    for path in report.write(results, arguments.out):
+    for path in paths:
         console.print(str(path), style="dim", soft_wrap=True)
 
 

@@ -412,3 +412,12 @@ def test_a_missing_library_is_named_before_anything_runs(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "rich" else object())
     with pytest.raises(ModuleNotFoundError, match="Reports need rich"):
         cli.run(parse("--rule", "star", "--task", "synthetic-mlp"))
+
+
+def test_files_are_written_before_anything_is_printed(tmp_path, monkeypatch):
+    """Output that is piped to `head` ends the command at a print."""
+    monkeypatch.setattr(cli.report, "tables", lambda results: (_ for _ in ()).throw(BrokenPipeError))
+    words = ["--rule", "hyperparam", "--baseline", "nadamw", "--samples", "1", "--task", "synthetic-mlp"]
+    with pytest.raises(BrokenPipeError):
+        cli.run(parse(*words, "--steps", "2", "--seeds", "1", "--out", str(tmp_path / "out"), "--cache", str(tmp_path)))
+    assert (tmp_path / "out" / "table.csv").exists()
