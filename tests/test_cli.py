@@ -139,7 +139,7 @@ def test_help(capsys, arguments):
 
 @pytest.fixture
 def delegate(monkeypatch):
-    """In the place of lightning_lopt.evaluation.cli."""
+    """A stand-in for lightning_lopt.evaluation.cli."""
     module = types.ModuleType("delegate")
     module.add_arguments = lambda parser: parser.add_argument("--steps", type=int, default=3)
     module.run = lambda arguments: print("ran", arguments.steps)
