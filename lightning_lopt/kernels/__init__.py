@@ -20,6 +20,7 @@ from torch import Tensor
 from lightning_lopt.rules import UpdateRule
 
 MODULES = {(kind, "cpu"): "lightning_lopt.kernels.cpu.star" for kind in ("star", "hyperparam", "blackbox")}
+MODULES |= {("scheduled", "cpu"): "lightning_lopt.kernels.cpu.scheduled"}
 MODULES |= {(kind, "cuda"): "lightning_lopt.kernels.cuda.star" for kind in ("star", "hyperparam", "blackbox")}
 MODULES |= {("lstm", "cuda"): "lightning_lopt.kernels.cuda.lstm"}
 for _kind in ("mng", "k_timesteps", "k_momentums", "multiscale_adam"):
