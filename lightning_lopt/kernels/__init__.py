@@ -22,6 +22,7 @@ from torch import Tensor
 from lightning_lopt.rules import UpdateRule
 
 MODULES = {
+    ("scheduled", "cpu"): "lightning_lopt.kernels.cpu.scheduled",
     ("star", "cpu"): "lightning_lopt.kernels.cpu.star",
     ("hyperparam", "cpu"): "lightning_lopt.kernels.cpu.star",
     ("blackbox", "cpu"): "lightning_lopt.kernels.cpu.star",

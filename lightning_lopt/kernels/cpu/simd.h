@@ -1,4 +1,4 @@
-// Several floats at a time, by the vector types of GCC and Clang: the compiler makes of them what the processor has.
+// Vectors of floats, by the vector types of GCC and Clang: the compiler turns them into what the processor has.
 
 #pragma once
 
@@ -11,7 +11,7 @@
 
 namespace {
 
-// As many as the processor's vectors hold: the compiler takes wider ones apart, number by number.
+// As many numbers as the processor's vectors hold: the compiler takes wider ones apart, number by number.
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
 #elif defined(__AVX__)
@@ -23,21 +23,63 @@ constexpr int LANES = 4;
 typedef float V __attribute__((vector_size(4 * LANES)));
 typedef int32_t VI __attribute__((vector_size(4 * LANES)));
 
-inline V load(const float* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
-inline V load(const float* p, int n) {  // 0 from n on
-  V v = {};
-  if (n == LANES) std::memcpy(&v, p, sizeof v); else std::memcpy(&v, p, 4 * n);
+// Memory. With a number n <= LANES of coordinates, the rest of a vector is 0, and is not stored.
+
+inline V load(const float* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
   return v;
 }
+
 inline void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
+
+#ifdef __AVX512F__
+inline __mmask16 first(int n) { return (__mmask16)((1u << n) - 1); }
+inline V load(const float* p, int n) { return n == LANES ? load(p) : (V)_mm512_maskz_loadu_ps(first(n), p); }
 inline void store(float* p, V v, int n) {
-  if (n == LANES) std::memcpy(p, &v, sizeof v); else std::memcpy(p, &v, 4 * n);
+  if (n == LANES)
+    store(p, v);
+  else
+    _mm512_mask_storeu_ps(p, first(n), (__m512)v);
 }
-inline V each(float x) { return x - V{}; }  // 0 + x is an addition, for the sign of zero
+inline V head_of(V v, int n) { return (V)_mm512_maskz_mov_ps(first(n), (__m512)v); }
+#else
+inline V load(const float* p, int n) {
+  if (n == LANES) return load(p);
+  V v = {};
+  std::memcpy(&v, p, 4 * n);
+  return v;
+}
+inline void store(float* p, V v, int n) {
+  if (n == LANES)
+    store(p, v);
+  else
+    std::memcpy(p, &v, 4 * n);
+}
+inline V head_of(V v, int n) {
+  for (int i = n; i < LANES; i++) v[i] = 0;
+  return v;
+}
+#endif
+
+// Keeps what was read in a register, where the compiler would rather read it from memory wherever it is used.
+#ifdef __AVX512F__
+inline V in_register(V x) {
+  asm("" : "+v"(x));
+  return x;
+}
+#else
+inline V in_register(V x) { return x; }
+#endif
+
+// Arithmetic
+
+inline V each(float x) { return x - V{}; }  // 0 + x would be an addition, because of the sign of zero
 inline V relu(V x) { return x > 0 ? x : V{}; }
 inline V larger(V a, V b) { return a > b ? a : b; }
 inline V smaller(V a, V b) { return a < b ? a : b; }
 inline V magnitude(V a) { return a < 0 ? -a : a; }
+inline V flipped(V x, VI sign_bits) { return (V)((VI)x ^ sign_bits); }
 
 #ifdef __AVX512F__
 inline float sum(V v) { return _mm512_reduce_add_ps((__m512)v); }
@@ -69,7 +111,7 @@ inline V power_series(V r) {
   return e * (r * r) + (r + 1.0f);
 }
 
-// 2^n e^r = e^x, and 1 / sqrt(x) for x > 0. Both are a fifth of the work, so that AVX-512 has its own.
+// e^x = 2^n e^r, and 1 / sqrt(x) for x > 0, 0 for infinity. AVX-512 has instructions that do most of either.
 #ifdef __AVX512F__
 inline V exponential(V x) {
   V n = (V)_mm512_roundscale_ps((__m512)(x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -78,12 +120,14 @@ inline V exponential(V x) {
 }
 
 inline V inverse_root(V x) {
-  V y = (V)_mm512_rsqrt14_ps((__m512)x);
-  return y * (1.5f - 0.5f * x * y * y);  // a Newton step, from 14 bits to all
+  const V y = (V)_mm512_rsqrt14_ps((__m512)x);
+  const V correction = 1.5f - 0.5f * x * y * y;  // a Newton step, from 14 bits to all; NaN where x is infinite
+  const __mmask16 finite = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(INFINITY), _CMP_NEQ_UQ);
+  return (V)_mm512_maskz_mul_ps(finite, (__m512)y, (__m512)correction);
 }
 #else
 inline V exponential(V x) {
-  x = x > 89.0f ? each(89.0f) : x;  // inf from 88.4 on
+  x = x > 89.0f ? each(89.0f) : x;  // infinity from 88.4 on
   x = x < -87.0f ? each(-87.0f) : x;
   V shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;  // 1.5 * 2^23: n is in the low bits
   V r = x - n * 0.693359375f;

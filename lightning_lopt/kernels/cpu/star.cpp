@@ -1,117 +1,88 @@
-// The fused step of STAR on the CPU; star.py builds and calls it. The maths is that of rules/star.py and
-// rules/features.py and is tested against it; the names are theirs.
+// A step of STAR on the CPU; star.py builds and calls it. The math and the names are those of rules/star.py and
+// rules/features.py, and it is tested against them.
 //
-// Three passes over a tensor, because the features are normalized over the whole of it:
-//   A  sums of squared gradients per row and column -> factored second moments
-//   B  the mean squares of the 16 dense features
-//   C  the network, the new value, the new momenta
-// Before them, where the rule centers gradients, their rows' means.
+// Three passes over a tensor, because the features are normalized over all of it:
+//   factor     sums of squared gradients per row and column -> factored second moments
+//   normalize  the mean squares of the 16 dense features
+//   move       the network, the new value, the new moments
 // Between them only vectors (per row, per column) and 16 numbers are kept: features are computed again, never stored.
 //
-// A contiguous tensor is seen as [A, X, B, Y, C], X and Y being the two factored dims in memory order. A "line" is the
-// contiguous run (Y, C); "left" vectors (A, X, B, C) are constant along Y, "right" vectors (A, B, Y, C) along X.
-// A tensor below two dims (A = 0) has a diagonal second moment instead: one left value for each coordinate.
-//
-// All sums run over fixed blocks in a fixed order: results do not depend on the number of threads.
+// A contiguous tensor is seen as [A, X, B, Y, C], where X and Y are the two factored dims in memory order. A "line" is
+// the contiguous run (Y, C). "Left" vectors (A, X, B, C) are constant along Y, "right" vectors (A, B, Y, C) along X. A
+// tensor below two dims (A = 0) has a diagonal second moment instead: one left value for each coordinate.
 
-#include <algorithm>
-#include <condition_variable>
-#include <memory>
-#include <mutex>
-#include <thread>
-#include <vector>
-
-#include "simd_pairs.h"
 #include "star_network.h"
-#include "star_schedule.h"
 
 namespace {
 
-// Asks for what is needed AHEAD coordinates later: there are more streams than the processor finds out about by itself.
-template <int AHEAD, int LEVEL>
-__attribute__((always_inline)) inline void fetch(const Part& t, int64_t at, int n) {
-  for (int i = 0; i < n; i += LANES) {
-    int64_t next = at + AHEAD + i;
-    __builtin_prefetch(t.grad + next, 0, LEVEL), __builtin_prefetch(t.param + next, 0, LEVEL);
-    for (int k = 0; k < 3; k++) __builtin_prefetch(t.exp_avg + k * t.size + next, 0, LEVEL);
-    __builtin_prefetch(t.exp_avg_sq + next, 0, LEVEL);
-  }
-}
-
-// Sums of squares of the dense features; without heads those that the scheduler reads, and the second moment's, which
-// tell whether all is finite. Products of squares are less work than squares of products, and need no root.
-template <bool heads>
-void moments(Work& w, int64_t block) {
+// Pass 2: sums of squares of the dense features. Products of squares are less work than squares of products.
+void sum_features(Work& w, int64_t block) {
   Expanded room;
-  const Rule rule = w.rule;
-  const Part t = w.part;
-  const VI flip = flipping(w.scalars.sign);
+  const Rule& rule = w.rule;
+  const Tensor t = w.tensor;
+  const VI flip = sign_bits(t.sign);
+  const bool diagonal = !w.geometry.A;
   V totals[DENSE] = {};
-  int64_t end = std::min(t.size, (block + 1) * BLOCK);
-  for (Run run{block * BLOCK, 0, {}, {}, {}, {}}; run.at < end; run.at += run.n) {
-    run = run_at<heads>(w, run.at, end, room, false);
-    V scaled[6] = {};  // sums of squares that lack the run's factor
+  const int64_t end = std::min(t.size, (block + 1) * BLOCK);
+  Run run{};
+  for (run.at = block * BLOCK; run.at < end; run.at += run.n) {
+    run = run_at(w, run.at, end, room, false);
+    V by_grad[3] = {}, by_momentum[3] = {};  // sums of squares that lack the run's factor
     auto add = [&](int i, int n) {
-      fetch<2048, 2>(t, run.at + i, n);
-      Coordinates<V> c(rule, t, flip, run, i, n);
+      prefetch<2048, 2>(t, run.at + i, n);
+      const Coordinates<V> c(rule, t, flip, run.at + i, n);
       V root = 1.0f / (c.second + EPS);  // its square
       totals[1] += c.param * c.param;
-      if (!heads) totals[5] += c.second;
-      for (int k = 0; !heads && k < 3; k++) totals[6 + k] += c.momentum[k] * c.momentum[k] * root;
-      if (!heads) return;
       if (n < LANES) root = head_of(root, n);  // the one feature that zeros do not make zero
-      V square = c.grad * c.grad;
-      totals[0] += square, totals[5] += c.second * c.second, totals[9] += root;
+      const V square = c.grad * c.grad;
+      totals[0] += square;
+      totals[5] += c.second * c.second;
+      totals[9] += root;
       for (int k = 0; k < 3; k++) {
-        auto get = [&](const float* p) { return n == LANES ? load(p + i) : some(p + i, n); };
-        V g = get(run.grad_root[k]), m = t.A ? g : get(run.momentum_root[k]), moment = c.momentum[k] * c.momentum[k];
-        V of_g = g * g, of_m = t.A ? of_g : m * m;
-        totals[2 + k] += moment, totals[6 + k] += moment * root;
-        scaled[k] += square * of_g, scaled[3 + k] += moment * of_m;
+        const V moment = c.momentum[k] * c.momentum[k];
+        const V grad_root = load(run.grad_root[k] + i, n);
+        const V momentum_root = diagonal ? load(run.momentum_root[k] + i, n) : grad_root;
+        totals[2 + k] += moment;
+        totals[6 + k] += moment * root;
+        by_grad[k] += square * (grad_root * grad_root);
+        by_momentum[k] += moment * (momentum_root * momentum_root);
       }
     };
     int i = 0;
     for (; i + LANES <= run.n; i += LANES) add(i, LANES);
     if (i < run.n) add(i, run.n - i);
-    for (int k = 0; heads && k < 3; k++) {
-      float square = run.left_root[k] * run.left_root[k];
-      totals[10 + k] += scaled[k] * square, totals[13 + k] += scaled[3 + k] * square;
+    for (int k = 0; k < 3; k++) {
+      const float square = run.left_root[k] * run.left_root[k];
+      totals[10 + k] += by_grad[k] * square;
+      totals[13 + k] += by_momentum[k] * square;
     }
   }
   for (int f = 0; f < DENSE; f++) w.partial[block * DENSE + f] = sum(totals[f]);
 }
 
-// Whether no new value can leave the range: no coordinate is larger than the root of its block's sum of squares, and
-// from there on the network is bounded layer by layer. Where this cannot be told, pass C is run once without writing.
+// Whether no new number can leave the range: no coordinate is larger than the root of its block's sum of squares, and
+// from there on the network is bounded layer by layer.
 bool proves_finite(const Work& w) {
-  double x[DENSE], h[HIDDEN], next[HIDDEN], head[HEADS];
   const Rule& rule = w.rule;
-  const bool adaptive = rule.nominal_root && rule.direction[0] == 0;
-  if (!rule.needs_heads && !(rule.scheduled && adaptive)) return false;
+  double x[DENSE];
   for (int f = 0; f < DENSE; f++) {
     double high = 0;
     for (int64_t b = 0; b < w.blocks; b++) {
-      double s = w.partial[b * DENSE + f];
+      const double s = w.partial[b * DENSE + f];
       if (!(s < INFINITY)) return false;
       high = std::max(high, s);
     }
     x[f] = 1.01 * std::sqrt(high) + 1e-22;  // squares below the smallest float are lost
   }
-  double direction = std::fabs(rule.direction[0]) * x[0];
-  for (int k = 0; k < 3; k++)
-    direction += std::fabs(w.momenta[k]) * (adaptive ? x[6 + k] : x[2 + k] * (rule.nominal_root ? x[9] : 1));
-  const Scalars& s = w.scalars;
-  auto bounded = [&](double change) {
-    return 1.01 * (x[1] + std::fabs(s.scale) * change + std::fabs(s.decay) * x[1]) < std::min<double>(s.limit, 1e38);
-  };
-  if (!rule.needs_heads) return bounded(std::fabs(w.factor) * rule.nominal * direction + rule.weight_decay * x[1]);
+
+  double h[HIDDEN], next[HIDDEN], head[HEADS];
   for (int j = 0; j < HIDDEN; j++) {
     h[j] = w.widest[j];
     for (int f = 0; f < DENSE; f++) h[j] += std::fabs((double)w.weights[f][j]) * x[f];
   }
   for (int number = 1; number <= LAYERS; number++) {
-    int outputs = number < LAYERS ? HIDDEN : HEADS;
-    const float* weight = deeper(rule) + (number - 1) * (HIDDEN + 1) * HIDDEN;
+    const int outputs = number < LAYERS ? HIDDEN : HEADS;
+    const float* weight = later_weights(rule) + (number - 1) * (HIDDEN + 1) * HIDDEN;
     for (int o = 0; o < outputs; o++) {
       double s = std::fabs(weight[HIDDEN * outputs + o]);
       for (int j = 0; j < HIDDEN; j++) s += std::fabs((double)weight[j * outputs + o]) * h[j];
@@ -119,240 +90,196 @@ bool proves_finite(const Work& w) {
     }
     if (number < LAYERS) std::copy(next, next + HIDDEN, h);
   }
+
+  const bool adaptive = rule.nominal_root && rule.direction[0] == 0;
+  double direction = std::fabs(rule.direction[0]) * x[0];
+  for (int k = 0; k < 3; k++)
+    direction += std::fabs(rule.direction[k + 1]) * (adaptive ? x[6 + k] : x[2 + k] * (rule.nominal_root ? x[9] : 1));
   auto magnitude = [&](int k) { return k + 1 < HEADS ? std::exp(std::fabs(rule.exp_mult[k]) * head[k + 1]) : 1.0; };
-  double blackbox = rule.step_mult * head[0] * magnitude(0) * (rule.selfnormalize ? std::fabs(w.mean_grad) : 1);
-  return bounded(std::fabs(w.factor) * blackbox * (rule.blackbox_root ? x[9] : 1) +
-                 std::fabs(w.factor) * rule.nominal * magnitude(1) * direction + rule.weight_decay * magnitude(2) * x[1]);
+  const double blackbox = rule.step_mult * head[0] * magnitude(0) * (rule.selfnormalize ? std::fabs(w.mean_grad) : 1) *
+                          (rule.blackbox_root ? x[9] : 1);
+  const double change = blackbox + rule.nominal * magnitude(1) * direction + rule.weight_decay * magnitude(2) * x[1];
+  const Tensor& t = w.tensor;
+  const double value = x[1] + std::fabs(t.scale) * change + std::fabs(t.decay) * x[1];
+  return 1.01 * value < std::min<double>(t.limit, 1e38);
 }
 
-void fold(Work& w) {
-  float means[4];
+// The normalizers go into the first layer's weights.
+void normalize(Work& w) {
   for (int f = 0; f < DENSE; f++) {
     double total = 0;
     for (int64_t b = 0; b < w.blocks; b++) total += w.partial[b * DENSE + f];
-    if (f == 1) means[0] = (float)(total / w.part.size);
-    if (f >= 6 && f < 9) means[f - 5] = (float)(total / w.part.size);
-    float scale = inverse_rms(total, w.part.size);
-    for (int j = 0; w.rule.needs_heads && j < HIDDEN; j++)
-      w.weights[f][j] = w.rule.weights[DENSE_ROWS[f] * HIDDEN + j] * scale;
+    const float scale = inverse_rms(total, w.tensor.size);
+    for (int j = 0; j < HIDDEN; j++) w.weights[f][j] = w.rule.weights[DENSE_ROWS[f] * HIDDEN + j] * scale;
   }
-  if (w.rule.scheduled) schedule(w, means);
+  w.proven = w.rule.safeguard && w.finite && proves_finite(w);
 }
 
-// Write; sum the step's squares; whether all is finite; sum the heads. One of them alone writes, so that a step has the
-// same bits whether it is also measured or not: the compiler rounds each mode as it likes.
-enum Mode { WRITE, MEASURE, CHECK, AVERAGE };
+// Pass 3. WRITE moves the tensor. LOOK writes nothing: it tells whether all would be finite, and sums the step's
+// squares. AVERAGE sums the heads. WRITE is alone so that a step has the same bits whether it is measured or not: the
+// compiler rounds each mode as it likes.
+enum Mode { WRITE, LOOK, AVERAGE };
 
-template <Mode mode, bool heads>
-void apply(Work& w, int64_t block) {
+template <Mode mode>
+void move_block(Work& w, int64_t block) {
   Expanded room;
   const Rule rule = w.rule;
-  const Part t = w.part;
-  const Scalars s = w.scalars;
-  float weights[DENSE][HIDDEN], later[DEEPER];
+  const Tensor t = w.tensor;
+  float weights[DENSE][HIDDEN], later[LATER];
   std::memcpy(weights, w.weights, sizeof weights);
-  std::memcpy(later, deeper(rule), sizeof later);
-  float exp_mult[3];  // a magnitude of the whole tensor is a factor
+  std::memcpy(later, later_weights(rule), sizeof later);
+
+  // A magnitude of the whole tensor is a constant. Factors of the heads go into the last layer.
+  float exp_mult[3];
   float constant[3] = {rule.step_mult, rule.nominal, rule.weight_decay};
   for (int k = 0; k < 3; k++) {
     exp_mult[k] = rule.aggregate[k] || k + 1 >= HEADS ? 0 : rule.exp_mult[k];
-    if (heads && rule.aggregate[k] && k + 1 < HEADS) constant[k] *= std::exp(rule.exp_mult[k] * w.head_means[k + 1]);
+    if (rule.aggregate[k] && k + 1 < HEADS) constant[k] *= std::exp(rule.exp_mult[k] * w.head_means[k + 1]);
   }
   if (rule.selfnormalize) constant[0] *= w.mean_grad;
-  constant[0] *= w.factor, constant[1] *= w.factor;
-  for (int j = 0; mode != AVERAGE && j <= HIDDEN; j++) {  // factors of the heads go into the last layer
-    float* weight = later + DEEPER - (HIDDEN + 1) * HEADS + j * HEADS;
+  for (int j = 0; mode != AVERAGE && j <= HIDDEN; j++) {
+    float* weight = later + LATER - (HIDDEN + 1) * HEADS + j * HEADS;
     weight[0] *= constant[0];
     for (int o = 1; o < HEADS; o++) weight[o] *= exp_mult[o - 1];
   }
-  const VI flip = flipping(s.sign);
+  const float by_grad = rule.direction[0] * constant[1];
+  float by_momentum[3];
+  for (int k = 0; k < 3; k++) by_momentum[k] = rule.direction[k + 1] * constant[1];
+
+  const VI flip = sign_bits(t.sign);
   const bool both_by_root = mode == WRITE && rule.blackbox_root && rule.nominal_root;
-  float by_grad = rule.direction[0] * constant[1], by_momentum[3];
-  for (int k = 0; k < 3; k++) by_momentum[k] = w.momenta[k] * constant[1];
-  const float kept = 1 - w.caution;  // of a nominal step that would climb
   V outside = {}, sums[4] = {}, head_sums[HEADS] = {};
-  int64_t end = std::min(t.size, (block + 1) * BLOCK);
-  for (Run run{block * BLOCK, 0, {}, {}, {}, {}}; run.at < end; run.at += run.n) {
-    run = run_at<heads>(w, run.at, end, room, true);
-    for (int k = 0; heads && k < 3; k++)  // what is constant along the run goes into the weights
+  const int64_t end = std::min(t.size, (block + 1) * BLOCK);
+  Run run{};
+  for (run.at = block * BLOCK; run.at < end; run.at += run.n) {
+    run = run_at(w, run.at, end, room, true);
+    for (int k = 0; k < 3; k++)  // what is constant along the run goes into the weights
       for (int j = 0; j < HIDDEN; j++) {
         weights[10 + k][j] = w.weights[10 + k][j] * run.left_root[k];
         weights[13 + k][j] = w.weights[13 + k][j] * run.left_root[k];
       }
     auto move = [&](auto kind, int i, int n) {
       using T = decltype(kind);
-      int64_t at = run.at + i;
-      fetch<128, 3>(t, at, n);
-      Coordinates<T> c(rule, t, flip, run, i, n);
-      T root = inverse_root(c.second + EPS), head[4] = {};
-      if (heads) {
-        T h[HIDDEN];
-        for (int j = 0; j < HIDDEN; j++) h[j] = get<T>(run.hidden[j] + i, n) + run.left_hidden[j];
-        first_layer(c, root, run, i, n, reread(weights[0]), h);
-        later_layers(reread(later), rule.heads, h, head);
-      }
+      const int64_t at = run.at + i;
+      prefetch<128, 3>(t, at, n);
+      const Coordinates<T> c(rule, t, flip, at, n);
+      const T root = inverse_root(c.second + EPS);
+      T h[HIDDEN], head[4] = {};
+      for (int j = 0; j < HIDDEN; j++) h[j] = get<T>(run.hidden[j] + i, n) + run.left_hidden[j];
+      first_layer(c, root, run, i, n, reread(weights[0]), h);
+      later_layers(reread(later), rule.heads, h, head);
       if constexpr (mode == AVERAGE) {
         for (int o = 0; o < HEADS; o++) head_sums[o] += n == LANES ? head[o] : head_of(head[o], n);
         return;
       }
-      T blackbox = {}, decay = {}, nominal = c.momentum[0] * by_momentum[0];
+
+      T nominal = c.momentum[0] * by_momentum[0];
       nominal += c.momentum[1] * by_momentum[1];
       nominal += c.momentum[2] * by_momentum[2];
       if (by_grad != 0) nominal += c.grad * by_grad;
-      if (kept != 1) nominal = held_back(nominal, c.grad, kept);
-      if (heads && rule.heads[0]) {
+      if (exp_mult[1] != 0) nominal *= magnitude_of(head[2]);
+      if (rule.nominal_root && !both_by_root) nominal *= root;
+      T blackbox = {};
+      if (rule.heads[0]) {
         blackbox = head[0];
         if (exp_mult[0] != 0) blackbox *= magnitude_of(head[1]);
         if (rule.blackbox_root && !both_by_root) blackbox *= root;
       }
-      if (heads && exp_mult[1] != 0) nominal *= magnitude_of(head[2]);
-      if (rule.nominal_root && !both_by_root) nominal *= root;
-      T change = blackbox + nominal;
+      T change = blackbox + nominal, decay = {};
       if (both_by_root) change *= root;
       if (rule.weight_decay != 0) {
         decay = c.param * constant[2];
-        if (heads && exp_mult[2] != 0) decay *= magnitude_of(head[3]);
+        if (exp_mult[2] != 0) decay *= magnitude_of(head[3]);
         change += decay;
       }
-      T value = c.param - change * s.scale;
-      if (s.decay != 0) value -= c.param * s.decay;
-      if constexpr (mode == CHECK) {
-        V far = value > 0 ? value : -value;
-        V rest = (c.second + c.momentum[0] + c.momentum[1] + c.momentum[2]) * 0.0f;
-        outside += (far < s.limit ? V{} : each(1)) + rest;
-      }
-      if constexpr (mode == MEASURE) {
-        change = value - c.param;
-        if (n < LANES) blackbox = head_of(blackbox, n), change = head_of(change, n);  // of zeros it does not make zeros
-        sums[0] += change * change;
-        sums[1] += blackbox * blackbox, sums[2] += nominal * nominal, sums[3] += decay * decay;
-      }
+      T value = c.param - change * t.scale;
+      if (t.decay != 0) value -= c.param * t.decay;
+
       if constexpr (mode == WRITE) {
-        set(t.param + at, value, n), set(t.exp_avg_sq + at, c.second, n);
+        set(t.param + at, value, n);
+        set(t.exp_avg_sq + at, c.second, n);
         for (int k = 0; k < 3; k++) set(t.exp_avg + k * t.size + at, c.momentum[k], n);
+      }
+      if constexpr (mode == LOOK) {
+        const V size = value > 0 ? value : -value;
+        const V moments = c.second + c.momentum[0] + c.momentum[1] + c.momentum[2];
+        outside += (size < t.limit ? V{} : each(1)) + moments * 0.0f;
+        change = value - c.param;
+        if (n < LANES) {  // of zeros the network does not make zeros
+          blackbox = head_of(blackbox, n);
+          change = head_of(change, n);
+        }
+        sums[0] += change * change;
+        sums[1] += blackbox * blackbox;
+        sums[2] += nominal * nominal;
+        sums[3] += decay * decay;
       }
     };
     int i = 0;
-    if constexpr (mode == WRITE && heads && PAIRS)
+    if constexpr (mode == WRITE && PAIRS)
       for (; i + Two::SIZE <= run.n; i += Two::SIZE) move(Two{}, i, Two::SIZE);
     for (; i + LANES <= run.n; i += LANES) move(V{}, i, LANES);
     if (i < run.n) move(V{}, i, run.n - i);
   }
-  if (mode == CHECK) w.block_finite[block] = sum(outside) == 0;
-  for (int k = 0; mode == MEASURE && k < 4; k++) w.squares[block * 4 + k] = sum(sums[k]);
+  if (mode == LOOK) {
+    w.block_finite[block] = sum(outside) == 0;
+    for (int k = 0; k < 4; k++) w.squares[block * 4 + k] = sum(sums[k]);
+  }
   for (int o = 0; mode == AVERAGE && o < HEADS; o++) w.head_sums[block * HEADS + o] = sum(head_sums[o]);
 }
 
-template <Mode mode>
-void apply(Work& w, int64_t block) {
-  w.rule.needs_heads ? apply<mode, true>(w, block) : apply<mode, false>(w, block);
+void average_heads(Work& w) {
+  for (int o = 0; o < HEADS; o++) {
+    double total = 0;
+    for (int64_t b = 0; b < w.blocks; b++) total += w.head_sums[b * HEADS + o];
+    w.head_means[o] = (float)(total / w.tensor.size);
+  }
 }
 
-// Threads
-
-// Threads that all run the same function: each takes every n-th task, and all wait for each other after the last.
-struct Team {
-  int size, waiting = 0, round = 0;
-  std::mutex mutex;
-  std::condition_variable woken;
-
-  void wait() {
-    if (size == 1) return;
-    std::unique_lock<std::mutex> lock(mutex);
-    if (++waiting == size) {
-      waiting = 0, round++;
-      woken.notify_all();
-    } else {
-      int now = round;
-      woken.wait(lock, [&] { return round != now; });
-    }
-  }
-
-  template <typename Task>
-  void each(int member, int64_t tasks, Task task) {
-    for (int64_t i = member; i < tasks; i += size) task(i);
-    wait();
-  }
-
-  template <typename Task>
-  void once(int member, Task task) {
-    if (member == 0) task();
-    wait();
-  }
-};
-
-// Passes A and B of one tensor, by a whole team: every member runs this, with the same Work.
-void look(Team& team, int member, Work& w) {
-  if (float share = centering(w)) {
-    team.once(member, [&] { w.fan_in = w.part.size / w.part.rows, w.row_means.resize(w.part.rows); });
-    int64_t tasks = (w.part.rows + rows_at_once(w) - 1) / rows_at_once(w);
-    team.each(member, tasks, [&](int64_t i) { average_rows(w, i, share); });
-  }
-  if (w.part.A) team.each(member, w.row_blocks, [&](int64_t i) { sum_squares(w, i); });
-  team.once(member, [&] { vectors(w); });
-  if (!w.rule.needs_heads && !w.rule.scheduled) return;
-  team.each(member, w.blocks, [&](int64_t i) { w.rule.needs_heads ? moments<true>(w, i) : moments<false>(w, i); });
-  team.once(member, [&] { fold(w); });
+// Counts the step, and writes the factored moments unless it was skipped.
+void finish(Work& w, const Item& item, bool skip) {
+  count_step(w.rule, w.tensor, skip);
+  if (skip) return;
+  std::copy(w.left.begin(), w.left.end(), item.left);
+  std::copy(w.right.begin(), w.right.end(), item.right);
+  for (int64_t i = 0; w.rule.measure && i < 4 * w.blocks; i++) item.squares[i % 4] += w.squares[i];
 }
 
-// Pass C, after looks with nothing written where a mean of the network's outputs, the safeguard or a measurement asks
-// for one.
-void move(Team& team, int member, Work& w, double* squares) {
+// All passes over one tensor, by a whole team: every member runs this, with the same Work.
+void move(Team& team, int member, Work& w, const Item& item) {
   const Rule& rule = w.rule;
-  const Part& t = w.part;
-  if (rule.aggregate[0] || rule.aggregate[1] || rule.aggregate[2]) {
-    team.each(member, w.blocks, [&](int64_t i) { apply<AVERAGE>(w, i); });
-    team.once(member, [&] {
-      for (int o = 0; o < HEADS; o++) {
-        double total = 0;
-        for (int64_t b = 0; b < w.blocks; b++) total += w.head_sums[b * HEADS + o];
-        w.head_means[o] = (float)(total / t.size);
-      }
-    });
-  }
+  team.once([&] { w.begin(item); });
+  team.each(member, item.geometry.A ? w.row_blocks : 0, [&](int64_t i) { sum_squares(w, i); }, [&] { factor(w, item); });
+  team.each(member, w.blocks, [&](int64_t i) { sum_features(w, i); }, [&] { normalize(w); });
+  if (rule.aggregate[0] || rule.aggregate[1] || rule.aggregate[2])
+    team.each(member, w.blocks, [&](int64_t i) { move_block<AVERAGE>(w, i); }, [&] { average_heads(w); });
   bool skip = rule.safeguard && !w.finite;
-  if (rule.safeguard && !skip) {
-    team.once(member, [&] { w.proven = proves_finite(w); });
-    if (!w.proven) {
-      team.each(member, w.blocks, [&](int64_t i) { apply<CHECK>(w, i); });
-      skip = !std::all_of(w.block_finite.begin(), w.block_finite.end(), [](uint8_t ok) { return ok; });
-    }
+  if (!skip && (rule.measure || (rule.safeguard && !w.proven))) {
+    team.each(member, w.blocks, [&](int64_t i) { move_block<LOOK>(w, i); });
+    skip = rule.safeguard && !std::all_of(w.block_finite.begin(), w.block_finite.end(), [](uint8_t ok) { return ok; });
   }
-  if (!skip && rule.measure) team.each(member, w.blocks, [&](int64_t i) { apply<MEASURE>(w, i); });
-  if (!skip) team.each(member, w.blocks, [&](int64_t i) { apply<WRITE>(w, i); });
-  team.once(member, [&] {
-    if (rule.safeguard) *t.skipped += skip, *t.skipped_in_row = skip ? *t.skipped_in_row + 1 : 0;
-    if (skip) return;
-    *t.step += 1;
-    std::copy(w.left.begin(), w.left.end(), t.left);
-    std::copy(w.right.begin(), w.right.end(), t.right);
-    for (int64_t i = 0; rule.measure && i < 4 * w.blocks; i++) squares[i % 4] += w.squares[i];
-  });
+  auto last = [&] { finish(w, item, skip); };
+  team.each_backwards(member, skip ? 0 : w.blocks, [&](int64_t i) { move_block<WRITE>(w, i); }, last);
 }
 
 }  // namespace
 
-// Moves `count` tensors, each through all passes while it lies in the cache; with `measure` adds up the squares of
-// change, blackbox, nominal and decay, 4 for each tensor.
-extern "C" void star_step(const Rule* rule, const Part* parts, const Scalars* scalars, double* squares, int64_t count) {
-  std::vector<int64_t> alone, shared;
-  int64_t total = 0;
-  for (int64_t i = 0; i < count; i++) (parts[i].size <= ALONE ? alone : shared).push_back(i), total += parts[i].size;
-  Team team, solo;
-  team.size = (int)std::max<int64_t>(1, std::min<int64_t>(rule->threads, total / ALONE)), solo.size = 1;
-  std::vector<std::unique_ptr<Work>> works(count);
-  auto step = [&](Team& by, int member, int64_t i) {
-    by.once(member, [&] { works[i] = std::make_unique<Work>(*rule, parts[i], scalars[i]); });
-    look(by, member, *works[i]);
-    move(by, member, *works[i], squares + 4 * i);
-    by.once(member, [&] { works[i].reset(); });
-  };
-  auto run = [&](int member) {
-    team.each(member, (int64_t)alone.size(), [&](int64_t k) { step(solo, 0, alone[k]); });
-    for (int64_t i : shared) step(team, member, i);
-  };
-  std::vector<std::thread> others;
-  for (int member = 1; member < team.size; member++) others.emplace_back(run, member);
-  run(0);
-  for (auto& other : others) other.join();
+extern "C" const int64_t star_layout[] = {sizeof(Rule), sizeof(Geometry)};
+
+// Moves `count` tensors; with `measure` adds up the squares of change, blackbox, nominal and decay, 4 for each tensor.
+extern "C" int32_t star_step(const Rule* rule, void* const* addresses, const float* scalars, double* squares,
+                             const Geometry* geometries, int64_t count) {
+  return outcome_of([&] {
+    std::vector<Item> items;
+    items.reserve(count);
+    for (int64_t i = 0; i < count; i++) {
+      const Geometry& g = geometries[i];
+      auto moments = [&](Column column) { return static_cast<float*>(addresses[column * count + i]); };
+      float* left = moments(!g.A ? DIAG : g.left_is_row ? ROW : COL);
+      float* right = moments(g.left_is_row ? COL : ROW);
+      const Tensor tensor = tensor_at(*rule, addresses, scalars, g.size, g.limit, i, count);
+      items.push_back({tensor, g, left, right, squares + 4 * i});
+    }
+    step_all<Work>(*rule, items);
+  });
 }

@@ -1,4 +1,4 @@
-// The network of star.cpp, of one vector of coordinates or of two, and what is read for it.
+// The network of star.cpp, for one vector of coordinates or for two, and what is read for it.
 
 #pragma once
 
@@ -6,17 +6,14 @@
 
 namespace {
 
-// The bits that change a gradient's sign where it is to be negated.
-inline VI flipping(float sign) { return VI{} + (sign < 0 ? INT32_MIN : 0); }
-
-// Coordinates that follow each other: what they are given, and what their accumulators become.
+// Coordinates next to each other: what the step reads of them, and their new moments.
 template <typename T>
 struct Coordinates {
   T grad, param, momentum[3], second;
 
-  inline Coordinates(const Rule& rule, const Part& t, VI flip, const Run& run, int i, int n) {
-    int64_t at = run.at + i;
-    grad = flipped(without(get<T>(run.grad + i, n), run.mean), flip), param = get<T>(t.param + at, n);
+  inline Coordinates(const Rule& rule, const Tensor& t, VI flip, int64_t at, int n) {
+    grad = flipped(get<T>(t.grad + at, n), flip);
+    param = get<T>(t.param + at, n);
     for (int k = 0; k < 3; k++) {
       T old = in_register(get<T>(t.exp_avg + k * t.size + at, n));
       momentum[k] = old + (grad - old) * (1 - rule.momentum[k]);  // a multiplication less than with two weights
@@ -26,12 +23,13 @@ struct Coordinates {
   }
 };
 
-constexpr int DEEPER = (LAYERS - 1) * (HIDDEN + 1) * HIDDEN + (HIDDEN + 1) * HEADS;  // weights after the first layer's
+// Weights behind the first layer: later hidden layers, then the heads; each with its biases in the last row.
+constexpr int LATER = (LAYERS - 1) * (HIDDEN + 1) * HIDDEN + (HIDDEN + 1) * HEADS;
 
-const float* deeper(const Rule& rule) { return rule.weights + (FEATURES + 1) * HIDDEN; }
+const float* later_weights(const Rule& rule) { return rule.weights + (FEATURES + 1) * HIDDEN; }
 
-// The first layer, feature by feature. Features that are products, such as momentum * root, are multiplied out only
-// once: momentum * (weight + weight * root + ...).
+// The first layer, feature by feature. Of features that are products, such as momentum * root, the momentum is
+// multiplied only once: momentum * (weight + weight * root + ...).
 template <typename T>
 inline void first_layer(const Coordinates<T>& c, T root, const Run& run, int i, int n, const float* weights, T* h) {
   auto weight = [&](int feature, int j) { return weights[feature * HIDDEN + j]; };
@@ -56,6 +54,7 @@ inline void first_layer(const Coordinates<T>& c, T root, const Run& run, int i, 
   }
 }
 
+// From the first layer's sums to the heads that are asked for.
 template <typename T>
 inline void later_layers(const float* later, const int32_t (&heads)[4], T* h, T* head) {
   for (int number = 1; number < LAYERS; number++) {
@@ -71,7 +70,7 @@ inline void later_layers(const float* later, const int32_t (&heads)[4], T* h, T*
   const float* weight = later + (LAYERS - 1) * (HIDDEN + 1) * HIDDEN;
   for (int j = 0; j < HIDDEN; j++) h[j] = positive(h[j]);
   for (int o = 0; o < HEADS; o++) {
-    if (!heads[o]) continue;  // nobody reads it
+    if (!heads[o]) continue;
     head[o] = same<T>(weight[HIDDEN * HEADS + o]);
     for (int j = 0; j < HIDDEN; j++) head[o] += h[j] * weight[j * HEADS + o];
   }
