@@ -123,24 +123,40 @@ def test_the_bundled_folder_is_the_installed_one_else_the_checkouts(
     assert bundle.bundled_dir() == package / "pretrained"
 
 
-def test_a_directory_comes_before_a_bundled_name_and_before_the_hub(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: Hub
+@pytest.mark.parametrize("name", [REPO, "mine", "./star", Path("star")], ids=str)
+def test_a_directory_comes_before_the_hub(
+    name: str | Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: Hub
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("star", REPO):
-        lopt.save_rule(lopt.rules.make("blackbox"), name)
-        rule = lopt.load_rule(name, endpoint=hub.url)
-        assert rule.kind == "blackbox"
-        assert rule.source == (name, None)
+    lopt.save_rule(lopt.rules.make("blackbox"), name)
+    rule = lopt.load_rule(name, endpoint=hub.url)
+    assert rule.kind == "blackbox"
+    assert rule.source == (str(name), None)
     assert hub.requests == []
 
 
-def test_a_directory_that_hides_a_bundled_rule_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bundled_name_wins_over_an_empty_folder_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders named after an optimizer are common: logs, checkpoints, figures."""
     monkeypatch.chdir(tmp_path)
     Path("star").mkdir()
-    with pytest.raises(ValueError, match="hides the bundled rule") as caught:
-        lopt.load_rule("star")
-    assert_teaches(caught.value)
+    assert lopt.load_rule("star").kind == "star"
+    lopt.LearnedOptimizer.from_pretrained("star")
+
+
+def test_a_bundled_name_wins_over_a_saved_rule_of_that_name_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lopt.save_rule(lopt.rules.make("blackbox"), "star")
+    with pytest.warns(UserWarning, match=r"'star' is the bundled rule, not the directory.*write '\./star'"):
+        assert lopt.load_rule("star").kind == "star"
+
+
+def test_a_bundled_name_within_the_bundled_folder_is_not_ambiguous(
+    bundled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(bundled)
+    assert lopt.load_rule("star").source == ("star", None)
 
 
 @pytest.mark.parametrize(
@@ -355,7 +371,7 @@ def test_an_existing_public_repo_is_not_taken_for_a_private_one(hub: Hub) -> Non
 
 def test_a_taken_tag_is_refused_and_the_commit_named(hub: Hub) -> None:
     push(hub, tag="v1")
-    with pytest.raises(FileExistsError, match="tag 'v1'.*exists already") as caught:
+    with pytest.raises(FileExistsError, match="tag 'v1'.*already exists") as caught:
         push(hub, lopt.rules.make("blackbox"), tag="v1")
     assert_teaches(caught.value, hub.repos[REPO].branches["main"])
 
@@ -363,7 +379,7 @@ def test_a_taken_tag_is_refused_and_the_commit_named(hub: Hub) -> None:
 def test_a_rule_that_would_not_load_reaches_no_hub(hub: Hub) -> None:
     rule = lopt.rules.make("star")
     torch.nn.init.constant_(rule.w0, torch.nan)
-    with pytest.raises(ValueError, match="'w0' holds NaN"):
+    with pytest.raises(ValueError, match="'w0' contains NaN"):
         push(hub, rule)
     assert hub.requests == []
 
@@ -416,7 +432,7 @@ def test_no_hub_and_no_cache(
     stop: Callable[[], None], load: Callable[..., UpdateRule], hub: Hub, no_waiting: None
 ) -> None:
     stop()
-    with pytest.raises(ConnectionError, match="gives no usable answer.*ConnectError") as caught:
+    with pytest.raises(ConnectionError, match="sent no usable answer.*ConnectError") as caught:
         load(token=TOKEN)
     assert_teaches(caught.value, hub.url, REPO, "star")
     with pytest.raises(ConnectionError) as caught:
@@ -464,7 +480,7 @@ def test_a_tag_that_fails_names_the_commit(hub: Hub) -> None:
 def test_a_download_that_is_cut_short(hub: Hub, load: Callable[..., UpdateRule], no_waiting: None) -> None:
     push(hub)
     hub.claimed_size["config.json"] = 10_000
-    with pytest.raises(ConnectionError, match="gives no usable answer") as caught:
+    with pytest.raises(ConnectionError, match="sent no usable answer") as caught:
         load()
     assert_teaches(caught.value)
 
@@ -564,6 +580,6 @@ def test_a_damaged_file_is_named_with_its_commit(hub: Hub, load: Callable[..., U
 
 def test_an_endpoint_that_is_no_hub(hub: Hub, load: Callable[..., UpdateRule], no_waiting: None) -> None:
     hub.status = 204
-    with pytest.raises(ConnectionError, match="gives no usable answer") as caught:
+    with pytest.raises(ConnectionError, match="sent no usable answer") as caught:
         load()
     assert_teaches(caught.value)
