@@ -137,7 +137,8 @@ class MetaTrainer(L.LightningModule):
         self.steps_per_epoch = steps_per_epoch
         self.unroll_options: dict[str, Any] = {"objective": objective, "tell_horizon": tell_horizon}
         self.unroll_options |= {"second_order": second_order, "compiled": compiled}
-        # A Trainer's precision is for the meta-optimizer; inner runs have the rule's own, float32 at least.
+        self._compile_cache: dict[Any, Any] = {}
+        # A Trainer's precision is for the meta-optimizer. Inner runs have the rule's own, float32 at least.
         self._dtypes = {name: compute_dtype(p.dtype) for name, p in self.rule.named_parameters()}
         self._check()
         self._prepare_rule(trainable, zero)
@@ -147,8 +148,12 @@ class MetaTrainer(L.LightningModule):
         self.best = {"meta_loss": math.inf, "val/meta_loss": math.inf}
         if not self.validation_tasks:  # as Lightning sees it, this is then a module without validation
             self.val_dataloader = self.validation_step = None  # type: ignore[assignment,method-assign]
-        self._states: list[Any] = []
-        self._restored: dict[str, Any] | None = None
+        self._states: list[Any] = []  # of the estimator, one per task
+        self._restored: dict[str, Any] | None = None  # from a checkpoint, until `on_fit_start`
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the compiled code, which cannot be pickled; ddp_spawn pickles the module."""
+        return {**super().__getstate__(), "_compile_cache": {}}
 
     # --- Training ---
 
@@ -241,12 +246,15 @@ class MetaTrainer(L.LightningModule):
         self.validation_tasks = [task.to(device) for task in self.validation_tasks]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the inner runs of all processes, as lists of tensors; Lightning calls this in every process."""
+        """Add the inner runs of all processes; after an exception those of this process only.
+
+        Lightning saves a checkpoint in all processes, but an exception may have stopped only some of them.
+        """
         checkpoint[CHECKPOINT_KEY] = {
             "kind": self.rule.kind,
             "config": self.rule.config.to_dict(),
             "best": dict(self.best),
-            **checkpoints.pack(self._states, self.labels),
+            **checkpoints.pack(self._states, self.labels, gather=not self.trainer.interrupted),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -299,7 +307,8 @@ class MetaTrainer(L.LightningModule):
         return estimate
 
     def _unroll(self, task: Task) -> Unroll:
-        return Unroll(self.rule, task, frozen=self._meta_params(learned=False), **self.unroll_options)
+        frozen = self._meta_params(learned=False)
+        return Unroll(self.rule, task, frozen=frozen, compile_cache=self._compile_cache, **self.unroll_options)
 
     def _meta_params(self, *, learned: bool) -> dict[str, Tensor]:
         """Those that learn, or the others, in the dtype of the inner runs."""

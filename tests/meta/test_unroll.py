@@ -1,20 +1,40 @@
 """The inner loop: a population is a loop over its members, a reset takes a slot, both sides see the same data."""
 
 import dataclasses
+import gc
 import math
+import pickle
 import unittest.mock
+import weakref
+from collections import Counter
 
 import pytest
 import torch
-from meta_cases import CURVATURES, Descent, Parabola, Spy, descent, generator, losses_by_hand, meta_params, star
+from lightning_cases import KNOWN_WARNINGS
+from meta_cases import (
+    CURVATURES,
+    Descent,
+    Parabola,
+    Spy,
+    descent,
+    fit,
+    generator,
+    losses_by_hand,
+    meta,
+    meta_params,
+    star,
+)
 from torch.utils._pytree import tree_leaves, tree_map
 
 import lightning_lopt as lopt
 from lightning_lopt import kernels, tasks
+from lightning_lopt.meta import fused as fused_module
+from lightning_lopt.meta import unroll as unroll_module
 from lightning_lopt.meta.unroll import OBJECTIVES, Unroll
 from lightning_lopt.meta.validation import score
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
+pytestmark = KNOWN_WARNINGS
 
 
 def lengths(*values):
@@ -214,6 +234,50 @@ def test_compiled_steps_equal_eager_ones():
 
     with unittest.mock.patch.object(kernels, "find", return_value="none, for once"):
         assert_same(run(dataclasses.replace(eager, compiled=True)), run(eager), rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_code_is_freed_with_the_unrolls_that_use_it(monkeypatch):
+    monkeypatch.setattr(unroll_module, "_compile", lambda function: function)
+    unroll, theta = descent(compiled=True)
+    relative = dataclasses.replace(unroll, objective="ratio")
+    with torch.no_grad():
+        for each in (unroll, unroll, relative):
+            each.run(theta, each.start(generator(), lengths(9)), 2, generator(), None)
+    assert unroll.compile_cache is relative.compile_cache
+    assert list(unroll.compile_cache) == [(unroll, False), (relative, False)]
+    rule = weakref.ref(unroll.rule)
+    del unroll, relative, each
+    gc.collect()
+    assert rule() is None
+
+
+def test_compiled_code_is_kept_from_step_to_step_and_not_pickled(monkeypatch, tmp_path):
+    made = []
+    monkeypatch.setattr(unroll_module, "_compile", lambda function: made.append(function) or function)
+    task = Parabola(noise=0.1)
+    module = meta(tasks=[task, Parabola(name="other")], validation_tasks=[task], compiled=True)
+    fit(tmp_path, module)
+    # Two tasks with meta-parameters of their own for each run, one more without, in validation.
+    assert len(made) == len(module._compile_cache) == 3
+    assert pickle.loads(pickle.dumps(module))._compile_cache == {}
+    fit(tmp_path, module)
+    assert len(made) == 3
+
+
+def test_a_truncation_copies_its_runs_once_and_looks_for_the_kernel_once(monkeypatch):
+    rule, task = lopt.rules.make("star"), tasks.make("digits-mlp", batch_size=8, hidden=(6,))
+    if isinstance(kernels.find(rule, "cpu"), str):
+        pytest.skip("no kernel on this machine")
+    clone, find = fused_module._clone, kernels.find
+    counts = Counter()
+    monkeypatch.setattr(fused_module, "_clone", lambda tensor: counts.update(copies=1) or clone(tensor))
+    monkeypatch.setattr(kernels, "find", lambda *arguments: counts.update(searches=1) or find(*arguments))
+    unroll = Unroll(rule, task, compiled=True)
+    start = unroll.start(generator(), lengths(9, 9), sides=2)
+    theta = expand(meta_params(rule), 4)
+    with torch.no_grad():
+        unroll.run(theta, start, 5, generator(), None, sides=2, batched=True)
+    assert counts == {"copies": len(tree_leaves([start.params, start.states])), "searches": 1}
 
 
 FUSED = {
