@@ -7,7 +7,7 @@ import pytest
 import torch
 from meta_cases import Descent, Jump, Parabola, descent, generator, gradient, losses_by_hand, meta_params
 
-from lightning_lopt.meta.estimators import PES, ESSingle, FullES, FullUnroll, OneStep, Steps, TruncatedBackprop
+from lightning_lopt.meta.estimators import PES, ESSingle, FullES, FullUnroll, OneStep, OneStepState, TruncatedBackprop
 from lightning_lopt.meta.schedules import Horizon, Weights
 from lightning_lopt.meta.unroll import Unroll
 from lightning_lopt.rules import make
@@ -151,7 +151,7 @@ def test_one_step_is_judged_on_a_batch_that_the_step_has_not_seen():
     task, random = unroll.task, generator(1)
     inner = unroll.start(generator(), torch.tensor([9]))
     estimator = OneStep(num_runs=1, horizon=ENDLESS)
-    estimate = estimator.estimate(unroll, theta, Steps(inner, torch.tensor(0)), generator(1))
+    estimate = estimator.estimate(unroll, theta, OneStepState(inner, torch.tensor(0)), generator(1))
     xi, zeta = (task.batch(random, inner.constants, 1)["xi"][0] for _ in range(2))
     assert (xi - zeta).abs().min() > 1
     h, a = torch.tensor((1.0, 0.3, 0.05), dtype=torch.float64), theta["log_lr"].exp()
@@ -177,7 +177,7 @@ def test_one_step_episodes_lengthen():
     lengths = [int(estimate.state.inner.horizon.min()) for estimate in found]
     assert max(lengths[:5]) <= 3
     assert lengths[-1] == 50
-    assert [int(estimate.state.number) for estimate in found] == list(range(1, 21))
+    assert [int(estimate.state.num_estimates) for estimate in found] == list(range(1, 21))
 
 
 def test_first_order_takes_the_tasks_gradients_for_constants():
@@ -394,7 +394,7 @@ def test_frozen_meta_parameters_act_and_have_no_gradient(name):
 
 @pytest.mark.parametrize(("low", "high"), [(0, None), (5, 4), (-1, 3)])
 def test_horizons_that_are_none(low, high):
-    with pytest.raises(ValueError, match=r"Horizon\(.*is not allowed: it must be 1 <= low <= high"):
+    with pytest.raises(ValueError, match=r"Horizon\(.*is not allowed: it needs 1 <= low <= high"):
         Horizon(low, high)
 
 

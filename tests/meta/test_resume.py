@@ -168,7 +168,7 @@ def checkpoint(tmp_path):
         ({"estimator": PES(num_pairs=5)}, "runs on 'parabola' have other shapes than those of this estimator and task"),
         ({"estimator": FullES()}, "runs on 'parabola' have other shapes"),
         ({"trainable": ["momentum"]}, "runs on 'parabola' have other shapes"),
-        ({"rule": {"kind": "star"}, "tasks": ["quadratic"]}, "rule has kind test_descent, and this one star"),
+        ({"rule": {"kind": "star"}, "tasks": ["quadratic"]}, "rule has kind test_descent, but this one has star"),
     ],
     ids=str,
 )
@@ -180,7 +180,7 @@ def test_a_checkpoint_that_does_not_fit(tmp_path, checkpoint, options, message):
 def test_another_configuration_of_the_rule_is_refused(tmp_path):
     options = {"tasks": ["quadratic"]}
     fit(tmp_path, meta(star(), **options), max_epochs=1).save_checkpoint(tmp_path / "saved.ckpt")
-    with pytest.raises(MisconfigurationException, match="rule has config .*'step_mult': 0.0001.* and this one "):
+    with pytest.raises(MisconfigurationException, match="rule has config .*'step_mult': 0.0001.* but this one has "):
         fit(tmp_path, meta(star(step_mult=1e-3), **options), ckpt_path=tmp_path / "saved.ckpt")
 
 

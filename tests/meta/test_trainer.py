@@ -189,7 +189,7 @@ def test_constant_learning_rate(tmp_path):
 
 
 def test_a_cosine_needs_an_end(tmp_path):
-    with pytest.raises(MisconfigurationException, match=r"'cosine' is not allowed.*give the Trainer max_steps"):
+    with pytest.raises(MisconfigurationException, match=r"'cosine' needs a run of known length: give the Trainer max_steps"):
         fit(tmp_path, meta(), max_epochs=-1)
 
 
@@ -331,20 +331,20 @@ def test_tasks_with_the_same_name_are_told_apart():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"trainable": ["nothing"]}, r"trainable: 'nothing' matches no meta-parameter; there are \['log_lr', 'mom"),
+        ({"trainable": ["nothing"]}, r"trainable: 'nothing' matches no meta-parameter. The rule has \['log_lr', 'mom"),
         ({"trainable": []}, "trainable=.* leaves nothing to learn"),
         ({"zero": ["w9"]}, "zero: 'w9' matches no meta-parameter"),
         ({"lr_factors": {"w9": 1.0}}, "lr_factors: 'w9' matches no meta-parameter"),
         ({"schedule": "step"}, r"schedule='step' is not allowed: it must be one of \['cosine', 'constant'\]"),
         ({"objective": "mean"}, "objective='mean' is not allowed"),
-        ({"tasks": []}, "tasks=.* is not allowed: give at least one"),
+        ({"tasks": []}, "tasks=.* is not allowed: pass at least one"),
         ({"tasks": ["no-such"]}, "Unknown task 'no-such'"),
         ({"tasks": [("quadratic", {"size": 1})]}, "Unknown option 'size' of task 'quadratic'"),
         ({"tasks_per_step": 2}, r"tasks_per_step=2 is not allowed: it must be an integer in \[1, 1\]"),
         ({"steps_per_epoch": 0}, "steps_per_epoch=0 is not allowed"),
         ({"validation_horizon": 1.5}, "validation_horizon=1.5 is not allowed"),
         ({"lr": -1.0}, r"lr=-1.0 is not allowed: it must be a number in \[0.0, inf\]"),
-        ({"estimator": PES}, "estimator=.* is not allowed: pass one of meta.estimators, as PES()"),
+        ({"estimator": PES}, "estimator=.* is not allowed: pass one of meta.estimators, such as PES()"),
         ({"rule": {"step_mult": 1.0}}, "rule=.* is not allowed: pass a rule, .* or a mapping with a 'kind'"),
         ({"rule": {"kind": "nope"}}, "Unknown kind 'nope'"),
         ({"rule": "nope"}, "Unknown rule 'nope'"),

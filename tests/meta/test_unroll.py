@@ -31,7 +31,7 @@ from lightning_lopt import kernels, tasks
 from lightning_lopt.meta import fused as fused_module
 from lightning_lopt.meta import unroll as unroll_module
 from lightning_lopt.meta.unroll import OBJECTIVES, Unroll
-from lightning_lopt.meta.validation import score
+from lightning_lopt.meta.validation import meta_validate
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 pytestmark = KNOWN_WARNINGS
@@ -312,9 +312,9 @@ def test_the_kernel_moves_a_population_as_the_rule_does(kind, config, batched):
     assert_same(start, before, rtol=0, atol=0)
 
 
-def test_a_score_is_the_log_objective_and_the_loss_at_the_end():
+def test_validation_losses_are_the_log_objective_and_the_loss_at_the_end():
     unroll, theta = descent()
-    result = score(unroll, theta, 20, 3, generator())
+    result = meta_validate(unroll, theta, horizon=20, num_runs=3, generator=generator())
     losses = losses_by_hand(theta, 19)
     torch.testing.assert_close(result.meta_loss, (losses / losses[0] + 1e-2).log().mean(), **EXACT)
     torch.testing.assert_close(result.final, losses[-2:].mean(), **EXACT)
