@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lopt import analysis
-from lightning_lopt.analysis import Cell, find_fixed_points, linearize, update_function
+from lightning_lopt.analysis import CoordinateDynamics, find_fixed_points, linearize, update_function
 from lightning_lopt.meta.unroll import Unroll
 from lightning_lopt.rules import REGISTRY, StepContext, UpdateRule, make
 from lightning_lopt.tasks import make as make_task
@@ -100,9 +100,9 @@ def test_a_conjugate_pair_is_recovered():
     # The modes together answer a gradient as the recurrence does, step by step.
     grads = torch.zeros(20, 1, dtype=F64)
     grads[0] = 1e-5
-    deltas, _ = Cell.of(rule).run(grads, start=rule.center.detach())
+    deltas, _ = CoordinateDynamics.from_rule(rule).run(grads, start=rule.center.detach())
     torch.testing.assert_close(modes.response(20), deltas[:, 0] / 1e-5, rtol=1e-6, atol=1e-8)
-    with pytest.raises(ValueError, match="name both of a pair"):
+    with pytest.raises(ValueError, match="lacks a conjugate mode. Pass both modes of a pair"):
         modes.rule([0])
 
 
@@ -182,7 +182,7 @@ def test_update_functions_are_the_rules_updates():
 def test_effective_learning_rates_are_slopes_of_update_functions():
     torch.manual_seed(0)
     rule = make("lstm", hidden_size=5, preprocessing="none", out_scale=1.0)
-    _, states = Cell.of(rule).run(torch.randn(6, 2))
+    _, states = CoordinateDynamics.from_rule(rule).run(torch.randn(6, 2))
     rates = analysis.effective_learning_rate(rule, states, gradient=0.4)
     assert rates.shape == (7, 2)
     for state, rate in zip(states.reshape(14, -1), rates.flatten(), strict=True):
@@ -195,7 +195,7 @@ def test_jacobians_are_those_of_finite_differences():
     rule = make("gru", hidden_size=4)
     with torch.no_grad():
         rule.readout.normal_()
-    cell = Cell.of(rule)
+    cell = CoordinateDynamics.from_rule(rule)
     state, grad = torch.randn(4, dtype=F64), torch.tensor(0.3, dtype=F64)
     assert torch.autograd.gradcheck(lambda h, g: cell.step(h, g), (state.requires_grad_(), grad.requires_grad_()))
     found = cell.jacobians(state.detach(), grad.detach())
@@ -215,7 +215,7 @@ def test_clipping_is_where_tanh_has_lost_half(slope):
     found = analysis.clipping(rule, torch.tensor([5.0]), seen=seen)
     assert found.learning_rate == pytest.approx(slope, rel=1e-4)
     assert found.threshold == pytest.approx(1.9150, rel=0.02)  # tanh(t) = t / 2
-    assert (found.monotonic, found.share) == (True, 0.5)
+    assert (found.monotonic, found.fraction) == (True, 0.5)
 
 
 def test_what_is_no_state_of_one_coordinate_is_refused():
@@ -299,7 +299,7 @@ def test_every_kind_can_be_analyzed(kind):
     schedule = analysis.autonomous(rule, steps=5)
     assert schedule.learning_rates.isfinite().all()
     modes = linearize(rule, schedule.states[-1], gradient=0.1)
-    assert modes.eigenvalues.shape == (Cell.of(rule).size,)
+    assert modes.eigenvalues.shape == (CoordinateDynamics.from_rule(rule).size,)
     assert modes.timescales.isfinite().all()
     assert modes.learning_rates.isfinite().all()
 

@@ -1,4 +1,4 @@
-"""`lopt analyze`: its files, its words, the page in a real browser, and one line for each mistake."""
+"""`lopt analyze`: its files, its summary, the page in a real browser, and one line for each mistake."""
 
 import base64
 import html.parser
@@ -12,7 +12,7 @@ import torch
 import lightning_lopt as lopt
 from lightning_lopt import cli
 from lightning_lopt.analysis import LinearRule, linearize, plots
-from lightning_lopt.analysis.findings import analyze, linear_error, words
+from lightning_lopt.analysis.findings import analyze, describe, linear_error
 from lightning_lopt.tasks import make as make_task
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -105,8 +105,8 @@ def test_other_kinds_of_rules_can_be_reported():
     for kind, config in (("lstm", {"hidden_size": 3}), ("mng", {"k": 3})):
         torch.manual_seed(0)
         found = analyze(lopt.rules.make(kind, **config), make_task("digits-mlp", hidden=(4,)), steps=4, runs=1)
-        assert len(words(found)) >= 5
-        assert all(len(sentence) < 250 and "nan" not in sentence for sentence in words(found))
+        assert len(describe(found)) >= 5
+        assert all(len(sentence) < 250 and "nan" not in sentence for sentence in describe(found))
         assert plots.tensors(found) is not None
 
 
@@ -134,7 +134,7 @@ def test_history_shows_the_modes_of_each_checkpoint(rule_dir, tmp_path, monkeypa
         torch.save({"state_dict": state}, tmp_path / f"epoch=0-step={step}.ckpt")
     seen = {}
     monkeypatch.setattr(
-        plots, "history", lambda steps, modes, star: seen.update(zip(steps, modes, strict=True)) or FIGURE
+        plots, "history", lambda steps, modes, best_momentum: seen.update(zip(steps, modes, strict=True)) or FIGURE
     )
     assert run("analyze", rule_dir, "--out", tmp_path / "out", "--history", tmp_path, *SHORT) == 0
     assert list(seen) == [5, 10]
@@ -168,11 +168,10 @@ def test_the_words_say_why_a_linearization_does_not_track():
     rates = found.schedule.learning_rates
     assert rates.argmax() > 5
     assert rates.max() > 2 * rates[-1]
-    (sentence,) = (sentence for sentence in words(found) if sentence.startswith("Linearized"))
+    (sentence,) = (sentence for sentence in describe(found) if sentence.startswith("Linearized"))
     assert linear_error(found) > 0.05
-    assert sentence.endswith(
-        f"{float(rates[-1]):.3g}, from the first step on; the rule has up to {float(rates.max()):.3g}."
-    )
+    learning_rates = f"{float(rates[-1]):.3g} from the first step on, that of the rule up to {float(rates.max()):.3g}."
+    assert sentence.endswith(learning_rates)
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ def test_what_is_no_noisy_quadratic_model_is_refused():
         nqm.is_stable(-eye, eye, 0.1)
     with pytest.raises(ValueError, match="not symmetric positive definite"):
         nqm.is_stable(eye + torch.tensor([[0.0, 0.5], [0.0, 0.0]], dtype=F64), eye, 0.1)
-    with pytest.raises(ValueError, match="square matrices of one size"):
+    with pytest.raises(ValueError, match="square matrices of the same size"):
         nqm.dynamics_matrix(eye, torch.eye(3, dtype=F64), 0.1)
     with pytest.raises(ValueError, match="complex eigenvalues"):
         nqm.theorem1_margins(eye, torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=F64), 0.1)

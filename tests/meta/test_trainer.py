@@ -189,7 +189,7 @@ def test_constant_learning_rate(tmp_path):
 
 
 def test_a_cosine_needs_an_end(tmp_path):
-    with pytest.raises(MisconfigurationException, match=r"'cosine' needs a run of known length: give the Trainer max_steps"):
+    with pytest.raises(MisconfigurationException, match="'cosine' needs a run of known length: give the Trainer max_s"):
         fit(tmp_path, meta(), max_epochs=-1)
 
 
