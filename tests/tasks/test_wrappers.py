@@ -183,7 +183,7 @@ def test_a_mixture_keeps_its_weights():
     mixture = families.Mixture(name="m", families=(quadratics, moons), weights=(3.0, 1.0))
     drawn = [mixture.sample(generator(seed)).name for seed in range(400)]
     assert sum("quadratic" in name for name in drawn) == pytest.approx(300, abs=35)
-    with pytest.raises(ValueError, match="it must be a number for each of 2 families"):
+    with pytest.raises(ValueError, match="it must be one number >= 0 for each of the 2 families"):
         families.Mixture(name="m", families=(quadratics, moons), weights=(1.0,))
 
 
