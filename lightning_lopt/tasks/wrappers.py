@@ -70,17 +70,9 @@ class Wrapper(Task):
         """Compute the metrics of the inner task."""
         return self.task.metrics(params, batch)
 
-    def eval_batch(
-        self,
-        split: str,
-        constants: Any,
-        population: int | None = None,
-        *,
-        size: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Any:
+    def eval_batch(self, split: str, constants: Any, population: int | None = None, **options: Any) -> Any:
         """Return an evaluation batch of the inner task."""
-        return self.task.eval_batch(split, constants, population, size=size, generator=generator)
+        return self.task.eval_batch(split, constants, population, **options)
 
     def to(self, device: torch.device | str) -> Task:
         """Return the same task with its data on a device."""
@@ -138,17 +130,9 @@ class Reparametrized(Wrapper):
         """Compute the metrics of the inner task at c phi."""
         return self.task.metrics(_multiply(params, batch.scale), batch.inner)
 
-    def eval_batch(
-        self,
-        split: str,
-        constants: Any,
-        population: int | None = None,
-        *,
-        size: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Scaled:
+    def eval_batch(self, split: str, constants: Any, population: int | None = None, **options: Any) -> Scaled:
         """Return an evaluation batch of the inner task, with the scales."""
-        inner = self.task.eval_batch(split, constants.inner, population, size=size, generator=generator)
+        inner = self.task.eval_batch(split, constants.inner, population, **options)
         return Scaled(inner, constants.scale)
 
     def _draw(self, generator: torch.Generator, params: Params, population: int | None) -> Params:
@@ -240,17 +224,9 @@ class ESGradient(Wrapper):
         """Compute the metrics of the inner task."""
         return self.task.metrics(params, batch.inner)
 
-    def eval_batch(
-        self,
-        split: str,
-        constants: Any,
-        population: int | None = None,
-        *,
-        size: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Perturbed:
+    def eval_batch(self, split: str, constants: Any, population: int | None = None, **options: Any) -> Perturbed:
         """Return an evaluation batch of the inner task, without perturbations."""
-        return Perturbed(self.task.eval_batch(split, constants, population, size=size, generator=generator), {})
+        return Perturbed(self.task.eval_batch(split, constants, population, **options), {})
 
 
 def _multiply(params: Params, scale: Params) -> Params:

@@ -1,4 +1,4 @@
-"""The analysis against optimizers whose answers are known: momentum, Adam's moments, linear recurrences."""
+"""The analysis of optimizers with known dynamics: momentum, Adam's moments, linear recurrences."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ class HiddenState(NamedTuple):
 
 
 class HiddenMomenta(UpdateRule):
-    """Momenta v_j' = beta_j v_j + g, x' = x - sum_j alpha_j v_j', in a random basis, with a tanh in the readout's way.
+    """Momenta v_j' = beta_j v_j + g, x' = x - sum_j alpha_j v_j' in a random basis, with a tanh of the gradient.
 
     F(h, g) = M^-1 (B M (h - center) + 1 tanh(g)) + center: neither modes nor fixed point are where one would look.
     """
@@ -97,7 +97,7 @@ def test_a_conjugate_pair_is_recovered():
     assert modes.eigenvalues.angle().abs().tolist() == pytest.approx([angle, angle])
     first, second = modes.amplitudes.tolist()
     assert first == pytest.approx(second.conjugate())
-    # The modes together answer a gradient as the recurrence does, step by step.
+    # The response of all modes together equals that of the recurrence at every step.
     grads = torch.zeros(20, 1, dtype=F64)
     grads[0] = 1e-5
     deltas, _ = CoordinateDynamics.from_rule(rule).run(grads, start=rule.center.detach())
@@ -107,7 +107,7 @@ def test_a_conjugate_pair_is_recovered():
 
 
 def test_modes_of_a_rule_with_plain_gradient_descent_beside_its_momentum():
-    """AggMo and the gradient itself: the nominal terms of a GRU whose network is silent."""
+    """AggMo and SGD, as the nominal terms of a GRU whose network returns 0."""
     rule = make("gru", hidden_size=1, nominal_stepsize=0.3, nominal_grad_estimator="AggMo")
     modes = linearize(rule, rule.init_state(torch.zeros(())))
     slow = modes.learning_rates.abs() > 1e-9
@@ -134,7 +134,7 @@ def test_the_linearized_rule_runs_as_the_rule_does():
     )
 
 
-def test_all_fixed_points_are_found_and_none_that_is_not_there():
+def test_exactly_the_fixed_points_are_found():
     class Cubic(HiddenMomenta):
         """h' = h - 0.5 (h^3 - h): fixed points -1, 0 and 1; with a gradient, h' = h + 0.1 + ...: none near."""
 
@@ -218,7 +218,7 @@ def test_clipping_is_where_tanh_has_lost_half(slope):
     assert (found.monotonic, found.fraction) == (True, 0.5)
 
 
-def test_what_is_no_state_of_one_coordinate_is_refused():
+def test_a_state_of_several_coordinates_is_refused():
     rule = make("gru", hidden_size=4)
     with pytest.raises(ValueError, match=r"\(4,\) for one coordinate"):
         update_function(rule, rule.init_state(torch.zeros(3)), torch.zeros(1))
@@ -228,7 +228,7 @@ def test_what_is_no_state_of_one_coordinate_is_refused():
 
 
 def test_recorded_states_are_those_of_the_run():
-    """Of a component-wise rule: the replay of a coordinate's gradients is what happened to it."""
+    """For a component-wise rule, replaying a coordinate's gradients gives the states of the run."""
     torch.manual_seed(0)
     rule, task = make("gru", hidden_size=5), make_task("linear-regression")
     with torch.no_grad():
@@ -273,7 +273,7 @@ def _modes_at_start(rule: HiddenMomenta) -> Tensor:
 
 
 def test_s_curve_of_momentum_is_a_line_through_its_fixed_points():
-    """v = tanh(g) / (1 - beta), for each momentum; its slope there is the learning rate as anywhere."""
+    """v = tanh(g) / (1 - beta) for each momentum; the effective learning rate is the same everywhere."""
     rule, gradients = HiddenMomenta(BETAS[1:2], ALPHAS[1:2]), torch.tensor([-2.0, -0.1, 0.0, 0.1, 2.0])
     curve = analysis.s_curve(rule, gradients)
     assert curve.gradients.tolist() == pytest.approx(gradients.tolist())
@@ -287,7 +287,7 @@ def test_s_curve_of_momentum_is_a_line_through_its_fixed_points():
 
 @pytest.mark.parametrize("kind", sorted(REGISTRY))
 def test_every_kind_can_be_analyzed(kind):
-    """Update functions, a run without gradients, and modes wherever it comes to."""
+    """Update functions, a run without gradients, and the modes at its end."""
     torch.manual_seed(0)
     small = {"lstm": {"hidden_size": 4}, "gru": {"hidden_size": 4}}
     small["lstm_dmd"] = {"hidden_size": 4, "rank": 1, "num_snapshots": 2, "scope": "tensor"}
@@ -305,7 +305,7 @@ def test_every_kind_can_be_analyzed(kind):
 
 
 def test_moments_of_star_are_its_modes():
-    """The state of STAR is averages: without gradient all of them decay, at the rates that they are made with."""
+    """The state of STAR consists of moving averages, which decay at their own rates without gradients."""
     rule = make("star", nominal_stepsize=1e-2)
     points = find_fixed_points(rule)
     modes = linearize(rule, points.states[0])

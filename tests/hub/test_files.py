@@ -31,12 +31,12 @@ KINDS = sorted(REGISTRY)
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """The directory of a sound rule, to be spoilt."""
+    """The directory of a valid rule, for tests to damage."""
     return lopt.save_rule(lopt.rules.make("star"), tmp_path / "rule")
 
 
 def refusal(path: Path) -> str:
-    """The one-line message with which the directory is refused."""
+    """Load the directory, which must fail, and return the one-line error message."""
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the callers look at the message
         lopt.load_rule(path)
     message = str(caught.value)
@@ -120,7 +120,7 @@ def test_from_jax_comes_back_as_it_was(tmp_path: Path) -> None:
     assert_equal(lopt.load_rule(lopt.save_rule(rule, tmp_path)), rule)
 
 
-def test_what_is_written(folder: Path) -> None:
+def test_the_files_that_are_written(folder: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     text = (folder / "config.json").read_text()
     config = json.loads(text)
@@ -157,7 +157,7 @@ def test_loading_moves_neither_the_random_state_nor_the_rule_to_the_default_devi
     assert {param.device.type for param in rule.parameters()} == {"cpu"}
 
 
-# A kind of one's own
+# Custom kinds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +167,7 @@ class OwnConfig(RuleConfig):
 
 
 class OwnRule(UpdateRule):
-    """Shared memory, a submodule, a buffer that is saved and one that is not."""
+    """A rule with shared memory, a submodule, a persistent buffer and a non-persistent one."""
 
     Config = OwnConfig
     config: OwnConfig
@@ -186,7 +186,7 @@ def own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("own")
-def test_a_kind_of_ones_own_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_a_custom_kind_comes_back_as_it_was(tmp_path: Path) -> None:
     rule = lopt.rules.make("own", size=3)
     loaded = lopt.load_rule(lopt.save_rule(rule, tmp_path))
     assert_equal(loaded, rule)
@@ -202,10 +202,10 @@ def test_a_rule_without_meta_parameters_comes_back(tmp_path: Path, monkeypatch: 
     assert_equal(lopt.load_rule(lopt.save_rule(lopt.rules.make("plain"), tmp_path)), lopt.rules.make("plain"))
 
 
-# What is not saved
+# Rules that cannot be saved
 
 
-def spoilt(change: Callable[[UpdateRule], object]) -> UpdateRule:
+def damaged(change: Callable[[UpdateRule], object]) -> UpdateRule:
     rule = lopt.rules.make("star")
     change(rule)
     return rule
@@ -229,7 +229,7 @@ def test_a_rule_that_would_not_load_is_not_saved(
 ) -> None:
     before = contents(folder)
     with pytest.raises(ValueError, match=part) as caught:
-        lopt.save_rule(spoilt(change), folder)
+        lopt.save_rule(damaged(change), folder)
     assert "\n" not in str(caught.value)
     assert contents(folder) == before
 
@@ -285,7 +285,7 @@ def test_a_directory_in_the_place_of_a_file_leaves_what_was_there(folder: Path) 
 
 
 def save_and_be_killed(rule: UpdateRule, folder: Path, kill_at: int) -> int:
-    """Save in a process that is killed just before its system call number `kill_at`; how it ended."""
+    """Save in a process that is killed just before its system call number `kill_at`; return its exit code."""
     if (child := os.fork()) == 0:
         count = iter(range(99))
 
@@ -329,7 +329,7 @@ def test_a_kill_at_any_point_of_saving_leaves_no_mixture_that_loads(kind: str, t
             for path in before.iterdir():
                 os.replace(path, folder / path.name)
             assert old_new_or_refused(folder, old, new) == "old"
-    # Before the first rename the old rule, between the first and the second neither, then the new one.
+    # Before the first rename the old rule loads, between the first and the second neither, then the new one.
     assert kill_at == 10
     assert found[:8] == ["old"] * 8
     assert found[8] not in ("old", "new")
@@ -352,7 +352,7 @@ def test_other_weights_than_those_of_the_configuration_are_refused(folder: Path)
 
 
 @pytest.mark.parametrize("digest", ["", "0" * 63, "G" * 64, "0" * 64 + "\n", 1, ["0" * 64], {"a": 1}], ids=str)
-def test_a_digest_that_is_none_is_refused(digest: Any, folder: Path) -> None:
+def test_an_invalid_digest_is_refused(digest: Any, folder: Path) -> None:
     (folder / "config.json").write_bytes(config_with(sha256=digest))
     assert "not 64 hexadecimal digits" in refusal(folder)
 
@@ -368,7 +368,7 @@ def test_other_files_are_left_alone(folder: Path) -> None:
 
 
 def config_with(**changes: Any) -> bytes:
-    """A sound but config.json is of kind star with other top-level values; a value of None removes the key."""
+    """A valid config.json of kind star with changed top-level values; a value of None removes the key."""
     spec = {"format_version": 1, "kind": "star", "config": {}, "library_version": "0.1.0", **changes}
     return json.dumps({key: value for key, value in spec.items() if value is not None}).encode()
 
@@ -473,13 +473,13 @@ SOUND = safetensors.torch.save(
 
 
 def with_tensors(**changes: Tensor | None) -> bytes:
-    """A sound weights file with other tensors; None removes one."""
+    """A valid weights file with changed tensors; None removes one."""
     tensors = {**safetensors.torch.load(SOUND), **changes}
     return safetensors.torch.save({name: tensor for name, tensor in tensors.items() if tensor is not None})
 
 
 def with_header(change: Callable[[dict[str, Any]], object]) -> bytes:
-    """A sound weights file with another header."""
+    """A valid weights file with a changed header."""
     length = int.from_bytes(SOUND[:8], "little")
     header = json.loads(SOUND[8 : 8 + length])
     change(header)
@@ -575,7 +575,7 @@ def test_weights_above_16_mib_are_not_read(folder: Path) -> None:
 
 
 class Payload:
-    """Creates a file when it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

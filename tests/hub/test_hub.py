@@ -1,4 +1,4 @@
-"""Loading and pushing rules with the real huggingface_hub client, over HTTP, against a Hub of our own on loopback."""
+"""Load and push rules with the real huggingface_hub client, over HTTP, against a local Hub server."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from lightning_lopt.rules import UpdateRule
 
 REPO = "someone/my-star"
 
-# huggingface_hub's own, with its newest HTTP client.
+# A warning of huggingface_hub with the newest version of its HTTP client.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 
@@ -41,7 +41,7 @@ def stop(hub_and_server: tuple[Hub, Any]) -> Callable[[], None]:
 
 @pytest.fixture
 def load(hub: Hub, tmp_path: Path) -> Callable[..., UpdateRule]:
-    """load_rule on this Hub, with a cache of this test's own."""
+    """load_rule on this Hub, with a cache for this test only."""
 
     def load(name: str = REPO, **arguments: Any) -> UpdateRule:
         return lopt.load_rule(name, **{"endpoint": hub.url, "cache_dir": tmp_path / "cache", **arguments})
@@ -51,13 +51,13 @@ def load(hub: Hub, tmp_path: Path) -> Callable[..., UpdateRule]:
 
 @pytest.fixture
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client's retries without the pauses between them (23 s in all)."""
+    """Skip the pauses between the client's retries (23 s in total)."""
     monkeypatch.setattr("time.sleep", lambda seconds: None)
 
 
 @pytest.fixture(autouse=True)
 def bundled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two bundled rules, whatever the checkout ships."""
+    """Two bundled rules in place of those of the checkout."""
     folder = tmp_path / "bundled"
     for name, kind in (("star", "star"), ("tiny", "hyperparam")):
         lopt.save_rule(lopt.rules.make(kind), folder / name)
@@ -86,7 +86,7 @@ def assert_teaches(error: BaseException, *parts: str) -> None:
     assert "\n" not in message
     assert len(message) < 400
     assert TOKEN not in message
-    # A traceback must not show the client's own exception, which has the request with the token on it.
+    # A traceback must not show the client's exception, which has the request and with it the token.
     assert error.__cause__ is None
     assert error.__context__ is None or error.__suppress_context__
     for part in parts:
@@ -194,7 +194,7 @@ def test_a_bad_name_is_refused_without_a_request(
     assert hub.requests == []
 
 
-def test_an_unknown_name_is_told_the_bundled_ones() -> None:
+def test_the_error_for_an_unknown_name_lists_the_bundled_ones() -> None:
     with pytest.raises(ValueError, match=r"Unknown rule 'nope'.*\['star', 'tiny'\]"):
         lopt.load_rule("nope")
 
@@ -285,7 +285,7 @@ def test_load_by_branch_tag_and_sha(hub: Hub, load: Callable[..., UpdateRule]) -
 def test_both_files_come_from_one_commit(
     hub: Hub, load: Callable[..., UpdateRule], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The branch moves between the two downloads."""
+    """Even if the branch moves between the two downloads."""
     first = lopt.rules.make("star")
     sha = push(hub, first)
     original = lopt_hub.read_config
@@ -335,7 +335,7 @@ def test_the_default_card(hub: Hub) -> None:
     assert "207 meta-parameters" in card.text
 
 
-def test_a_card_of_ones_own(hub: Hub, tmp_path: Path) -> None:
+def test_a_custom_card(hub: Hub, tmp_path: Path) -> None:
     sha = push(hub, card="# My rule\n\nTrained on {braces}.")
     card = huggingface_hub.ModelCard(hub.repos[REPO].commits[sha]["README.md"].decode())
     assert card.data.library_name == "lightning_lopt"
@@ -578,7 +578,7 @@ def test_a_damaged_file_is_named_with_its_commit(hub: Hub, load: Callable[..., U
         load()
 
 
-def test_an_endpoint_that_is_no_hub(hub: Hub, load: Callable[..., UpdateRule], no_waiting: None) -> None:
+def test_an_endpoint_that_is_not_a_hub(hub: Hub, load: Callable[..., UpdateRule], no_waiting: None) -> None:
     hub.status = 204
     with pytest.raises(ConnectionError, match="sent no usable answer") as caught:
         load()

@@ -1,4 +1,4 @@
-"""Other people's weights: PyLO's files and learned_optimization's theta.state, made to their formats."""
+"""Import weights in the formats of PyLO and of learned_optimization (theta.state)."""
 
 import hashlib
 import importlib.util
@@ -28,7 +28,7 @@ DECAYS = {  # what PyLO's AdafacLO runs with, to five digits
 
 @pytest.fixture(scope="module")
 def formats():
-    """The script that fuzzes these formats has their writers."""
+    """The fuzzing script, which has writers for these formats."""
     spec = importlib.util.spec_from_file_location("fuzz_files", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -52,7 +52,7 @@ def load(folder):
 
 
 def test_our_files_of_their_format_are_theirs(formats):
-    """The size and hash of btherien/mulo's, as others have published them."""
+    """Size and hash equal those published for btherien/mulo."""
     mulo = formats.pylo_files()
     digest = hashlib.sha256(mulo["config.json"]).hexdigest()
     assert digest.startswith("03ce572d")
@@ -67,7 +67,7 @@ def test_a_network_of_pylos_moves_parameters_as_their_optimizer(formats, tmp_pat
     assert (rule.kind, rule.source.name) == ("blackbox", str(tmp_path))
     for name, decays in DECAYS.items():
         assert getattr(rule.decays(rule.meta_params()), name).tolist() == pytest.approx(decays, abs=6e-6)
-    # Their network, as torch has it, on their features, which a reference of its own computes.
+    # PyLO's network in torch, on features that an independent reference computes.
     tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
     places = ["input", *(f"linear_{n}" for n in range(hidden_layers)), "output"]
     layers = []
@@ -150,7 +150,7 @@ def test_pylos_other_file_is_a_pickle_and_stays_unread(tmp_path):
 
 @pytest.mark.parametrize("kind", ["star", "blackbox"])
 def test_a_theta_state_that_flax_wrote(formats, tmp_path, kind):
-    """The fixture was written by flax 0.12.8 from theta.npz, haiku's modules and all."""
+    """The fixture was written by flax 0.12.8 from theta.npz, including the haiku modules."""
     path = goldens.FIXTURES / f"{kind}_theta.state"
     golden = goldens.load("star_paper" if kind == "star" else "blackbox_default", "f32")
     theta = read_theta(path)

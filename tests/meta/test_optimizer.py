@@ -1,4 +1,4 @@
-"""The meta-optimizer against the authors' own (optax.adamw), with either way to clip, over recorded gradients."""
+"""The meta-optimizer against the authors' (optax.adamw), with both kinds of clipping, on recorded gradients."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""MetaTrainer's checkpoints: a resumed run is equal to the bit to one that was not stopped; on two processes too."""
+"""MetaTrainer's checkpoints: a resumed run equals an uninterrupted one bit for bit, also on two processes."""
 
 import faulthandler
 import os
@@ -66,7 +66,7 @@ def test_resume_within_an_epoch_is_equal_to_the_bit(tmp_path):
 
 
 class Plain(MetaTrainer):
-    """Its meta-optimizer subtracts the gradient as it comes, and it keeps its own estimates."""
+    """A MetaTrainer with plain SGD as meta-optimizer, which records its estimates."""
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=1.0)

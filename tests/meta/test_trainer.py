@@ -1,4 +1,4 @@
-"""MetaTrainer in a Trainer: what reaches the meta-optimizer, what is logged, validated, exported and refused."""
+"""MetaTrainer in a Trainer: meta-gradients, logs, validation, export, and errors."""
 
 import math
 from itertools import pairwise
@@ -21,14 +21,14 @@ pytestmark = KNOWN_WARNINGS
 
 
 class Plain(MetaTrainer):
-    """Its meta-optimizer subtracts the gradient as it comes."""
+    """A MetaTrainer with plain SGD as meta-optimizer."""
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=1.0)
 
 
 class Record(Callback):
-    """The estimates, and the parameters before and after each optimizer step."""
+    """Records the estimates, and the parameters before and after each optimizer step."""
 
     def __init__(self):
         self.estimates, self.grads, self.weights, self.turns = [], [], [], []
@@ -56,7 +56,7 @@ class Record(Callback):
 
 
 def assert_steps(record, expected):
-    """`expected`: what was subtracted from the parameters at each batch."""
+    """Compare the change of the parameters at each batch with `expected`."""
     for (before, after), steps in zip(pairwise(record.weights), expected, strict=True):
         for name, step in steps.items():
             torch.testing.assert_close(after[name], before[name] - step, rtol=1e-12, atol=1e-12)

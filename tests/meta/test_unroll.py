@@ -1,4 +1,4 @@
-"""The inner loop: a population is a loop over its members, a reset takes a slot, both sides see the same data."""
+"""The inner loop: populations equal loops over members, resets take a slot, both sides see the same data."""
 
 import dataclasses
 import gc
@@ -42,7 +42,7 @@ def lengths(*values):
 
 
 def expand(theta, population, std=0.05):
-    """Other meta-parameters for each member."""
+    """Different meta-parameters for each member."""
     random = generator(9)
     return {k: p + std * torch.randn((population, *p.shape), generator=random, dtype=p.dtype) for k, p in theta.items()}
 
@@ -141,7 +141,7 @@ def test_what_a_rule_is_told(field, expected):
 
 def test_what_a_rule_makes_of_all_tensors_together():
     class Sharing(Spy):
-        """Moves to the sum of all gradients, and counts."""
+        """Sums all gradients, and counts steps."""
 
         needs_shared_context = True
 
@@ -171,7 +171,7 @@ def test_objectives():
     assert found["log"] == pytest.approx([math.log(x + 0.01) for x in found["ratio"]])
 
 
-def test_an_objective_that_is_none():
+def test_an_unknown_objective():
     with pytest.raises(ValueError, match="objective='mean' is not allowed: use one of"):
         descent(objective="mean")
 
@@ -257,7 +257,7 @@ def test_compiled_code_is_kept_from_step_to_step_and_not_pickled(monkeypatch, tm
     task = Parabola(noise=0.1)
     module = meta(tasks=[task, Parabola(name="other")], validation_tasks=[task], compiled=True)
     fit(tmp_path, module)
-    # Two tasks with meta-parameters of their own for each run, one more without, in validation.
+    # Two training tasks with meta-parameters per run, and a validation task without.
     assert len(made) == len(module._compile_cache) == 3
     assert pickle.loads(pickle.dumps(module))._compile_cache == {}
     fit(tmp_path, module)
@@ -292,7 +292,7 @@ FUSED = {
 @pytest.mark.parametrize("batched", [True, False], ids=["a rule for each run", "one rule"])
 @pytest.mark.parametrize(("kind", "config"), FUSED.values(), ids=FUSED)
 def test_the_kernel_moves_a_population_as_the_rule_does(kind, config, batched):
-    """Through resets, with runs that have steps behind them, and nothing of the start is written to."""
+    """Including resets and runs in progress, and without writing to the tensors of the start."""
     torch.manual_seed(0)
     rule, task = lopt.rules.make(kind, **config), tasks.make("digits-mlp", batch_size=8, hidden=(6,))
     if isinstance(kernels.find(rule, "cpu"), str):

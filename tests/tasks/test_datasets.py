@@ -1,4 +1,4 @@
-"""Loading data: what comes back, where it is looked for, and what is said where there is none."""
+"""Load data sets: their contents, the places that are searched, and the errors if data are missing."""
 
 import sys
 import types

@@ -1,4 +1,4 @@
-"""What every task must do, whatever it is: each registered name goes through it. Then what is special to some."""
+"""Properties that every registered task must have, and special properties of some."""
 
 import math
 import pickle
@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from lightning_lopt import tasks
 from lightning_lopt.tasks import datasets
 
-# Where a task is too large for a quick test, its wiring is tested at another size.
+# Tasks that are too large for a quick test are tested at another size.
 SMALLER = {
     "ImageMLP_Cifar10_4096x4096_Relu": {"hidden": (64, 64)},
     "ImageMLP_Cifar10_1024x1024_Relu": {"hidden": (64, 64)},
@@ -43,7 +43,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def small(name: str) -> tasks.Task:
-    """The task at a small batch; skips the test where its data are not here."""
+    """The task with a small batch; skips the test if its data are missing."""
     data = tasks.dataset_of(name)
     if data is not None and not datasets.is_available(data):
         pytest.skip(f"{data} is not here: set {datasets.FOLDER_VARIABLE}")
@@ -100,7 +100,7 @@ def test_a_population_is_its_members(task):
     for i in range(2):
         own = task.loss(member(start.params, i), member(batch, i))
         torch.testing.assert_close(own, losses[i], rtol=1e-5, atol=1e-6)
-    # In float64, as some gradients are 0 but for rounding: keys' biases, weights under a batch norm.
+    # In float64, because some gradients are 0 up to rounding: biases of keys, weights before a batch norm.
     params, batch = double((start.params, batch))
     grads, values = vmap(task.grad_and_value)(params, batch)
     torch.testing.assert_close(values, losses.double(), rtol=1e-4, atol=1e-6)
@@ -137,7 +137,7 @@ def test_held_out_batches(task):
 def test_twenty_steps_on_a_batch_lower_its_loss(task):
     start = task.init(generator())
     batch, params = task.batch(generator(1), start.constants), start.params
-    # Adam does not descend along the few directions that evolution strategies look at; normalized steps do.
+    # Adam does not descend along the few directions that evolution strategies sample; normalized steps do.
     estimated = isinstance(task, tasks.ESGradient)
     optimizer = (torch.optim.SGD if estimated else torch.optim.Adam)(list(params.values()), lr=3e-3)
     first = task.loss(params, batch)
