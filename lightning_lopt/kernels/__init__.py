@@ -21,6 +21,7 @@ from lightning_lopt.rules import UpdateRule
 
 MODULES = {(kind, "cpu"): "lightning_lopt.kernels.cpu.star" for kind in ("star", "hyperparam", "blackbox")}
 MODULES |= {(kind, "cuda"): "lightning_lopt.kernels.cuda.star" for kind in ("star", "hyperparam", "blackbox")}
+MODULES |= {("scheduled", "cuda"): "lightning_lopt.kernels.cuda.scheduled"}
 MODULES |= {("lstm", "cuda"): "lightning_lopt.kernels.cuda.lstm"}
 for _kind in ("mng", "k_timesteps", "k_momentums", "multiscale_adam"):
     MODULES[_kind, "cpu"] = "lightning_lopt.kernels.cpu.history"
