@@ -151,8 +151,13 @@ class Plan:
         table = self._numbers.update([tuple(map(self._number, row)) for row in cells])
         if not any(self._is_here(x) for row in cells for x in row):
             return table
-        here: list[Any] = [x if self._is_here(x) else table[i, j] for i, row in enumerate(cells) for j, x in enumerate(row)]
-        return torch.stack([x.float().reshape(()) for x in here]).reshape(table.shape)
+        for column in range(3):
+            here: list[Any] = [row[column] for row in cells]
+            if any(map(self._is_here, here)):
+                known = [x if self._is_here(x) else table[number, column] for number, x in enumerate(here)]
+                table = table.clone()
+                table[:, column] = torch.stack([x.float().reshape(()) for x in known])
+        return table
 
     def _is_here(self, x: Any) -> bool:
         """Whether this is a tensor on the device, such as a learning rate: reading it would wait for the device."""
