@@ -1,9 +1,5 @@
 """The Triton STAR kernels against the rule; in Triton's interpreter, or compiled where there is a GPU."""
 
-import runpy
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from triton_cases import DEVICE, QUIET, STEPS, Run, channels_last, check_safeguard, make_rule, transposed, triton
@@ -177,7 +173,7 @@ def test_ways_of_reading_a_tile_are_all_taken():
     run.draw()
     run.step()
     _, plan = run.kernel._last
-    aligned = plan._addresses.tensor[:, -1].bool().cpu()
+    aligned = (plan._addresses.tensor[:, :4] % 16 == 0).all(1).cpu()
     flat, inner, width = (plan.arguments["sizes"][:, Sizes._fields.index(n)].cpu() for n in ("flat", "inner", "width"))
     flat, aligned = flat.bool(), aligned & (width % 4 == 0)
     ways = {device_code.FLAT.value} if flat.any() else set()
@@ -185,16 +181,6 @@ def test_ways_of_reading_a_tile_are_all_taken():
     ways |= {device_code.SIDE_BY_SIDE.value} if (aligned & ~flat & (inner > 1)).any() else set()
     ways |= {device_code.UNALIGNED.value} if (~aligned & ~flat).any() else set()
     assert ways == {0, 1, 2, 3}
-
-
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="it would measure, which takes minutes")
-def test_the_benchmark_gives_no_figures_without_a_gpu(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["gpu.py"])
-    script = Path(__file__).parents[2] / "examples" / "benchmarks" / "gpu.py"
-    runpy.run_path(str(script), run_name="__main__")
-    said = capsys.readouterr().out
-    assert "nothing was timed" in said
-    assert not any(character.isdigit() for character in said)
 
 
 @pytest.mark.gpu

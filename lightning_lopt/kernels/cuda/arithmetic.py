@@ -26,6 +26,12 @@ def _pointer(address, TYPE: tl.constexpr, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def are_aligned(row):
+    """Whether a tensor's first four addresses, of parameter, gradient and moments, are multiples of 16 bytes."""
+    return ((tl.load(row) | tl.load(row + 1) | tl.load(row + 2) | tl.load(row + 3)) & 15) == 0
+
+
+@triton.jit
 def load_float32(address, offsets, mask, ALIGN):
     """float32 numbers; 0 where masked. `address` is a multiple of ALIGN bytes."""
     return tl.load(_pointer(address, tl.float32, ALIGN) + offsets, mask=mask, other=0.0)

@@ -34,7 +34,7 @@ COORDINATES = 64  # of a tile; fewer than eight warps would not hold the units i
 # Without a GPU, Triton's interpreter has no tensor cores.
 PRECISION = tl.constexpr("tf32x3")
 PARAM, GRAD, HIDDEN, CELL, EXP_AVG, EXP_AVG_SQ, STEP = (tl.constexpr(n) for n in range(7))
-ADDRESSES = tl.constexpr(10)  # with the counters beside the step, and the mark of alignment
+ADDRESSES = tl.constexpr(9)  # with the counters beside the step
 SIGN, SCALE, DECAY, NUMBERS = (tl.constexpr(n) for n in range(4))
 MEASURED = tl.constexpr(3)  # sums of squares per tile: change, blackbox, nominal
 NUMEL, NETWORK, PARAM_DTYPE, GRAD_DTYPE, SIZES = (tl.constexpr(n) for n in range(5))

@@ -31,7 +31,6 @@ from lightning_lopt.kernels.cuda.tiling import DTYPES
 from lightning_lopt.rules import Scheduled, UpdateRule, scheduler
 
 REGISTERS = 128  # so that two programs fit on a multiprocessor
-LONGEST_ROW = 2**30  # places in a row are 32-bit numbers
 
 
 def supports(rule: UpdateRule) -> str | None:
@@ -135,12 +134,6 @@ class ScheduledKernel(TritonKernel[_Plan]):
 
     def __init__(self, rule: Scheduled) -> None:
         super().__init__(rule, ["nominal"])
-
-    def refuses(self, param: Tensor) -> str | None:
-        """Why this parameter is left to the rule itself."""
-        if param.numel() >= LONGEST_ROW and param[0].numel() >= LONGEST_ROW:
-            return f"a parameter of shape {tuple(param.shape)} has rows of 2^30 numbers or more"
-        return super().refuses(param)
 
     def state_tensors(self, param: Tensor) -> dict[str, StateTensor]:
         """Momenta and second moment."""

@@ -53,7 +53,7 @@ SCHEDULE_FRACTION, SCHEDULE_LENGTH = _PLACE["schedule_fraction"], _PLACE["schedu
 SCHEDULE_EARLY, SCHEDULE_STEP = _PLACE["schedule_early"], _PLACE["schedule_step"]
 
 # Columns of the other tables, a row per tensor; the last name of each line is the number of columns.
-PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, STEP, SKIPPED, IN_ROW, ALIGNED, ADDRESSES = (tl.constexpr(n) for n in range(9))
+PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, STEP, SKIPPED, IN_ROW, ADDRESSES = (tl.constexpr(n) for n in range(8))
 SIGN, SCALE, DECAY, NUMBERS = (tl.constexpr(n) for n in range(4))
 IS_VECTOR, LOG_SIZE, LOG_FAN_IN, SHAPES = (tl.constexpr(n) for n in range(4))
 STEPSIZE, WEIGHTS, CAUTIOUS, MULTIPLIERS = (tl.constexpr(n) for n in (0, 1, 4, 5))
@@ -93,6 +93,12 @@ def _address(addresses, tensor, NAME: tl.constexpr):
 def _step(addresses, tensor):
     """Updates of a tensor so far."""
     return tl.load(_address(addresses, tensor, STEP).to(tl.pointer_type(tl.float32)))
+
+
+@triton.jit
+def _come_in_fours(addresses, sizes, tensor):
+    """Whether four numbers can be read at a time."""
+    return tm.are_aligned(addresses + tensor * ADDRESSES) & (_size(sizes, tensor, NUMEL) % 4 == 0)
 
 
 @triton.jit
@@ -250,12 +256,12 @@ def sums(
     """A tile per program: sums of the squares that the scheduler reads (`rules.scheduler.scales`)."""
     tile = tl.program_id(0)
     tensor, place = _tile(tiles, tile)
-    aligned = _address(addresses, tensor, ALIGNED)
-    for ALIGNED_TO_FOUR in tl.static_range(2):
-        if aligned == ALIGNED_TO_FOUR:
+    fours = _come_in_fours(addresses, sizes, tensor)
+    for FOURS in tl.static_range(2):
+        if fours == FOURS:
             _sum_tile(
                 tile, tiles, tensor, place, addresses, sizes, numbers, theta, row_means, tile_sums, PARAMS, GRADS,
-                CENTER, SAFE, 1 + 3 * ALIGNED_TO_FOUR,
+                CENTER, SAFE, 1 + 3 * FOURS,
             )  # fmt: skip
 
 
@@ -461,12 +467,12 @@ def update(
     verdict = tl.load(verdicts + tensor) if SAFE else PROVEN + 0
     goes = (verdict == UNKNOWN) if CHECK else (verdict != SKIP)
     if goes:
-        aligned = _address(addresses, tensor, ALIGNED)
-        for ALIGNED_TO_FOUR in tl.static_range(2):
-            if aligned == ALIGNED_TO_FOUR:
+        fours = _come_in_fours(addresses, sizes, tensor)
+        for FOURS in tl.static_range(2):
+            if fours == FOURS:
                 _update_tile(
                     tile, tiles, tensor, place, addresses, sizes, numbers, theta, row_means, multipliers, verdicts,
-                    measured, PARAMS, GRADS, CENTER, CHECK, MEASURE, 1 + 3 * ALIGNED_TO_FOUR,
+                    measured, PARAMS, GRADS, CENTER, CHECK, MEASURE, 1 + 3 * FOURS,
                 )  # fmt: skip
     if not CHECK:  # noqa: SIM102 -- decided when it is compiled
         if place == 0:

@@ -26,9 +26,7 @@ FIRST, ROW, COL, TIME, TIMESCALES, B0, W1, B1, W2, B2, DECAYS, SETTINGS = (
     tl.constexpr(n) for n in (0, 128, 152, 176, 240, 256, 260, 276, 280, 296, 300, 307)
 )
 # Addresses of a tensor, and numbers of it that may change at every step.
-PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, AT_X, AT_Y, STEP, SKIPPED, IN_ROW, ALIGNED, ADDRESSES = (
-    tl.constexpr(n) for n in range(11)
-)
+PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, AT_X, AT_Y, STEP, SKIPPED, IN_ROW, ADDRESSES = (tl.constexpr(n) for n in range(10))
 SIGN, SCALE, DECAY, NUMBERS = (tl.constexpr(n) for n in range(4))
 # Per tile: 16 dense channels, 6 of a flat tensor's moments, and a sum that NaN and infinity make NaN.
 POISON, TILE_SUMS = (tl.constexpr(n) for n in (22, 32))
@@ -93,7 +91,7 @@ def factored_strip(sizes, tensor, place, down, across, strip, MULTIPLE: tl.const
 @triton.jit
 def is_aligned(addresses, sizes, tensor):
     """Whether four numbers of a factored tensor can be read at a time."""
-    return (tl.load(addresses + tensor * ADDRESSES + ALIGNED) == 1) & (size(sizes, tensor, WIDTH) % 4 == 0)
+    return tm.are_aligned(addresses + tensor * ADDRESSES) & (size(sizes, tensor, WIDTH) % 4 == 0)
 
 
 @triton.jit

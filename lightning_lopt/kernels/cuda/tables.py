@@ -23,6 +23,7 @@ from lightning_lopt.rules import UpdateRule
 
 # Sets of tensors whose tables are kept, least recently used last: not all tensors have gradients in every step.
 PLANS_KEPT = 32
+LONGEST_ROW = 2**30  # places in a row are 32-bit numbers
 COUNTERS = ("skipped", "skipped_in_row")
 
 
@@ -40,20 +41,27 @@ def refuses(param: Tensor) -> str | None:
         return f"{type(param).__name__} parameters have no Triton kernel"
     if param.dtype not in DTYPES:
         return f"the Triton kernel takes {', '.join(str(dtype) for dtype in DTYPES)}, not {param.dtype}"
-    if _view(param.shape, param.stride()) is None:
-        return f"a parameter of shape {tuple(param.shape)} and strides {param.stride()} has gaps in memory"
     if param.is_neg():
         return "the parameter is a lazy negation (torch.Tensor.is_neg)"
-    return None
+    found = _view(param.shape, param.stride())
+    return found if isinstance(found, str) else None
 
 
-_view = lru_cache(maxsize=4096)(view)
+@lru_cache(maxsize=4096)
+def _view(shape: torch.Size, strides: tuple[int, ...]) -> View | str:
+    """How such a tensor lies in memory, or why the kernels do not take it."""
+    found = view(shape, strides)
+    if found is None:
+        return f"a parameter of shape {tuple(shape)} and strides {strides} has gaps in memory"
+    if shape[1:].numel() >= LONGEST_ROW:
+        return f"a parameter of shape {tuple(shape)} has rows of 2^30 numbers or more"
+    return found
 
 
 def known_view(param: Tensor) -> View:
     """The view of a parameter that `refuses` accepts."""
     found = _view(param.shape, param.stride())
-    assert found is not None
+    assert not isinstance(found, str)
     return found
 
 
@@ -133,38 +141,27 @@ class Plan:
         return torch.zeros(shape, dtype=dtype, device=self.device)
 
     def addresses(self, items: Sequence[WorkItem], width: int) -> Tensor:
-        """(tensors, width) int64: addresses of parameter, gradient and state; last, whether the first four are aligned.
-
-        Aligned means to 16 bytes, with a multiple of four numbers. What a tensor does not have is 0.
-        """
+        """(tensors, width) int64: addresses of parameter, gradient and state; 0 for what a tensor does not have."""
         rows = []
         for item, names in zip(items, self.names, strict=True):
-            param, state = item.param, item.state
-            row = [param.data_ptr(), item.grad.data_ptr(), *[state[name].data_ptr() for name in names]]
-            aligned = (row[0] | row[1] | row[2] | row[3]) % 16 == 0 and param.numel() % 4 == 0
-            rows.append((*row, *[0] * (width - 1 - len(row)), int(aligned)))
+            own = [item.state[name].data_ptr() for name in names]
+            rows.append((item.param.data_ptr(), item.grad.data_ptr(), *own, *[0] * (width - 2 - len(own))))
         return self._addresses.update(rows)
 
     def numbers(self, items: Sequence[WorkItem]) -> Tensor:
         """(tensors, 3) float32: sign of the gradient, scale, decay."""
-        cells = [(-1.0 if item.maximize else 1.0, item.scale, item.decay) for item in items]
-        table = self._numbers.update([tuple(map(self._number, row)) for row in cells])
-        if not any(self._is_here(x) for row in cells for x in row):
-            return table
-        for column in range(3):
-            here: list[Any] = [row[column] for row in cells]
-            if any(map(self._is_here, here)):
-                known = [x if self._is_here(x) else table[number, column] for number, x in enumerate(here)]
-                table = table.clone()
-                table[:, column] = torch.stack([x.float().reshape(()) for x in known])
-        return table
+        rows: list[tuple[Any, ...]] = [(-1.0 if item.maximize else 1.0, item.scale, item.decay) for item in items]
+        if all(type(scale) is float and type(decay) is float for _, scale, decay in rows):
+            return self._numbers.update(rows)
+        table = self._numbers.update([tuple(0.0 if self._is_here(x) else float(x) for x in row) for row in rows])
+        cells = [
+            x.float() if self._is_here(x) else table[i, j] for i, row in enumerate(rows) for j, x in enumerate(row)
+        ]
+        return torch.stack([cell.reshape(()) for cell in cells]).reshape(table.shape)
 
     def _is_here(self, x: Any) -> bool:
         """Whether this is a tensor on the device, such as a learning rate: reading it would wait for the device."""
         return isinstance(x, Tensor) and x.device == self.device
-
-    def _number(self, x: Any) -> float:
-        return 0.0 if self._is_here(x) else float(x)
 
 
 PlanType = TypeVar("PlanType", bound=Plan)
