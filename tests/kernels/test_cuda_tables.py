@@ -38,8 +38,8 @@ def test_sets_of_tensors_that_take_turns_keep_their_tables(kind, monkeypatch):
     monkeypatch.setattr(tables, "launch", lambda *_, **__: None)
     monkeypatch.setattr(f"lightning_lopt.kernels.cuda.{kind}.launch", lambda *_, **__: None)
     run, made = new_run(kind, [(number + 1,) for number in range(tables.PLANS_KEPT + 1)]), []
-    make, params = run.kernel.make_plan, list(zip(run.params, run.states, run.grads, strict=True))
-    monkeypatch.setattr(run.kernel, "make_plan", lambda *arguments: made.append(1) or make(*arguments))
+    make, params = run.kernel.plan_type, list(zip(run.params, run.states, run.grads, strict=True))
+    monkeypatch.setattr(run.kernel, "plan_type", lambda *arguments: made.append(1) or make(*arguments))
 
     def step(number):
         run.params, run.states, run.grads = ([each] for each in params[number])

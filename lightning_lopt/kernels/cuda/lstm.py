@@ -212,11 +212,11 @@ def make(rule: UpdateRule) -> LSTMKernel:
 class _Plan(Plan):
     """Tables for one set of tensors."""
 
-    def __init__(self, items: Sequence[WorkItem], names: Sequence[tuple[str, ...]], splits: Sequence[int]) -> None:
-        super().__init__(items, names)
+    def __init__(self, rule: LSTMRule, items: Sequence[WorkItem], names: Sequence[tuple[str, ...]]) -> None:
+        super().__init__(rule, items, names)
         sizes, tiles = [], []
         for number, (param, grad) in enumerate((item.param, item.grad) for item in items):
-            network = sum(param.dim() >= split for split in splits)
+            network = sum(param.dim() >= split for split in rule.config.ndim_splits)
             sizes.append((param.numel(), network, DTYPES[param.dtype], DTYPES[grad.dtype]))
             tiles += [(number, tile) for tile in range(-(-param.numel() // COORDINATES))]
         self.num_tiles = len(tiles)
@@ -232,6 +232,7 @@ class LSTMKernel(TritonKernel[_Plan]):
     """The fused step of one LSTM rule; see `kernels.Kernel`."""
 
     rule: LSTMRule
+    plan_type = _Plan
 
     def __init__(self, rule: LSTMRule) -> None:
         super().__init__(rule, ["blackbox", *(["nominal"] if rule.config.nominal_stepsize else [])])
@@ -250,13 +251,39 @@ class LSTMKernel(TritonKernel[_Plan]):
         nothing = StateTensor((0, *shape), tuple(range(1 + len(shape))))
         return found | {"exp_avg": nothing, "exp_avg_sq": StateTensor((0,), (0,))}
 
-    def make_plan(self, items: Sequence[WorkItem], names: Sequence[tuple[str, ...]]) -> _Plan:
-        """The tables for a set of tensors."""
-        return _Plan(items, names, self.rule.config.ndim_splits)
-
     def pack(self, meta_params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The padded networks."""
-        return pack(self.rule, meta_params)
+        """The networks with units padded to U, a power of two.
+
+        Returns:
+            weights (networks, layers, gate, input or hidden, U out, U in), biases (networks, layers, gate, U), readouts
+            (networks, 2, U), and settings.
+        """
+        c, size = self.rule.config, self.rule.config.hidden_size
+        units = max(16, triton.next_power_of_2(size))
+        theta = {name: value.detach().float() for name, value in meta_params.items()}
+        if not c.ndim_splits:
+            theta = {name: value.unsqueeze(0) for name, value in theta.items()}
+
+        def gates(matrix: Tensor) -> Tensor:
+            """(networks, inputs, 4 size) -> (networks, gate, U out, U in)."""
+            split = matrix.unflatten(-1, (4, size)).permute(0, 2, 3, 1)
+            return pad(split, (0, units - split.shape[-1], 0, units - size))
+
+        weights, biases = [], []
+        for layer in range(c.num_layers):
+            weights.append(torch.stack([gates(theta[f"w_input{layer}"]), gates(theta[f"w_hidden{layer}"])], 2))
+            biases.append(pad(theta[f"b{layer}"].unflatten(-1, (4, size)), (0, units - size)))
+        ones = torch.ones_like(theta["b0"][:, :size])
+        readout = theta["readout"] if c.readout == "linear" else ones
+        controller = theta["controller"] if c.nominal_controller else 0 * ones
+        settings = [math.exp(-c.p), c.p, c.out_scale, *nominal.MOMENTUM_DECAYS, nominal.RMS_DECAY]
+        settings += [c.nominal_stepsize, c.exp_mult]
+        return {
+            "weights": torch.stack(weights, 1).contiguous(),
+            "biases": torch.stack(biases, 1).contiguous(),
+            "readouts": pad(torch.stack([readout, controller], 1), (0, units - size)).contiguous(),
+            "settings": ones.new_tensor(settings),
+        }
 
     def launch(
         self,
@@ -294,38 +321,3 @@ class LSTMKernel(TritonKernel[_Plan]):
         launch(lstm, plan.num_tiles, arguments, CHECK=False, MEASURE=measure)
         launch(count, plan.num_tensors, arguments)
         return measured[:, : 1 + len(self.terms)]
-
-
-def pack(rule: LSTMRule, meta_params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The networks with units padded to U, a power of two.
-
-    Returns:
-        weights (networks, layers, gate, input or hidden, U out, U in), biases (networks, layers, gate, U), readouts
-        (networks, 2, U), and settings.
-    """
-    c, size = rule.config, rule.config.hidden_size
-    units = max(16, triton.next_power_of_2(size))
-    theta = {name: value.detach().float() for name, value in meta_params.items()}
-    if not c.ndim_splits:
-        theta = {name: value.unsqueeze(0) for name, value in theta.items()}
-
-    def gates(matrix: Tensor) -> Tensor:
-        """(networks, inputs, 4 size) -> (networks, gate, U out, U in)."""
-        split = matrix.unflatten(-1, (4, size)).permute(0, 2, 3, 1)
-        return pad(split, (0, units - split.shape[-1], 0, units - size))
-
-    weights, biases = [], []
-    for layer in range(c.num_layers):
-        weights.append(torch.stack([gates(theta[f"w_input{layer}"]), gates(theta[f"w_hidden{layer}"])], 2))
-        biases.append(pad(theta[f"b{layer}"].unflatten(-1, (4, size)), (0, units - size)))
-    ones = torch.ones_like(theta["b0"][:, :size])
-    readout = theta["readout"] if c.readout == "linear" else ones
-    controller = theta["controller"] if c.nominal_controller else 0 * ones
-    settings = [math.exp(-c.p), c.p, c.out_scale, *nominal.MOMENTUM_DECAYS, nominal.RMS_DECAY]
-    settings += [c.nominal_stepsize, c.exp_mult]
-    return {
-        "weights": torch.stack(weights, 1).contiguous(),
-        "biases": torch.stack(biases, 1).contiguous(),
-        "readouts": pad(torch.stack([readout, controller], 1), (0, units - size)).contiguous(),
-        "settings": ones.new_tensor(settings),
-    }

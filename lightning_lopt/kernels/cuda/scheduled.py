@@ -16,7 +16,7 @@ Nothing waits for the device and the step counters are on the device, so that a 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -46,25 +46,11 @@ def make(rule: UpdateRule) -> ScheduledKernel:
     return ScheduledKernel(rule)
 
 
-def pack(rule: Scheduled, meta_params: Mapping[str, Tensor]) -> Tensor:
-    """All numbers of a rule that the device code reads, in the order of `scheduled_step.PACKED`."""
-    decays, like = rule.decays(meta_params), meta_params["centering"]
-    parts = dict(meta_params) | {
-        "decays": torch.cat([decays.momentum, decays.rms]),
-        "eps": like.new_tensor([rule.config.eps]),
-        "nominal_stepsize": like.new_tensor([rule.config.nominal_stepsize]),
-        "fractions": like.new_tensor(scheduler.FRACTIONS),
-        "log_steps": like.new_tensor(scheduler.LOG_STEPS),
-    }
-    flat = {name: parts[name].detach().reshape(-1).float() for name in step.PACKED}
-    return torch.cat([pad(flat[name], (0, size - len(flat[name]))) for name, size in step.PACKED.items()])
-
-
 class _Plan(Plan):
     """Tables for one set of tensors."""
 
-    def __init__(self, items: Sequence[WorkItem], names: Sequence[tuple[str, ...]]) -> None:
-        super().__init__(items, names)
+    def __init__(self, rule: Scheduled, items: Sequence[WorkItem], names: Sequence[tuple[str, ...]]) -> None:
+        super().__init__(rule, items, names)
         sizes: list[Sizes] = []
         self.num_tiles = 0
         num_rows = 0
@@ -73,7 +59,8 @@ class _Plan(Plan):
             self.num_tiles += sizes[-1].tiles
             num_rows += sizes[-1].rows
         features = [scheduler.shape_features(tuple(item.param.shape))[:3] for item in items]
-        blocks = [block for number, size in enumerate(sizes) for block in _row_blocks(number, size)]
+        many = step.ROWS_AT_ONCE.value
+        blocks = [(number, row) for number, size in enumerate(sizes) for row in range(0, size.rows, many)]
         self.num_blocks = len(blocks)
         self.run = Table(torch.float32, self.device)
         self.arguments = {
@@ -120,17 +107,11 @@ def _tiles(number: int, size: Sizes) -> Tensor:
     return torch.stack([torch.full_like(tile, number), tile, row, start % size.stride], 1).int()
 
 
-def _row_blocks(number: int, size: Sizes) -> Iterator[tuple[int, int]]:
-    """Tensor and first row of each block that a program of `row_means` takes."""
-    many = step.SHORT_ROWS if size.stride <= step.SHORT_FAN_IN.value else step.LONG_ROWS
-    for first in range(0, size.rows, many.value):
-        yield number, first
-
-
 class ScheduledKernel(TritonKernel[_Plan]):
     """The fused step of one rule of kind `scheduled`; see `kernels.Kernel`."""
 
     rule: Scheduled
+    plan_type = _Plan
 
     def __init__(self, rule: Scheduled) -> None:
         super().__init__(rule, ["nominal"])
@@ -139,13 +120,22 @@ class ScheduledKernel(TritonKernel[_Plan]):
         """Momenta and second moment."""
         return tables.moments(tables.known_view(param), tuple(param.shape))
 
-    def make_plan(self, items: Sequence[WorkItem], names: Sequence[tuple[str, ...]]) -> _Plan:
-        """The tables for a set of tensors."""
-        return _Plan(items, names)
-
     def pack(self, meta_params: Mapping[str, Tensor]) -> tuple[Tensor, bool]:
-        """The packed meta-parameters; whether there is any centering, for which this waits for the device."""
-        return pack(self.rule, meta_params), bool(meta_params["centering"].max() > 0)
+        """All numbers that the device code reads, in the order of `scheduled_step.PACKED`; whether to center.
+
+        To know that waits for the device, once for each set of meta-parameters.
+        """
+        decays, like = self.rule.decays(meta_params), meta_params["centering"]
+        parts = dict(meta_params) | {
+            "decays": torch.cat([decays.momentum, decays.rms]),
+            "eps": like.new_tensor([self.rule.config.eps]),
+            "nominal_stepsize": like.new_tensor([self.rule.config.nominal_stepsize]),
+            "fractions": like.new_tensor(scheduler.FRACTIONS),
+            "log_steps": like.new_tensor(scheduler.LOG_STEPS),
+        }
+        flat = {name: parts[name].detach().reshape(-1).float() for name in step.PACKED}
+        theta = torch.cat([pad(flat[name], (0, size - len(flat[name]))) for name, size in step.PACKED.items()])
+        return theta, bool((like > 0).any())
 
     def launch(
         self,

@@ -67,8 +67,7 @@ MEASURED = tl.constexpr(2)  # of a tile: squares of the parameter's change, and 
 
 STRIP, STRIPS = tl.constexpr(1024), tl.constexpr(8)
 TILE = tl.constexpr(8192)
-# `row_means` takes a block of rows at a time: few long ones, or many short ones.
-LONG_ROWS, LONG_FAN_IN, SHORT_ROWS, SHORT_FAN_IN = (tl.constexpr(n) for n in (4, 1024, 64, 64))
+ROWS_AT_ONCE, FAN_IN_AT_ONCE = tl.constexpr(4), tl.constexpr(1024)  # of a program of `row_means`
 AT_ONCE = tl.constexpr(1024)  # tiles whose sums `schedule` adds up at a time
 
 PROVEN, SKIP, UNKNOWN = (tl.constexpr(n) for n in range(3))  # verdicts of the safeguard on a tensor's step
@@ -108,54 +107,35 @@ def _progress(step, num_steps):
 
 
 @triton.jit
-def _ramp(start, end, fraction):
-    return start + fraction * (end - start)
+def _ramp(start, distance, fraction):
+    """Between a number in memory and another one, so many places after it."""
+    first = tl.load(start)
+    return first + fraction * (tl.load(start + distance) - first)
 
 
 # --- launch 1, where the rule centers: what centering takes from each row of a gradient
 
 
 @triton.jit
-def _row_sums(
-    tensor, row, mask, addresses, sizes, GRADS: tl.constexpr, ROWS_AT_ONCE: tl.constexpr, WIDTH: tl.constexpr
-):
-    address, code = _address(addresses, tensor, GRAD), _size(sizes, tensor, GRAD_DTYPE)
-    rows, fan_in, stride = _size(sizes, tensor, ROWS), _size(sizes, tensor, FAN_IN), _size(sizes, tensor, STRIDE)
-    magic, shift = _size(sizes, tensor, MAGIC), _size(sizes, tensor, SHIFT)
-    total = tl.zeros([ROWS_AT_ONCE, WIDTH], tl.float32)
-    for start in range(0, fan_in, WIDTH):
-        at = start + tl.arange(0, WIDTH)
-        # A row lies in memory as pieces of `stride` numbers, with those of the other rows in between.
-        piece = (at * magic) >> shift
-        offsets = (row * stride)[:, None] + (piece * (stride * rows) + (at - piece * stride))[None, :]
-        total += tm.load(address, offsets, mask[:, None] & (at < fan_in)[None, :], code, GRADS, 2)
-    return tl.sum(total, 1)
-
-
-@triton.jit
-def _row_means(
-    block, blocks, addresses, sizes, centering, row_means, GRADS: tl.constexpr, ROWS_AT_ONCE: tl.constexpr,
-    WIDTH: tl.constexpr,
-):  # fmt: skip
-    tensor = tl.load(blocks + block * 2).to(tl.int64)
-    row = tl.load(blocks + block * 2 + 1).to(tl.int64) + tl.arange(0, ROWS_AT_ONCE)
-    mask = row < _size(sizes, tensor, ROWS)
-    sums = _row_sums(tensor, row, mask, addresses, sizes, GRADS, ROWS_AT_ONCE, WIDTH)
-    means = centering * sums / _size(sizes, tensor, FAN_IN).to(tl.float32)
-    tl.store(row_means + _size(sizes, tensor, FIRST_ROW) + row, means, mask=mask)
-
-
-@triton.jit
 def row_means(blocks, addresses, sizes, theta, run, row_means, GRADS: tl.constexpr):
     """A block of rows per program: the part of their mean that `rules.scheduled.centered` removes."""
-    block = tl.program_id(0)
-    tensor = tl.load(blocks + block * 2).to(tl.int64)
+    block = blocks + tl.program_id(0) * 2
+    tensor, row = tl.load(block).to(tl.int64), tl.load(block + 1).to(tl.int64) + tl.arange(0, ROWS_AT_ONCE)
+    rows, fan_in, stride = _size(sizes, tensor, ROWS), _size(sizes, tensor, FAN_IN), _size(sizes, tensor, STRIDE)
+    total = tl.zeros([ROWS_AT_ONCE, FAN_IN_AT_ONCE], tl.float32)
+    for start in range(0, fan_in, FAN_IN_AT_ONCE):
+        at = start + tl.arange(0, FAN_IN_AT_ONCE)
+        # A row lies in memory as pieces of `stride` numbers, with those of the other rows in between.
+        piece = (at * _size(sizes, tensor, MAGIC)) >> _size(sizes, tensor, SHIFT)
+        offsets = (row * stride)[:, None] + (piece * (stride * rows) + (at - piece * stride))[None, :]
+        mask = (row < rows)[:, None] & (at < fan_in)[None, :]
+        total += tm.load(
+            _address(addresses, tensor, GRAD), offsets, mask, _size(sizes, tensor, GRAD_DTYPE), GRADS, 2
+        )  # fmt: skip
     fraction = _progress(_step(addresses, tensor), tl.load(run + NUM_STEPS))
-    centering = tm.clamp(_ramp(tl.load(theta + CENTERING), tl.load(theta + CENTERING + 1), fraction), 0.0, 1.0)
-    if _size(sizes, tensor, STRIDE) <= SHORT_FAN_IN:
-        _row_means(block, blocks, addresses, sizes, centering, row_means, GRADS, SHORT_ROWS, SHORT_FAN_IN)
-    else:
-        _row_means(block, blocks, addresses, sizes, centering, row_means, GRADS, LONG_ROWS, LONG_FAN_IN)
+    centering = tm.clamp(_ramp(theta + CENTERING, 1, fraction), 0.0, 1.0)
+    mean = centering * tl.sum(total, 1) / fan_in.to(tl.float32)
+    tl.store(row_means + _size(sizes, tensor, FIRST_ROW) + row, mean, mask=row < rows)
 
 
 # --- launch 2: mean squares of each tensor, tile by tile
@@ -175,9 +155,9 @@ def _num_strips(sizes, tensor, place):
 
 @triton.jit
 def _gradient(
-    tile, tiles, tensor, lanes, offsets, mask, addresses, sizes, row_means, GRADS: tl.constexpr, CENTER: tl.constexpr,
-    ALIGN: tl.constexpr,
-):  # fmt: skip
+    tile, tensor, lanes, offsets, mask, tables, GRADS: tl.constexpr, CENTER: tl.constexpr, ALIGN: tl.constexpr
+):
+    tiles, addresses, sizes, numbers, theta, row_means = tables
     g = tm.load(_address(addresses, tensor, GRAD), offsets, mask, _size(sizes, tensor, GRAD_DTYPE), GRADS, ALIGN)
     if CENTER:
         rows = _size(sizes, tensor, ROWS)
@@ -191,26 +171,26 @@ def _gradient(
                 row = row % rows.to(tl.int32)
             mean = tl.load(row_means + _size(sizes, tensor, FIRST_ROW) + row, mask=mask, other=0.0)
             g = tl.where(g == 0, g, g - mean)
-    return g
+    return g * tl.load(numbers + tensor * NUMBERS + SIGN)
 
 
 @triton.jit
 def _read(
-    tile, tiles, tensor, place, strip, addresses, sizes, numbers, theta, row_means, PARAMS: tl.constexpr,
-    GRADS: tl.constexpr, CENTER: tl.constexpr, MULTIPLE: tl.constexpr,
+    tile, tensor, place, strip, tables, PARAMS: tl.constexpr, GRADS: tl.constexpr, CENTER: tl.constexpr,
+    MULTIPLE: tl.constexpr,
 ):  # fmt: skip
     """Of a strip: offsets and mask; gradient, parameter, new momenta, new second moment and its inverse root.
 
     MULTIPLE is 4 where four numbers can be read at a time, else 1.
     """
+    tiles, addresses, sizes, numbers, theta, row_means = tables
     ALIGN: tl.constexpr = 16 if MULTIPLE == 4 else 2
     # This division changes nothing, but tells the compiler that the mask and all addresses come in fours.
     numel = _size(sizes, tensor, NUMEL) // MULTIPLE * MULTIPLE
     lanes = strip * STRIP + tl.arange(0, STRIP)
     offsets = place * TILE + lanes
     mask = offsets < numel
-    g = _gradient(tile, tiles, tensor, lanes, offsets, mask, addresses, sizes, row_means, GRADS, CENTER, ALIGN)
-    g *= tl.load(numbers + tensor * NUMBERS + SIGN)
+    g = _gradient(tile, tensor, lanes, offsets, mask, tables, GRADS, CENTER, ALIGN)
     code = _size(sizes, tensor, PARAM_DTYPE)
     p = tm.load(_address(addresses, tensor, PARAM), offsets, mask, code, PARAMS, ALIGN)
     first, second = _address(addresses, tensor, EXP_AVG), _address(addresses, tensor, EXP_AVG_SQ)
@@ -224,17 +204,16 @@ def _read(
 
 @triton.jit
 def _sum_tile(
-    tile, tiles, tensor, place, addresses, sizes, numbers, theta, row_means, tile_sums, PARAMS: tl.constexpr,
-    GRADS: tl.constexpr, CENTER: tl.constexpr, SAFE: tl.constexpr, MULTIPLE: tl.constexpr,
+    tile, tensor, place, tables, tile_sums, PARAMS: tl.constexpr, GRADS: tl.constexpr, CENTER: tl.constexpr,
+    SAFE: tl.constexpr, MULTIPLE: tl.constexpr,
 ):  # fmt: skip
     s0, s1 = tl.zeros([STRIP], tl.float32), tl.zeros([STRIP], tl.float32)
     s2, s3 = tl.zeros([STRIP], tl.float32), tl.zeros([STRIP], tl.float32)
-    for strip in range(0, _num_strips(sizes, tensor, place)):
-        offsets, mask, g, p, m0, m1, m2, v, q = _read(
-            tile, tiles, tensor, place, strip, addresses, sizes, numbers, theta, row_means, PARAMS, GRADS, CENTER,
-            MULTIPLE,
-        )  # fmt: skip
+    for strip in range(0, _num_strips(tables[2], tensor, place)):
         # Where masked, gradient, parameter and momenta are 0, so squares are, too.
+        offsets, mask, g, p, m0, m1, m2, v, q = _read(
+            tile, tensor, place, strip, tables, PARAMS, GRADS, CENTER, MULTIPLE
+        )
         s0 += p * p
         s1 += (m0 * q) * (m0 * q)
         s2 += (m1 * q) * (m1 * q)
@@ -254,15 +233,12 @@ def sums(
     CENTER: tl.constexpr, SAFE: tl.constexpr,
 ):  # fmt: skip
     """A tile per program: sums of the squares that the scheduler reads (`rules.scheduler.scales`)."""
-    tile = tl.program_id(0)
+    tile, tables = tl.program_id(0), (tiles, addresses, sizes, numbers, theta, row_means)
     tensor, place = _tile(tiles, tile)
     fours = _come_in_fours(addresses, sizes, tensor)
     for FOURS in tl.static_range(2):
         if fours == FOURS:
-            _sum_tile(
-                tile, tiles, tensor, place, addresses, sizes, numbers, theta, row_means, tile_sums, PARAMS, GRADS,
-                CENTER, SAFE, 1 + 3 * FOURS,
-            )  # fmt: skip
+            _sum_tile(tile, tensor, place, tables, tile_sums, PARAMS, GRADS, CENTER, SAFE, 1 + 3 * FOURS)
 
 
 # --- launch 3: the schedule of each tensor, and whether its step can be proven finite
@@ -308,14 +284,14 @@ def _growth(theta, square, slowest, shape, step, fraction):
     grown = tl.maximum((tl.log(tl.maximum(square, 1e-30, propagate_nan=tm.ALL)) + fan_in) / 2, 0, propagate_nan=tm.ALL)
     signal = tl.log(tl.maximum(slowest, 1e-12, propagate_nan=tm.ALL)) - _noise_strength(theta, step)
     noisy = tm.clamp(2 - tl.abs(signal) / KNOWN_DOUBT, 0.0, 1.0)
-    return _ramp(tl.load(theta + GROWTH), tl.load(theta + GROWTH + 1), fraction) * (grown * noisy)
+    return _ramp(theta + GROWTH, 1, fraction) * (grown * noisy)
 
 
 @triton.jit
 def _exponent(theta, shape, fraction, FEATURE: tl.constexpr):
     """How strongly the log factor follows a feature of the tensor; vectors have exponents of their own."""
     at = theta + TENSOR_POWERS + tl.where(tl.load(shape + IS_VECTOR) > 0, 0, 16) + FEATURE
-    return _ramp(tl.load(at), tl.load(at + 8), fraction)
+    return _ramp(at, 8, fraction)
 
 
 @triton.jit
@@ -343,9 +319,7 @@ def _log_power(theta, square, strength0, strength1, strength2, shape, log_depth,
 def _momentum_weights(theta, fraction):
     """The softmax of three logits."""
     mix = theta + MOMENTUM_MIX
-    x0 = _ramp(tl.load(mix), tl.load(mix + 3), fraction)
-    x1 = _ramp(tl.load(mix + 1), tl.load(mix + 4), fraction)
-    x2 = _ramp(tl.load(mix + 2), tl.load(mix + 5), fraction)
+    x0, x1, x2 = _ramp(mix, 3, fraction), _ramp(mix + 1, 3, fraction), _ramp(mix + 2, 3, fraction)
     largest = tl.maximum(tl.maximum(x0, x1), x2)
     w0, w1, w2 = tl.exp(x0 - largest), tl.exp(x1 - largest), tl.exp(x2 - largest)
     total = w0 + w1 + w2
@@ -400,7 +374,7 @@ def schedule(
     tl.store(to + WEIGHTS, w0)
     tl.store(to + WEIGHTS + 1, w1)
     tl.store(to + WEIGHTS + 2, w2)
-    tl.store(to + CAUTIOUS, tm.clamp(_ramp(tl.load(theta + CAUTION), tl.load(theta + CAUTION + 1), fraction), 0.0, 1.0))
+    tl.store(to + CAUTIOUS, tm.clamp(_ramp(theta + CAUTION, 1, fraction), 0.0, 1.0))
     if SAFE:
         p = _bound(p_largest)
         change = stepsize * (w0 * _bound(largest0) + w1 * _bound(largest1) + w2 * _bound(largest2))
@@ -415,20 +389,19 @@ def schedule(
 
 @triton.jit
 def _update_tile(
-    tile, tiles, tensor, place, addresses, sizes, numbers, theta, row_means, multipliers, verdicts, measured,
-    PARAMS: tl.constexpr, GRADS: tl.constexpr, CENTER: tl.constexpr, CHECK: tl.constexpr, MEASURE: tl.constexpr,
-    MULTIPLE: tl.constexpr,
+    tile, tensor, place, tables, multipliers, verdicts, measured, PARAMS: tl.constexpr, GRADS: tl.constexpr,
+    CENTER: tl.constexpr, CHECK: tl.constexpr, MEASURE: tl.constexpr, MULTIPLE: tl.constexpr,
 ):  # fmt: skip
+    tiles, addresses, sizes, numbers, theta, row_means = tables
     ALIGN: tl.constexpr = 16 if MULTIPLE == 4 else 2
     number, multiplier = numbers + tensor * NUMBERS, multipliers + tensor * MULTIPLIERS
-    code = _size(sizes, tensor, PARAM_DTYPE)
-    first, numel = _address(addresses, tensor, EXP_AVG), _size(sizes, tensor, NUMEL) // MULTIPLE * MULTIPLE
+    code, numel = _size(sizes, tensor, PARAM_DTYPE), _size(sizes, tensor, NUMEL) // MULTIPLE * MULTIPLE
+    first, second = _address(addresses, tensor, EXP_AVG), _address(addresses, tensor, EXP_AVG_SQ)
     changes, nominals = tl.zeros([STRIP], tl.float32), tl.zeros([STRIP], tl.float32)
     for strip in range(0, _num_strips(sizes, tensor, place)):
         offsets, mask, g, p, m0, m1, m2, v, q = _read(
-            tile, tiles, tensor, place, strip, addresses, sizes, numbers, theta, row_means, PARAMS, GRADS, CENTER,
-            MULTIPLE,
-        )  # fmt: skip
+            tile, tensor, place, strip, tables, PARAMS, GRADS, CENTER, MULTIPLE
+        )
         weights = multiplier + WEIGHTS
         u = (tl.load(weights) * m0 + tl.load(weights + 1) * m1 + tl.load(weights + 2) * m2) * q
         u *= tl.where(u * g < 0, 1 - tl.load(multiplier + CAUTIOUS), 1.0)
@@ -443,7 +416,7 @@ def _update_tile(
             tm.store_float32(first, offsets, m0, mask, ALIGN)
             tm.store_float32(first, numel + offsets, m1, mask, ALIGN)
             tm.store_float32(first, 2 * numel + offsets, m2, mask, ALIGN)
-            tm.store_float32(_address(addresses, tensor, EXP_AVG_SQ), offsets, v, mask, ALIGN)
+            tm.store_float32(second, offsets, v, mask, ALIGN)
         if MEASURE:
             change = tl.where(mask, kept - p, 0.0)
             changes += change * change
@@ -462,18 +435,17 @@ def update(
 
     With CHECK it only looks: it marks those tensors of verdict UNKNOWN whose new value or state is not finite.
     """
-    tile = tl.program_id(0)
+    tile, tables = tl.program_id(0), (tiles, addresses, sizes, numbers, theta, row_means)
     tensor, place = _tile(tiles, tile)
     verdict = tl.load(verdicts + tensor) if SAFE else PROVEN + 0
     goes = (verdict == UNKNOWN) if CHECK else (verdict != SKIP)
-    if goes:
-        fours = _come_in_fours(addresses, sizes, tensor)
-        for FOURS in tl.static_range(2):
-            if fours == FOURS:
-                _update_tile(
-                    tile, tiles, tensor, place, addresses, sizes, numbers, theta, row_means, multipliers, verdicts,
-                    measured, PARAMS, GRADS, CENTER, CHECK, MEASURE, 1 + 3 * FOURS,
-                )  # fmt: skip
+    way = tl.where(goes, _come_in_fours(addresses, sizes, tensor).to(tl.int32), 2)
+    for FOURS in tl.static_range(2):
+        if way == FOURS:
+            _update_tile(
+                tile, tensor, place, tables, multipliers, verdicts, measured, PARAMS, GRADS, CENTER, CHECK, MEASURE,
+                1 + 3 * FOURS,
+            )  # fmt: skip
     if not CHECK:  # noqa: SIM102 -- decided when it is compiled
         if place == 0:
             tm.count(addresses + tensor * ADDRESSES + STEP, goes.to(tl.int32) if SAFE else 1, SAFE)

@@ -58,37 +58,11 @@ def make(rule: UpdateRule) -> StarKernel:
     return StarKernel(rule)
 
 
-def pack(rule: STAR, meta_params: Mapping[str, Tensor]) -> Tensor:
-    """All numbers of a rule that the device code reads, one after the other; `star_factored` names their places."""
-    c, decays = rule.config, rule.decays(meta_params)
-    first, last = meta_params["w0"], len(meta_params["b2"])
-    rows, cols = (first[list(channels)] for channels in (feats.ROW, feats.COL))
-    dense = torch.cat([first[list(feats.DENSE)], rows + cols])  # the rows of a flat tensor are its columns
-    control = 1.0 if c.nominal_controller else math.exp(c.exp_mult[1])
-    parts = [
-        pad(dense, (0, 0, 0, 10)),
-        rows,
-        cols,
-        pad(first[feats.NUM_CHANNELS :], (0, 0, 0, 5)),
-        pad(first.new_tensor(feats.TIMESCALES), (0, 5), value=1.0),
-        meta_params["b0"],
-        meta_params["w1"],
-        meta_params["b1"],
-        pad(meta_params["w2"], (0, 4 - last)),
-        pad(meta_params["b2"], (0, 4 - last)),
-        decays.momentum,
-        decays.rms,
-        decays.adafactor,
-        first.new_tensor([c.step_mult, *c.exp_mult, c.nominal_stepsize, c.weight_decay, control, c.eps]),
-    ]
-    return torch.cat([part.detach().reshape(-1).float() for part in parts])
-
-
 class _Plan(Plan):
     """Tables and scratch memory for one set of tensors."""
 
-    def __init__(self, items: Sequence[WorkItem], names: Sequence[tuple[str, ...]]) -> None:
-        super().__init__(items, names)
+    def __init__(self, rule: STAR, items: Sequence[WorkItem], names: Sequence[tuple[str, ...]]) -> None:
+        super().__init__(rule, items, names)
         views = [tables.known_view(item.param) for item in items]
         tiles = tiling.tile([item.param for item in items], [item.grad for item in items], views)
         self.num_tiles = len(tiles.tiles)
@@ -111,6 +85,7 @@ class StarKernel(TritonKernel[_Plan]):
     """The fused step of one STAR rule; see `kernels.Kernel`."""
 
     rule: STAR
+    plan_type = _Plan
 
     def __init__(self, rule: STAR) -> None:
         c = rule.config
@@ -141,13 +116,30 @@ class StarKernel(TritonKernel[_Plan]):
         names = ("row", "col") if lies.row_is_x else ("col", "row")
         return found | {name: vectors[name] for name in names}
 
-    def make_plan(self, items: Sequence[WorkItem], names: Sequence[tuple[str, ...]]) -> _Plan:
-        """The tables for a set of tensors."""
-        return _Plan(items, names)
-
     def pack(self, meta_params: Mapping[str, Tensor]) -> Tensor:
-        """The packed meta-parameters."""
-        return pack(self.rule, meta_params)
+        """All numbers of a rule that the device code reads, one after the other; `star_factored` names their places."""
+        c, decays = self.rule.config, self.rule.decays(meta_params)
+        first, last = meta_params["w0"], len(meta_params["b2"])
+        rows, cols = (first[list(channels)] for channels in (feats.ROW, feats.COL))
+        dense = torch.cat([first[list(feats.DENSE)], rows + cols])  # the rows of a flat tensor are its columns
+        control = 1.0 if c.nominal_controller else math.exp(c.exp_mult[1])
+        parts = [
+            pad(dense, (0, 0, 0, 10)),
+            rows,
+            cols,
+            pad(first[feats.NUM_CHANNELS :], (0, 0, 0, 5)),
+            pad(first.new_tensor(feats.TIMESCALES), (0, 5), value=1.0),
+            meta_params["b0"],
+            meta_params["w1"],
+            meta_params["b1"],
+            pad(meta_params["w2"], (0, 4 - last)),
+            pad(meta_params["b2"], (0, 4 - last)),
+            decays.momentum,
+            decays.rms,
+            decays.adafactor,
+            first.new_tensor([c.step_mult, *c.exp_mult, c.nominal_stepsize, c.weight_decay, control, c.eps]),
+        ]
+        return torch.cat([part.detach().reshape(-1).float() for part in parts])
 
     def launch(
         self,

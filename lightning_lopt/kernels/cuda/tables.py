@@ -116,11 +116,12 @@ class Plan:
     """Tables and scratch memory for one set of tensors; they depend on shapes, strides and dtypes alone.
 
     Args:
+        rule: the rule.
         items: the tensors.
         names: of each tensor's state, in the order of its addresses.
     """
 
-    def __init__(self, items: Sequence[WorkItem], names: Sequence[tuple[str, ...]]) -> None:
+    def __init__(self, rule: Any, items: Sequence[WorkItem], names: Sequence[tuple[str, ...]]) -> None:
         self.device = items[0].param.device
         self.num_tensors = len(items)
         self.names = names
@@ -170,6 +171,8 @@ PlanType = TypeVar("PlanType", bound=Plan)
 class TritonKernel(abc.ABC, Generic[PlanType]):
     """A fused step on the host; see `kernels.Kernel`. Subclasses say what the state holds, and launch the kernels."""
 
+    plan_type: type[PlanType]
+
     def __init__(self, rule: UpdateRule, terms: Sequence[str]) -> None:
         self.rule = rule
         self.terms = terms  # of the step, those that `launch` measures
@@ -180,10 +183,6 @@ class TritonKernel(abc.ABC, Generic[PlanType]):
     @abc.abstractmethod
     def state_tensors(self, param: Tensor) -> dict[str, StateTensor]:
         """What the state of a parameter must hold, in the order of the table of addresses."""
-
-    @abc.abstractmethod
-    def make_plan(self, items: Sequence[WorkItem], names: Sequence[tuple[str, ...]]) -> PlanType:
-        """The tables for a set of tensors, see `Plan`."""
 
     @abc.abstractmethod
     def pack(self, meta_params: Mapping[str, Tensor]) -> Any:
@@ -250,7 +249,7 @@ class TritonKernel(abc.ABC, Generic[PlanType]):
                 _check(item, tensors)
                 _lay_out(item.state, tensors)
             key = self._key(items, safeguard)
-        plan = self._plans.pop(key, None) or self.make_plan(items, [tuple(tensors) for tensors in expected])
+        plan = self._plans.pop(key, None) or self.plan_type(self.rule, items, list(map(tuple, expected)))
         self._plans[key] = plan
         while len(self._plans) > PLANS_KEPT:
             del self._plans[next(iter(self._plans))]
