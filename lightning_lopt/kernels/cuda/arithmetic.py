@@ -132,6 +132,28 @@ def average(old, new, decay):
 
 
 @triton.jit
+def new_moments(exp_avg, exp_avg_sq, numel, offsets, mask, grad, decays, ALIGN: tl.constexpr):
+    """Three momenta and the second moment with one gradient more: rules.features.update_moments.
+
+    `exp_avg` and `exp_avg_sq` are their addresses; `decays` points to three decays of momenta and one of the other.
+    """
+    m0 = average(load_float32(exp_avg, offsets, mask, ALIGN), grad, tl.load(decays))
+    m1 = average(load_float32(exp_avg, numel + offsets, mask, ALIGN), grad, tl.load(decays + 1))
+    m2 = average(load_float32(exp_avg, 2 * numel + offsets, mask, ALIGN), grad, tl.load(decays + 2))
+    rms = tl.load(decays + 3)
+    return m0, m1, m2, rms * load_float32(exp_avg_sq, offsets, mask, ALIGN) + (1 - rms) * grad * grad
+
+
+@triton.jit
+def store_moments(exp_avg, exp_avg_sq, numel, offsets, mask, m0, m1, m2, v, ALIGN: tl.constexpr):
+    """Write what `new_moments` gave."""
+    store_float32(exp_avg, offsets, m0, mask, ALIGN)
+    store_float32(exp_avg, numel + offsets, m1, mask, ALIGN)
+    store_float32(exp_avg, 2 * numel + offsets, m2, mask, ALIGN)
+    store_float32(exp_avg_sq, offsets, v, mask, ALIGN)
+
+
+@triton.jit
 def clamp(x, low, high):
     """As torch's clamp: NaN stays NaN."""
     return tl.minimum(tl.maximum(x, low, propagate_nan=ALL), high, propagate_nan=ALL)

@@ -128,11 +128,7 @@ def _tile_update(
     term = blackbox * 0.0
     if ESTIMATOR or NORMALIZE:
         moments, squares = tl.load(row + EXP_AVG), tl.load(row + EXP_AVG_SQ)
-        m0 = tm.average(tm.load_float32(moments, n, mask, 2), g, tl.load(settings + 3))
-        m1 = tm.average(tm.load_float32(moments, numel + n, mask, 2), g, tl.load(settings + 4))
-        m2 = tm.average(tm.load_float32(moments, 2 * numel + n, mask, 2), g, tl.load(settings + 5))
-        rms = tl.load(settings + 6)
-        v = rms * tm.load_float32(squares, n, mask, 2) + (1 - rms) * g * g
+        m0, m1, m2, v = tm.new_moments(moments, squares, numel, n, mask, g, settings + 3, 2)
         q = tl.rsqrt(v + 1e-6)
         if NORMALIZE:
             blackbox *= q
@@ -144,10 +140,7 @@ def _tile_update(
         if CHECK:
             wrong += tl.where(mask, (m0 + m1 + m2 + v) * 0.0, 0.0)
         else:
-            tm.store_float32(moments, n, m0, mask, 2)
-            tm.store_float32(moments, numel + n, m1, mask, 2)
-            tm.store_float32(moments, 2 * numel + n, m2, mask, 2)
-            tm.store_float32(squares, n, v, mask, 2)
+            tm.store_moments(moments, squares, numel, n, mask, m0, m1, m2, v, 2)
     new = p + ((blackbox + term) * tl.load(number + SCALE) - tl.load(number + DECAY) * p)
     kept = tm.rounded(new, tl.load(size + PARAM_DTYPE), PARAMS)
     if CHECK:

@@ -194,11 +194,7 @@ def _read(
     code = _size(sizes, tensor, PARAM_DTYPE)
     p = tm.load(_address(addresses, tensor, PARAM), offsets, mask, code, PARAMS, ALIGN)
     first, second = _address(addresses, tensor, EXP_AVG), _address(addresses, tensor, EXP_AVG_SQ)
-    m0 = tm.average(tm.load_float32(first, offsets, mask, ALIGN), g, tl.load(theta + DECAYS))
-    m1 = tm.average(tm.load_float32(first, numel + offsets, mask, ALIGN), g, tl.load(theta + DECAYS + 1))
-    m2 = tm.average(tm.load_float32(first, 2 * numel + offsets, mask, ALIGN), g, tl.load(theta + DECAYS + 2))
-    rms = tl.load(theta + DECAYS + 3)
-    v = rms * tm.load_float32(second, offsets, mask, ALIGN) + (1 - rms) * g * g
+    m0, m1, m2, v = tm.new_moments(first, second, numel, offsets, mask, g, theta + DECAYS, ALIGN)
     return offsets, mask, g, p, m0, m1, m2, v, tl.rsqrt(v + tl.load(theta + EPS))
 
 
@@ -413,10 +409,7 @@ def _update_tile(
             tl.store(verdicts + tensor, SKIP, mask=tl.max((wrong & mask).to(tl.int32), 0) > 0)
         else:
             tm.store(_address(addresses, tensor, PARAM), offsets, new, mask, code, PARAMS, ALIGN)
-            tm.store_float32(first, offsets, m0, mask, ALIGN)
-            tm.store_float32(first, numel + offsets, m1, mask, ALIGN)
-            tm.store_float32(first, 2 * numel + offsets, m2, mask, ALIGN)
-            tm.store_float32(second, offsets, v, mask, ALIGN)
+            tm.store_moments(first, second, numel, offsets, mask, m0, m1, m2, v, ALIGN)
         if MEASURE:
             change = tl.where(mask, kept - p, 0.0)
             changes += change * change

@@ -127,7 +127,7 @@ def _factored_squares(
 
 @triton.jit
 def gradient_squares(tiles, addresses, sizes, numbers, sums, bad, GRADS: tl.constexpr):
-    """Phase A, a tile each: the gradient's sums of squares over y and over x, of tensors that are factored."""
+    """A tile per program: the gradient's sums of squares over y and over x, of tensors that are factored."""
     tile = tl.program_id(0)
     tensor, place, down, across = unpack_tile(tiles, tile)
     if tile == size(sizes, tensor, FIRST_TILE):
@@ -141,8 +141,17 @@ def gradient_squares(tiles, addresses, sizes, numbers, sums, bad, GRADS: tl.cons
 
 
 @triton.jit
-def unpack_block(vectors, blocks, block, DOWN: tl.constexpr, ACROSS: tl.constexpr):
+def is_line(vectors, blocks, block):
+    """1 for a block of a vector whose entries lie one by one (inner 1), else 0."""
+    vector = vectors + tl.load(blocks + block * 4).to(tl.int64) * VECTORS
+    return (tl.load(vector + BESIDE) == 1).to(tl.int32)
+
+
+@triton.jit
+def unpack_block(vectors, blocks, block, IS_LINE: tl.constexpr):
     """A block's row of `vectors`, its offsets in the vector, their mask, and its number along `length`."""
+    DOWN: tl.constexpr = LINE_DOWN if IS_LINE else PATCH_DOWN
+    ACROSS: tl.constexpr = LINE_ACROSS if IS_LINE else PATCH_ACROSS
     vector = vectors + tl.load(blocks + block * 4).to(tl.int64) * VECTORS
     length, beside = tl.load(vector + LENGTH), tl.load(vector + BESIDE)
     first = tl.load(blocks + block * 4 + 2)
@@ -162,10 +171,10 @@ def new_moment(k, vector, offsets, mask, mean, addresses, theta):
 
 
 @triton.jit
-def _sum_block(block, vectors, blocks, addresses, theta, sums, means, block_sums, DOWN, ACROSS):
-    vector, offsets, mask, _ = unpack_block(vectors, blocks, block, DOWN, ACROSS)
+def _sum_block(block, vectors, blocks, addresses, theta, sums, means, block_sums, IS_LINE: tl.constexpr):
+    vector, offsets, mask, _ = unpack_block(vectors, blocks, block, IS_LINE)
     entries, first = tl.load(vector + ENTRIES), sums + tl.load(vector + SUMS) + offsets
-    total = tl.zeros([DOWN, ACROSS], tl.float32)
+    total = tl.zeros(offsets.shape, tl.float32)
     for part in tl.range(0, tl.load(vector + PARTS), loop_unroll_factor=8):
         total += tl.load(first + part * entries, mask=mask, other=0.0)
     mean = total / tl.load(vector + AVERAGED).to(tl.float32) + 1e-30
@@ -173,7 +182,7 @@ def _sum_block(block, vectors, blocks, addresses, theta, sums, means, block_sums
     to = block_sums + block * BLOCK_SUMS
     for k in tl.static_range(3):
         moment, _ = new_moment(k, vector, offsets, mask, mean, addresses, theta)
-        tl.store(to + k * PATCH_ACROSS + tl.arange(0, ACROSS), tl.sum(moment, 0))
+        tl.store(to + k * PATCH_ACROSS + tl.arange(0, moment.shape[1]), tl.sum(moment, 0))
         tl.store(to + SQUARES + k, tl.sum(tl.sum(moment * moment, 1), 0))
         inverse = tl.where(mask, 1 / (moment + 1e-8), 0.0)
         tl.store(to + SQUARES + 3 + k, tl.sum(tl.sum(inverse, 1), 0))
@@ -181,12 +190,12 @@ def _sum_block(block, vectors, blocks, addresses, theta, sums, means, block_sums
 
 @triton.jit
 def vector_sums(vectors, blocks, addresses, theta, sums, means, block_sums):
-    """Phase A', a block each: mean squares of the gradient, and sums over the factored moments that they lead to."""
+    """A block per program: mean squares of the gradient, and sums over the factored moments that they lead to."""
     block = tl.program_id(0)
-    if tl.load(vectors + tl.load(blocks + block * 4).to(tl.int64) * VECTORS + BESIDE) == 1:
-        _sum_block(block, vectors, blocks, addresses, theta, sums, means, block_sums, LINE_DOWN, LINE_ACROSS)
-    else:
-        _sum_block(block, vectors, blocks, addresses, theta, sums, means, block_sums, PATCH_DOWN, PATCH_ACROSS)
+    line = is_line(vectors, blocks, block)
+    for IS_LINE in tl.static_range(2):
+        if line == IS_LINE:
+            _sum_block(block, vectors, blocks, addresses, theta, sums, means, block_sums, IS_LINE)
 
 
 @triton.jit
@@ -202,15 +211,16 @@ def _inverse_rms(block_sums, vector, channel):
 
 @triton.jit
 def _feature_block(
-    block, vectors, blocks, addresses, theta, means, block_sums, num_entries, entries, bad, DOWN, ACROSS
+    block, vectors, blocks, addresses, theta, means, block_sums, num_entries, entries, bad, IS_LINE: tl.constexpr
 ):
-    vector, offsets, mask, number = unpack_block(vectors, blocks, block, DOWN, ACROSS)
+    vector, offsets, mask, number = unpack_block(vectors, blocks, block, IS_LINE)
+    DOWN: tl.constexpr = offsets.shape[0]
+    ACROSS: tl.constexpr = offsets.shape[1]
     entry, is_row = tl.load(vector + ENTRY) + offsets, tl.load(vector + IS_ROW)
     length = tl.load(vector + LENGTH)
     mean = tl.load(means + entry, mask=mask, other=0.0)
     weights = theta + COL + is_row * (ROW - COL)
-    h0, h1 = tl.zeros([DOWN, ACROSS], tl.float32), tl.zeros([DOWN, ACROSS], tl.float32)
-    h2, h3 = tl.zeros([DOWN, ACROSS], tl.float32), tl.zeros([DOWN, ACROSS], tl.float32)
+    h0, h1, h2, h3 = tl.zeros_like(mean), tl.zeros_like(mean), tl.zeros_like(mean), tl.zeros_like(mean)
     for k in tl.static_range(3):
         moment, _ = new_moment(k, vector, offsets, mask, mean, addresses, theta)
         tl.store(bad + tl.load(vector + TENSOR), 1, mask=tl.max(tl.max(tm.is_bad(moment).to(tl.int32), 1), 0) > 0)
@@ -235,22 +245,18 @@ def _feature_block(
 
 @triton.jit(do_not_specialize=["num_entries"])
 def vector_features(vectors, blocks, addresses, theta, means, block_sums, num_entries, entries, bad):
-    """Phase A'', a block each: of each row or column its factors of gradient and momenta, and its part of layer one."""
+    """A block per program: each row's or column's factors of gradient and momenta, and its part of the first layer."""
     block = tl.program_id(0)
-    if tl.load(vectors + tl.load(blocks + block * 4).to(tl.int64) * VECTORS + BESIDE) == 1:
-        _feature_block(
-            block, vectors, blocks, addresses, theta, means, block_sums, num_entries, entries, bad, LINE_DOWN,
-            LINE_ACROSS,
-        )  # fmt: skip
-    else:
-        _feature_block(
-            block, vectors, blocks, addresses, theta, means, block_sums, num_entries, entries, bad, PATCH_DOWN,
-            PATCH_ACROSS,
-        )  # fmt: skip
+    line = is_line(vectors, blocks, block)
+    for IS_LINE in tl.static_range(2):
+        if line == IS_LINE:
+            _feature_block(
+                block, vectors, blocks, addresses, theta, means, block_sums, num_entries, entries, bad, IS_LINE
+            )  # fmt: skip
 
 
 @triton.jit
 def mix(weights, channel, x, h0, h1, h2, h3):
-    """Four units with one channel more: weights (channels, 4)."""
+    """Add one channel to four units: weights (channels, 4)."""
     at = weights + channel * 4
     return h0 + tl.load(at) * x, h1 + tl.load(at + 1) * x, h2 + tl.load(at + 2) * x, h3 + tl.load(at + 3) * x

@@ -14,8 +14,8 @@ import triton.language as tl
 from lightning_lopt.kernels.cuda import arithmetic as tm
 from lightning_lopt.kernels.cuda import star_factored as ts
 
-# How a tile is read: rows of a matrix; rows on which several moments over y lie, side by side; no rows at all. Where
-# all addresses and rows are multiples of 16 bytes, four numbers are read at a time.
+# How a tile is read: as rows of a matrix; as rows that have several moments over y each, side by side (inner > 1); or
+# without rows. MATRIX and SIDE_BY_SIDE read four numbers at a time, UNALIGNED reads either kind one by one.
 MATRIX, SIDE_BY_SIDE, UNALIGNED, FLAT = (tl.constexpr(n) for n in range(4))
 LANES, PER_LANE = tl.constexpr(256), tl.constexpr(4)  # of a strip
 
@@ -44,23 +44,15 @@ def _read(
     tensor, offsets, mask, addresses, sizes, sign, theta, PARAMS: tl.constexpr, GRADS: tl.constexpr,
     WAY: tl.constexpr,
 ):  # fmt: skip
-    """Gradient, parameter, three momenta, second moment and its inverse root, as of this step."""
+    """Gradient, parameter, new momenta, new second moment and its inverse root."""
     ALIGN: tl.constexpr = 16 if (WAY == MATRIX or WAY == SIDE_BY_SIDE) else 2
-    row = tensor * ts.ADDRESSES
-    grads, params = tl.load(addresses + row + ts.GRAD), tl.load(addresses + row + ts.PARAM)
-    first = tl.load(addresses + row + ts.EXP_AVG)
-    second = tl.load(addresses + row + ts.EXP_AVG_SQ)
-    numel = ts.size(sizes, tensor, ts.NUMEL)
+    row, numel = addresses + tensor * ts.ADDRESSES, ts.size(sizes, tensor, ts.NUMEL)
     if WAY == MATRIX or WAY == SIDE_BY_SIDE:
         numel = numel // 4 * 4
-    g = tm.load(grads, offsets, mask, ts.size(sizes, tensor, ts.GRAD_DTYPE), GRADS, ALIGN)
-    g *= sign
-    p = tm.load(params, offsets, mask, ts.size(sizes, tensor, ts.PARAM_DTYPE), PARAMS, ALIGN)
-    m0 = tm.average(tm.load_float32(first, offsets, mask, ALIGN), g, tl.load(theta + ts.DECAYS))
-    m1 = tm.average(tm.load_float32(first, numel + offsets, mask, ALIGN), g, tl.load(theta + ts.DECAYS + 1))
-    m2 = tm.average(tm.load_float32(first, 2 * numel + offsets, mask, ALIGN), g, tl.load(theta + ts.DECAYS + 2))
-    rms = tl.load(theta + ts.DECAYS + 3)
-    v = rms * tm.load_float32(second, offsets, mask, ALIGN) + (1 - rms) * g * g
+    g = tm.load(tl.load(row + ts.GRAD), offsets, mask, ts.size(sizes, tensor, ts.GRAD_DTYPE), GRADS, ALIGN) * sign
+    p = tm.load(tl.load(row + ts.PARAM), offsets, mask, ts.size(sizes, tensor, ts.PARAM_DTYPE), PARAMS, ALIGN)
+    first, second = tl.load(row + ts.EXP_AVG), tl.load(row + ts.EXP_AVG_SQ)
+    m0, m1, m2, v = tm.new_moments(first, second, numel, offsets, mask, g, theta + ts.DECAYS, ALIGN)
     return g, p, m0, m1, m2, v, tl.rsqrt(v + tl.load(theta + ts.SETTINGS + 7))
 
 
@@ -93,7 +85,7 @@ def _factors(
 
 @triton.jit
 def _add(total, x):
-    """Sums of squares, one a lane."""
+    """Add squares to sums, one sum per thread: four numbers of a strip are its own."""
     return total + tl.sum(tl.reshape(x * x, [LANES, PER_LANE]), 1)
 
 
@@ -158,7 +150,7 @@ def channel_sums(
     tiles, addresses, sizes, numbers, theta, entries, num_entries, tile_sums,
     PARAMS: tl.constexpr, GRADS: tl.constexpr, SAFE: tl.constexpr,
 ):  # fmt: skip
-    """Phase B, a tile each: sums of the squares of the channels that every number has for itself."""
+    """A tile per program: sums of the squares of the channels that every number has for itself."""
     tile = tl.program_id(0)
     tensor, place, down, across = ts.unpack_tile(tiles, tile)
     sign = tl.load(numbers + tensor * ts.NUMBERS + ts.SIGN)
@@ -173,7 +165,7 @@ def channel_sums(
 
 @triton.jit
 def effective_weights(addresses, sizes, theta, tile_sums, effective, bad, SAFE: tl.constexpr):
-    """Phase B', a tensor each: the first layer with the normalizers in it, and its bias with the time features."""
+    """A tensor per program: the first layer with the normalizers in its weights, and the time features in its bias."""
     tensor = tl.program_id(0)
     channel, unit, row = tl.arange(0, ts.TILE_SUMS), tl.arange(0, 4), tl.arange(0, 16)
     total = tl.zeros([ts.TILE_SUMS], tl.float32)
@@ -271,15 +263,11 @@ def _terms(
 @triton.jit
 def _write_state(tensor, offsets, mask, g, m0, m1, m2, v, addresses, sizes, theta, WAY: tl.constexpr):
     ALIGN: tl.constexpr = 16 if (WAY == MATRIX or WAY == SIDE_BY_SIDE) else 2
-    row, numel = tensor * ts.ADDRESSES, ts.size(sizes, tensor, ts.NUMEL)
-    first = tl.load(addresses + row + ts.EXP_AVG)
-    second = tl.load(addresses + row + ts.EXP_AVG_SQ)
+    row, numel = addresses + tensor * ts.ADDRESSES, ts.size(sizes, tensor, ts.NUMEL)
     if WAY == MATRIX or WAY == SIDE_BY_SIDE:
         numel = numel // 4 * 4
-    tm.store_float32(first, offsets, m0, mask, ALIGN)
-    tm.store_float32(first, numel + offsets, m1, mask, ALIGN)
-    tm.store_float32(first, 2 * numel + offsets, m2, mask, ALIGN)
-    tm.store_float32(second, offsets, v, mask, ALIGN)
+    first, second = tl.load(row + ts.EXP_AVG), tl.load(row + ts.EXP_AVG_SQ)
+    tm.store_moments(first, second, numel, offsets, mask, m0, m1, m2, v, ALIGN)
     if WAY == FLAT:
         for k in tl.static_range(3):
             moment, at = _flat_moment(k, tensor, offsets, mask, addresses, sizes, theta, g)
@@ -308,9 +296,8 @@ def _update_tile(
                 entries, num_entries, effective, WAY,
             )  # fmt: skip
         blackbox, nominal, decay = _terms(
-            heads, g, p, m0, m1, m2, q, theta, BLACKBOX, NORMALIZE, ESTIMATOR,
-            CONTROL, SHRINK,
-        )  # fmt: skip
+            heads, g, p, m0, m1, m2, q, theta, BLACKBOX, NORMALIZE, ESTIMATOR, CONTROL, SHRINK
+        )
         new = p + ((blackbox + nominal + decay) * tl.load(number + ts.SCALE) - tl.load(number + ts.DECAY) * p)
         if CHECK:
             wrong = tm.is_bad(tm.rounded(new, dtype, PARAMS)) & mask
@@ -331,8 +318,8 @@ def _update_tile(
 
 
 @triton.jit
-def _write_block(block, vectors, blocks, addresses, theta, means, DOWN: tl.constexpr, ACROSS: tl.constexpr):
-    vector, offsets, mask, _ = ts.unpack_block(vectors, blocks, block, DOWN, ACROSS)
+def _write_block(block, vectors, blocks, addresses, theta, means, IS_LINE: tl.constexpr):
+    vector, offsets, mask, _ = ts.unpack_block(vectors, blocks, block, IS_LINE)
     mean = tl.load(means + tl.load(vector + ts.ENTRY) + offsets, mask=mask, other=0.0)
     for k in tl.static_range(3):
         moment, at = ts.new_moment(k, vector, offsets, mask, mean, addresses, theta)
@@ -346,9 +333,11 @@ def update(
     NORMALIZE: tl.constexpr, ESTIMATOR: tl.constexpr, CONTROL: tl.constexpr, SHRINK: tl.constexpr,
     NETWORK: tl.constexpr, SAFE: tl.constexpr, CHECK: tl.constexpr, MEASURE: tl.constexpr,
 ):  # fmt: skip
-    """Phase C, a tile each: parameters, momenta, second moment; then factored moments, a block each; then counters.
+    """New parameters and state.
 
-    With CHECK nothing is written but the mark of a tensor whose new value would not be finite.
+    The first programs take a tile each and write parameters, momenta and second moment; the next take a block of
+    factored moments each; the last take a tensor each and write its counters. With CHECK only tensors whose new value
+    would not be finite are marked.
     """
     program = tl.program_id(0)
     if program < num_tiles:
@@ -366,14 +355,13 @@ def update(
                 )  # fmt: skip
     elif program < num_tiles + num_blocks:
         block = program - num_tiles
-        vector = vectors + tl.load(blocks + block * 4).to(tl.int64) * ts.VECTORS
-        line = (tl.load(vector + ts.BESIDE) == 1).to(tl.int32)
+        line = ts.is_line(vectors, blocks, block)
         if SAFE:
+            vector = vectors + tl.load(blocks + block * 4).to(tl.int64) * ts.VECTORS
             line = tl.where(tl.load(bad + tl.load(vector + ts.TENSOR)) == 0, line, 2)
-        if line == 1:
-            _write_block(block, vectors, blocks, addresses, theta, means, ts.LINE_DOWN, ts.LINE_ACROSS)
-        elif line == 0:
-            _write_block(block, vectors, blocks, addresses, theta, means, ts.PATCH_DOWN, ts.PATCH_ACROSS)
+        for IS_LINE in tl.static_range(2):
+            if line == IS_LINE:
+                _write_block(block, vectors, blocks, addresses, theta, means, IS_LINE)
     else:
         tensor = program - num_tiles - num_blocks
         good = (tl.load(bad + tensor) == 0).to(tl.int32) if SAFE else 1
