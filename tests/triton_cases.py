@@ -62,7 +62,8 @@ class Run:
         self.copied.append(self.new_state(param))
 
     def draw(self, size=0.1):
-        self.grads = [(size * torch.randn(param.shape)).to(param) for param in self.params]
+        # Some are 0, as of pixels that are always black.
+        self.grads = [(size * torch.randn(p.shape) * (torch.rand(p.shape) < 0.9)).to(p) for p in self.params]
 
     def step(self, scale=0.5, decay=0.01, maximize=False, num_steps=None, measure=False):
         parts = [

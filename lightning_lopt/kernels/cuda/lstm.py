@@ -31,8 +31,7 @@ from lightning_lopt.rules.features import EPS
 from lightning_lopt.rules.lstm import PREPROCESSING
 
 COORDINATES = 64  # of a tile; fewer than eight warps would not hold the units in registers
-# Without a GPU, Triton's interpreter has no tensor cores.
-PRECISION = tl.constexpr("tf32x3")
+PRECISION = tl.constexpr("tf32x3")  # of matrix products
 PARAM, GRAD, HIDDEN, CELL, EXP_AVG, EXP_AVG_SQ, STEP = (tl.constexpr(n) for n in range(7))
 ADDRESSES = tl.constexpr(9)  # with the counters beside the step
 SIGN, SCALE, DECAY, NUMBERS = (tl.constexpr(n) for n in range(4))

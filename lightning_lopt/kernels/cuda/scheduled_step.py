@@ -40,9 +40,20 @@ class Sizes(NamedTuple):
 # The packed meta-parameters, one after the other; `scheduled.pack` fills them. Curves are padded to KNOTS numbers.
 KNOTS = tl.constexpr(16)
 PACKED = {
-    **{"decays": 4, "eps": 1, "nominal_stepsize": 1, "centering": 2, "caution": 2, "growth": 2},
-    **{"momentum_mix": 6, "tensor_powers": 32, "fractions": 16, "log_steps": 16},
-    **{"schedule_fraction": 16, "schedule_length": 16, "schedule_early": 16, "schedule_step": 16},
+    "decays": 4,  # of the momenta, and of the second moment
+    "eps": 1,
+    "nominal_stepsize": 1,
+    "centering": 2,
+    "caution": 2,
+    "growth": 2,
+    "momentum_mix": 6,
+    "tensor_powers": 32,
+    "fractions": KNOTS.value,
+    "log_steps": KNOTS.value,
+    "schedule_fraction": KNOTS.value,
+    "schedule_length": KNOTS.value,
+    "schedule_early": KNOTS.value,
+    "schedule_step": KNOTS.value,
 }
 _PLACE = {name: tl.constexpr(place) for name, place in zip(PACKED, accumulate([0, *PACKED.values()]), strict=False)}
 DECAYS, EPS, NOMINAL_STEPSIZE = (_PLACE[name] for name in ("decays", "eps", "nominal_stepsize"))
@@ -65,8 +76,7 @@ NUM_STEPS, LOG_DEPTH = (tl.constexpr(n) for n in range(2))  # the run's two numb
 SUMS = tl.constexpr(4)  # of a tile: squares of the parameter, and of three momenta / sqrt(second moment)
 MEASURED = tl.constexpr(2)  # of a tile: squares of the parameter's change, and of the nominal term
 
-STRIP, STRIPS = tl.constexpr(1024), tl.constexpr(8)
-TILE = tl.constexpr(8192)
+STRIP, STRIPS, TILE = (tl.constexpr(n) for n in (1024, 8, 8192))
 ROWS_AT_ONCE, FAN_IN_AT_ONCE = tl.constexpr(4), tl.constexpr(1024)  # of a program of `row_means`
 AT_ONCE = tl.constexpr(1024)  # tiles whose sums `schedule` adds up at a time
 
@@ -376,7 +386,7 @@ def schedule(
         change = stepsize * (w0 * _bound(largest0) + w1 * _bound(largest1) + w2 * _bound(largest2))
         new = p + tl.abs(tl.load(number + SCALE)) * change + tl.abs(tl.load(number + DECAY)) * p
         limit = tl.where(_size(sizes, tensor, PARAM_DTYPE) == 2, 6e4, 1e38)  # float16, or a range of 3.4e38
-        finite = tm.is_bad(p_total + total0 + total1 + total2) == 0
+        finite = tm.is_bad(p_total + total0 + total1 + total2) == 0  # on a GPU, maxima drop NaN
         tl.store(verdicts + tensor, tl.where(finite & (1.01 * new < limit), PROVEN, UNKNOWN))
 
 
