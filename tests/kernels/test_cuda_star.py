@@ -181,35 +181,3 @@ def test_ways_of_reading_a_tile_are_all_taken():
     ways |= {device_code.SIDE_BY_SIDE.value} if (aligned & ~flat & (inner > 1)).any() else set()
     ways |= {device_code.UNALIGNED.value} if (~aligned & ~flat).any() else set()
     assert ways == {0, 1, 2, 3}
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE.type == "cpu", reason="CUDA graphs need a GPU")
-def test_a_captured_step_is_the_step():
-    ends = []
-    for captured in (False, True):
-        torch.manual_seed(0)
-        run = Run(make_rule("star"), FEW)
-        run.draw()
-        run.step()  # tables are sent, kernels compiled
-        if captured:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                run.step()
-        for _ in range(3):
-            graph.replay() if captured else run.step()
-        ends.append(run.snapshot())
-    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE.type == "cpu", reason="only a GPU can be waited for")
-def test_a_step_does_not_wait_for_the_device():
-    run = Run(make_rule("star"), FEW, safeguard=True)
-    run.draw()
-    run.step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        run.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

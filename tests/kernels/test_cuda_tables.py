@@ -15,7 +15,7 @@ KINDS = pytest.mark.parametrize("kind", CONFIGS)
 
 
 def new_run(kind, shapes=((4, 3), (5,))):
-    run = Run(make_rule(kind, **CONFIGS[kind]), shapes)
+    run = Run(make_rule(kind, **CONFIGS[kind]), shapes, safeguard=True)
     run.draw()
     return run
 
@@ -211,3 +211,36 @@ class Subclass(torch.Tensor):
 def test_what_is_left_to_the_rule(param, why):
     assert why in tables.refuses(param)
     assert tables.refuses(torch.ones(3, 3).t()) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="CUDA graphs need a GPU")
+@KINDS
+def test_a_captured_step_is_the_step(kind):
+    ends = []
+    for captured in (False, True):
+        torch.manual_seed(0)
+        run = new_run(kind)
+        run.step()  # tables are sent, kernels compiled
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                run.step()
+        for _ in range(3):
+            graph.replay() if captured else run.step()
+        ends.append(run.snapshot())
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="only a GPU can be waited for")
+@KINDS
+def test_a_step_does_not_wait_for_the_device(kind):
+    run = new_run(kind)
+    run.step()
+    run.draw()  # gradients elsewhere
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
