@@ -1,6 +1,6 @@
-"""STAR in Triton: phase A, everything that depends on the factored moments alone; see `triton_star`.
+"""Device code of STAR, phase A: everything that depends on the factored moments alone; `star.py` launches it.
 
-Every sum is taken in a fixed order and no number is added atomically: two runs are equal to the bit.
+Sums are taken in a fixed order and nothing is added atomically, so two runs are equal to the bit.
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 
@@ -11,10 +11,8 @@ import triton.language as tl
 
 from lightning_lopt.kernels.cuda import arithmetic as tm
 from lightning_lopt.kernels.cuda.tiling import (
-    FAN_IN_AT_ONCE,
     LINE,
     PATCH,
-    ROWS_AT_ONCE,
     STRIP_ROWS,
     STRIP_WIDTH,
     STRIPS,
@@ -23,37 +21,31 @@ from lightning_lopt.kernels.cuda.tiling import (
     Vector,
 )
 
-# Where the weights lie in the packed meta-parameters, see `triton_star.pack`.
-FIRST, ROW, COL, TIME, TIMESCALES, B0, W1, B1, W2, B2, DECAYS, SETTINGS, PACKED = (
-    tl.constexpr(n) for n in (0, 128, 152, 176, 240, 256, 260, 276, 280, 296, 300, 307, 317)
+# Where the weights lie in the packed meta-parameters, see `star.pack`.
+FIRST, ROW, COL, TIME, TIMESCALES, B0, W1, B1, W2, B2, DECAYS, SETTINGS = (
+    tl.constexpr(n) for n in (0, 128, 152, 176, 240, 256, 260, 276, 280, 296, 300, 307)
 )
-CENTERING = tl.constexpr(315)
 # Addresses of a tensor, and numbers of it that may change at every step.
-PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, AT_X, AT_Y, STEP, SKIPPED, IN_ROW, ALIGNED, ADDRESSES = (
-    tl.constexpr(n) for n in range(11)
-)
+PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, AT_X, AT_Y, STEP, SKIPPED, IN_ROW, ADDRESSES = (tl.constexpr(n) for n in range(10))
 SIGN, SCALE, DECAY, NUMBERS = (tl.constexpr(n) for n in range(4))
-MULTIPLIERS = tl.constexpr(5)  # the factor of both terms, the weights of three momenta, the caution
-# Per tile: 16 dense channels, 6 of a flat tensor's moments, and what tells NaN and inf.
+# Per tile: 16 dense channels, 6 of a flat tensor's moments, and a sum that NaN and infinity make NaN.
 POISON, TILE_SUMS = (tl.constexpr(n) for n in (22, 32))
 # Per block: sums of three moments at each place of inner, then of the squares of six channels.
 SQUARES, BLOCK_SUMS = (tl.constexpr(n) for n in (48, 64))
-# Per tensor: the first layer with its normalizers, its bias, the step, and what the scheduler reads.
-BIAS, AT_STEP, READ, EFFECTIVE = (tl.constexpr(n) for n in (88, 92, 93, 97))
-GAINED = tl.constexpr(4)  # sums of squares per tile: change, blackbox, nominal, decay
+# Per tensor: the first layer with its normalizers, and its bias.
+BIAS, EFFECTIVE = (tl.constexpr(n) for n in (88, 92))
+MEASURED = tl.constexpr(4)  # sums of squares per tile: change, blackbox, nominal, decay
 
 _SIZE = {name: tl.constexpr(number) for number, name in enumerate(Sizes._fields)}
-NUMEL, TILE, TILES, FLAT = (_SIZE[name] for name in ("numel", "tile", "tiles", "flat"))
+NUMEL, FIRST_TILE, TILES, IS_FLAT = (_SIZE[name] for name in ("numel", "tile", "tiles", "flat"))
 PARAM_DTYPE, GRAD_DTYPE, SIZES = _SIZE["param_dtype"], _SIZE["grad_dtype"], tl.constexpr(len(Sizes._fields))
 X, BETWEEN, WIDTH, INNER = (_SIZE[name] for name in ("x", "between", "width", "inner"))
 LENGTH_X, LENGTH_Y, SUMS_X, SUMS_Y = (_SIZE[name] for name in ("length_x", "length_y", "sums_x", "sums_y"))
 ENTRY_X, ENTRY_Y = _SIZE["entry_x"], _SIZE["entry_y"]
-IN_ALL, ROW_STRIDE, FIRST_ROW = (_SIZE[name] for name in ("rows", "row_stride", "row"))
 TENSOR, AXIS, IS_ROW, LENGTH, BESIDE, ENTRIES, ENTRY, SUMS, PARTS, AVERAGED, BLOCK, BLOCKS, VECTORS = (
     tl.constexpr(n) for n in range(len(Vector._fields) + 1)
 )
 BX, BJ, NUM_STRIPS, ROWS = (tl.constexpr(n) for n in (STRIP_ROWS, STRIP_WIDTH, STRIPS, TILE_ROWS))
-MANY, FAN = (tl.constexpr(n) for n in (ROWS_AT_ONCE, FAN_IN_AT_ONCE))
 LINE_DOWN, LINE_ACROSS, PATCH_DOWN, PATCH_ACROSS = (tl.constexpr(n) for n in (*LINE, *PATCH))
 
 
@@ -74,7 +66,7 @@ def unpack_tile(tiles, tile):
 def num_strips(sizes, tensor, place, down):
     """How many strips of a tile hold any numbers."""
     left = size(sizes, tensor, X) - down * ROWS
-    if size(sizes, tensor, FLAT) == 1:
+    if size(sizes, tensor, IS_FLAT) == 1:
         left = (size(sizes, tensor, NUMEL) - place * ROWS * BJ + BJ - 1) // BJ
     return tl.minimum(NUM_STRIPS, (left + BX - 1) // BX)
 
@@ -99,7 +91,7 @@ def factored_strip(sizes, tensor, place, down, across, strip, MULTIPLE: tl.const
 @triton.jit
 def is_aligned(addresses, sizes, tensor):
     """Whether four numbers of a factored tensor can be read at a time."""
-    return (tl.load(addresses + tensor * ADDRESSES + ALIGNED) == 1) & (size(sizes, tensor, WIDTH) % 4 == 0)
+    return tm.are_aligned(addresses + tensor * ADDRESSES) & (size(sizes, tensor, WIDTH) % 4 == 0)
 
 
 @triton.jit
@@ -110,108 +102,56 @@ def flat_strip(sizes, tensor, place, strip):
     return offsets, offsets < size(sizes, tensor, NUMEL)
 
 
-# --- before phase A: what centering takes from each row of a gradient
-
-
-@triton.jit
-def row_means(blocks, addresses, sizes, theta, num_steps, means, GRADS: tl.constexpr):
-    """A few rows of torch's first dim each: their means, times the share that the scheduler tells to take out."""
-    block = tl.program_id(0)
-    tensor, first = tl.load(blocks + block * 2).to(tl.int64), tl.load(blocks + block * 2 + 1).to(tl.int64)
-    count, stride = size(sizes, tensor, IN_ALL), size(sizes, tensor, ROW_STRIDE)
-    fan_in, row = size(sizes, tensor, NUMEL) // count, first + tl.arange(0, MANY)
-    where, sums = tl.load(addresses + tensor * ADDRESSES + GRAD), tl.zeros([MANY], tl.float32)
-    for start in range(0, fan_in, FAN):
-        at = start + tl.arange(0, FAN)
-        offsets = (row * stride)[:, None] + (at // stride * (stride * count) + at % stride)[None, :]
-        mask = (row < count)[:, None] & (at < fan_in)[None, :]
-        sums += tl.sum(tm.load(where, offsets, mask, size(sizes, tensor, GRAD_DTYPE), GRADS, 2), 1)
-    step = tl.load(tl.load(addresses + tensor * ADDRESSES + STEP).to(tl.pointer_type(tl.float32)))
-    length, start, end = tl.load(num_steps), tl.load(theta + CENTERING), tl.load(theta + CENTERING + 1)
-    done = tl.where(length > 0, tl.minimum(step / tl.maximum(length - 1, 1), 1), 0.5)
-    share = tl.minimum(tl.maximum(start + done * (end - start), 0), 1)
-    tl.store(means + size(sizes, tensor, FIRST_ROW) + row, share * sums / fan_in.to(tl.float32), mask=row < count)
-
-
-@triton.jit
-def centered(grad, offsets, mask, tensor, sizes, means):
-    """What centering leaves of a factored tensor's gradient, as it lies in memory: rules.features.centered."""
-    row = offsets // size(sizes, tensor, ROW_STRIDE) % size(sizes, tensor, IN_ALL)
-    mean = tl.load(means + size(sizes, tensor, FIRST_ROW) + row, mask=mask, other=0.0)
-    return tl.where(grad == 0, grad, grad - mean)
-
-
 # --- phase A: sums of squares over rows and columns; then the factored moments, and what follows from them alone
 
 
 @triton.jit
 def _factored_squares(
-    tensor, place, down, across, addresses, sizes, sign, row_means, sums, GRADS, CENTER, MULTIPLE: tl.constexpr
-):
-    where, inner = tl.load(addresses + tensor * ADDRESSES + GRAD), size(sizes, tensor, INNER)
+    tensor, place, down, across, addresses, sizes, sign, sums, GRADS: tl.constexpr, MULTIPLE: tl.constexpr
+):  # fmt: skip
+    address, inner = tl.load(addresses + tensor * ADDRESSES + GRAD), size(sizes, tensor, INNER)
     ALIGN: tl.constexpr = 16 if MULTIPLE == 4 else 2
-    columns, plain = tl.zeros([BJ], tl.float32), tl.zeros([BJ], tl.float32)
+    columns = tl.zeros([BJ], tl.float32)
     to_x = sums + size(sizes, tensor, SUMS_X) + across * size(sizes, tensor, LENGTH_X)
     for strip in range(0, num_strips(sizes, tensor, place, down)):
-        offsets, mask, at_x, in_x, c, _, _ = factored_strip(sizes, tensor, place, down, across, strip, MULTIPLE)
-        grad = tm.load(where, offsets, mask, size(sizes, tensor, GRAD_DTYPE), GRADS, ALIGN)
-        plain += tl.sum(grad * sign * (grad * sign), 0)
-        if CENTER:
-            grad = centered(grad, offsets, mask, tensor, sizes, row_means)
-        square = grad * sign * (grad * sign)
+        offsets, mask, at_x, in_x, c, at_y, in_y = factored_strip(sizes, tensor, place, down, across, strip, MULTIPLE)
+        grad = tm.load(address, offsets, mask, size(sizes, tensor, GRAD_DTYPE), GRADS, ALIGN) * sign
+        square = grad * grad
         columns += tl.sum(square, 0)
         for each in range(0, inner):
             tl.store(to_x + at_x + each, tl.sum(tl.where(c == each, square, 0.0), 1)[:, None], mask=in_x)
     width, j = size(sizes, tensor, WIDTH), across * BJ + tl.arange(0, BJ)
     to_y = sums + size(sizes, tensor, SUMS_Y) + down * size(sizes, tensor, LENGTH_Y)
     tl.store(to_y + place * width + j, columns, mask=j < width)
-    return tl.sum(plain, 0)
 
 
 @triton.jit
-def gradient_squares(
-    tiles, addresses, sizes, numbers, grad_scale, row_means, sums, tile_squares, bad, GRADS: tl.constexpr,
-    CENTER: tl.constexpr,
-):  # fmt: skip
-    """Phase A, a tile each: the gradient's sums of squares over y and over x; over the tile before it was centered."""
+def gradient_squares(tiles, addresses, sizes, numbers, sums, bad, GRADS: tl.constexpr):
+    """A tile per program: the gradient's sums of squares over y and over x, of tensors that are factored."""
     tile = tl.program_id(0)
     tensor, place, down, across = unpack_tile(tiles, tile)
-    if tile == size(sizes, tensor, TILE):
+    if tile == size(sizes, tensor, FIRST_TILE):
         tl.store(bad + tensor, 0)
-    sign = tl.load(numbers + tensor * NUMBERS + SIGN) / tl.load(grad_scale)
-    if size(sizes, tensor, FLAT) == 1:
-        where, squares = tl.load(addresses + tensor * ADDRESSES + GRAD), tl.zeros([BX, BJ], tl.float32)
-        for strip in range(0, num_strips(sizes, tensor, place, down)):
-            offsets, mask = flat_strip(sizes, tensor, place, strip)
-            grad = tm.load(where, offsets, mask, size(sizes, tensor, GRAD_DTYPE), GRADS, 2) * sign
-            squares += grad * grad
-        total = tl.sum(tl.sum(squares, 0), 0)
-    elif is_aligned(addresses, sizes, tensor):
-        total = _factored_squares(
-            tensor, place, down, across, addresses, sizes, sign, row_means, sums, GRADS, CENTER, 4
-        )
-    else:
-        total = _factored_squares(
-            tensor, place, down, across, addresses, sizes, sign, row_means, sums, GRADS, CENTER, 1
-        )
-    tl.store(tile_squares + tile, total)
-
-
-@triton.jit(do_not_specialize=["num_tiles"])
-def clip(tile_squares, num_tiles, max_norm, clipping):
-    """One program: the factor that brings the gradient's norm down to `max_norm`, as in clip_grad_norm_; the norm."""
-    total = tl.zeros([1024], tl.float32)
-    for first in range(0, num_tiles, 1024):
-        tile = first + tl.arange(0, 1024)
-        total += tl.load(tile_squares + tile, mask=tile < num_tiles, other=0.0)
-    norm = tl.sqrt(tl.sum(total, 0))
-    tl.store(clipping, tl.minimum(tl.load(max_norm) / (norm + 1e-6), 1.0, propagate_nan=tm.ALL))
-    tl.store(clipping + 1, norm)
+    sign = tl.load(numbers + tensor * NUMBERS + SIGN)
+    if size(sizes, tensor, IS_FLAT) == 0:
+        if is_aligned(addresses, sizes, tensor):
+            _factored_squares(tensor, place, down, across, addresses, sizes, sign, sums, GRADS, 4)
+        else:
+            _factored_squares(tensor, place, down, across, addresses, sizes, sign, sums, GRADS, 1)
 
 
 @triton.jit
-def unpack_block(vectors, blocks, block, DOWN: tl.constexpr, ACROSS: tl.constexpr):
+def is_line(vectors, blocks, block):
+    """1 for a block of a vector whose entries lie one by one (inner 1), else 0."""
+    vector = vectors + tl.load(blocks + block * 4).to(tl.int64) * VECTORS
+    return (tl.load(vector + BESIDE) == 1).to(tl.int32)
+
+
+@triton.jit
+def unpack_block(vectors, blocks, block, IS_LINE: tl.constexpr):
     """A block's row of `vectors`, its offsets in the vector, their mask, and its number along `length`."""
+    DOWN: tl.constexpr = LINE_DOWN if IS_LINE else PATCH_DOWN
+    ACROSS: tl.constexpr = LINE_ACROSS if IS_LINE else PATCH_ACROSS
     vector = vectors + tl.load(blocks + block * 4).to(tl.int64) * VECTORS
     length, beside = tl.load(vector + LENGTH), tl.load(vector + BESIDE)
     first = tl.load(blocks + block * 4 + 2)
@@ -231,34 +171,31 @@ def new_moment(k, vector, offsets, mask, mean, addresses, theta):
 
 
 @triton.jit
-def _sum_block(block, vectors, blocks, addresses, clipping, theta, sums, means, block_sums, DOWN, ACROSS):
-    vector, offsets, mask, _ = unpack_block(vectors, blocks, block, DOWN, ACROSS)
+def _sum_block(block, vectors, blocks, addresses, theta, sums, means, block_sums, IS_LINE: tl.constexpr):
+    vector, offsets, mask, _ = unpack_block(vectors, blocks, block, IS_LINE)
     entries, first = tl.load(vector + ENTRIES), sums + tl.load(vector + SUMS) + offsets
-    total = tl.zeros([DOWN, ACROSS], tl.float32)
+    total = tl.zeros(offsets.shape, tl.float32)
     for part in tl.range(0, tl.load(vector + PARTS), loop_unroll_factor=8):
         total += tl.load(first + part * entries, mask=mask, other=0.0)
-    factor = tl.load(clipping)
-    mean = total * (factor * factor) / tl.load(vector + AVERAGED).to(tl.float32) + 1e-30
+    mean = total / tl.load(vector + AVERAGED).to(tl.float32) + 1e-30
     tl.store(means + tl.load(vector + ENTRY) + offsets, mean, mask=mask)
     to = block_sums + block * BLOCK_SUMS
     for k in tl.static_range(3):
         moment, _ = new_moment(k, vector, offsets, mask, mean, addresses, theta)
-        tl.store(to + k * PATCH_ACROSS + tl.arange(0, ACROSS), tl.sum(moment, 0))
+        tl.store(to + k * PATCH_ACROSS + tl.arange(0, moment.shape[1]), tl.sum(moment, 0))
         tl.store(to + SQUARES + k, tl.sum(tl.sum(moment * moment, 1), 0))
         inverse = tl.where(mask, 1 / (moment + 1e-8), 0.0)
         tl.store(to + SQUARES + 3 + k, tl.sum(tl.sum(inverse, 1), 0))
 
 
 @triton.jit
-def vector_sums(vectors, blocks, addresses, clipping, theta, sums, means, block_sums):
-    """Phase A', a block each: mean squares of the gradient, and sums over the factored moments that they lead to."""
+def vector_sums(vectors, blocks, addresses, theta, sums, means, block_sums):
+    """A block per program: mean squares of the gradient, and sums over the factored moments that they lead to."""
     block = tl.program_id(0)
-    if tl.load(vectors + tl.load(blocks + block * 4).to(tl.int64) * VECTORS + BESIDE) == 1:
-        _sum_block(block, vectors, blocks, addresses, clipping, theta, sums, means, block_sums, LINE_DOWN, LINE_ACROSS)
-    else:
-        _sum_block(
-            block, vectors, blocks, addresses, clipping, theta, sums, means, block_sums, PATCH_DOWN, PATCH_ACROSS
-        )
+    line = is_line(vectors, blocks, block)
+    for IS_LINE in tl.static_range(2):
+        if line == IS_LINE:
+            _sum_block(block, vectors, blocks, addresses, theta, sums, means, block_sums, IS_LINE)
 
 
 @triton.jit
@@ -274,15 +211,16 @@ def _inverse_rms(block_sums, vector, channel):
 
 @triton.jit
 def _feature_block(
-    block, vectors, blocks, addresses, theta, means, block_sums, num_entries, entries, bad, DOWN, ACROSS
+    block, vectors, blocks, addresses, theta, means, block_sums, num_entries, entries, bad, IS_LINE: tl.constexpr
 ):
-    vector, offsets, mask, number = unpack_block(vectors, blocks, block, DOWN, ACROSS)
+    vector, offsets, mask, number = unpack_block(vectors, blocks, block, IS_LINE)
+    DOWN: tl.constexpr = offsets.shape[0]
+    ACROSS: tl.constexpr = offsets.shape[1]
     entry, is_row = tl.load(vector + ENTRY) + offsets, tl.load(vector + IS_ROW)
     length = tl.load(vector + LENGTH)
     mean = tl.load(means + entry, mask=mask, other=0.0)
     weights = theta + COL + is_row * (ROW - COL)
-    h0, h1 = tl.zeros([DOWN, ACROSS], tl.float32), tl.zeros([DOWN, ACROSS], tl.float32)
-    h2, h3 = tl.zeros([DOWN, ACROSS], tl.float32), tl.zeros([DOWN, ACROSS], tl.float32)
+    h0, h1, h2, h3 = tl.zeros_like(mean), tl.zeros_like(mean), tl.zeros_like(mean), tl.zeros_like(mean)
     for k in tl.static_range(3):
         moment, _ = new_moment(k, vector, offsets, mask, mean, addresses, theta)
         tl.store(bad + tl.load(vector + TENSOR), 1, mask=tl.max(tl.max(tm.is_bad(moment).to(tl.int32), 1), 0) > 0)
@@ -307,42 +245,18 @@ def _feature_block(
 
 @triton.jit(do_not_specialize=["num_entries"])
 def vector_features(vectors, blocks, addresses, theta, means, block_sums, num_entries, entries, bad):
-    """Phase A'', a block each: of each row or column its factors of gradient and momenta, and its part of layer one."""
+    """A block per program: each row's or column's factors of gradient and momenta, and its part of the first layer."""
     block = tl.program_id(0)
-    if tl.load(vectors + tl.load(blocks + block * 4).to(tl.int64) * VECTORS + BESIDE) == 1:
-        _feature_block(
-            block,
-            vectors,
-            blocks,
-            addresses,
-            theta,
-            means,
-            block_sums,
-            num_entries,
-            entries,
-            bad,
-            LINE_DOWN,
-            LINE_ACROSS,
-        )
-    else:
-        _feature_block(
-            block,
-            vectors,
-            blocks,
-            addresses,
-            theta,
-            means,
-            block_sums,
-            num_entries,
-            entries,
-            bad,
-            PATCH_DOWN,
-            PATCH_ACROSS,
-        )
+    line = is_line(vectors, blocks, block)
+    for IS_LINE in tl.static_range(2):
+        if line == IS_LINE:
+            _feature_block(
+                block, vectors, blocks, addresses, theta, means, block_sums, num_entries, entries, bad, IS_LINE
+            )  # fmt: skip
 
 
 @triton.jit
 def mix(weights, channel, x, h0, h1, h2, h3):
-    """Four units with one channel more: weights (channels, 4)."""
+    """Add one channel to four units: weights (channels, 4)."""
     at = weights + channel * 4
     return h0 + tl.load(at) * x, h1 + tl.load(at + 1) * x, h2 + tl.load(at + 2) * x, h3 + tl.load(at + 3) * x

@@ -1,7 +1,7 @@
-"""STAR in Triton: phases B and C, what is computed of every number of every tensor; see `triton_star`.
+"""Device code of STAR, phases B and C: everything that is computed for each number; `star.py` launches it.
 
-A tile's moments are computed in phase B for their sums and again in phase C, from the same numbers: keeping them would
-cost as much traffic. Only `update` writes parameters and state: a step that must not be taken leaves all as it was.
+Phases B and C both compute the new moments from the same numbers: storing them in between would cost as much memory
+traffic. Only `update` writes parameters and state, so a skipped step leaves all as it was.
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 # ruff: noqa: RET505, SIM109 -- branches of a kernel are taken when it is compiled
@@ -14,8 +14,8 @@ import triton.language as tl
 from lightning_lopt.kernels.cuda import arithmetic as tm
 from lightning_lopt.kernels.cuda import star_factored as ts
 
-# How a tile is read: rows of a matrix; rows on which several moments over y lie, side by side; no rows at all. Where
-# all addresses and rows are multiples of 16 bytes, four numbers are read at a time.
+# How a tile is read: as rows of a matrix; as rows that have several moments over y each, side by side (inner > 1); or
+# without rows. MATRIX and SIDE_BY_SIDE read four numbers at a time, UNALIGNED reads either kind one by one.
 MATRIX, SIDE_BY_SIDE, UNALIGNED, FLAT = (tl.constexpr(n) for n in range(4))
 LANES, PER_LANE = tl.constexpr(256), tl.constexpr(4)  # of a strip
 
@@ -41,28 +41,18 @@ def _strip(sizes, tensor, place, down, across, strip, WAY: tl.constexpr):
 
 @triton.jit
 def _read(
-    tensor, offsets, mask, addresses, sizes, scale, row_means, theta, PARAMS: tl.constexpr, GRADS: tl.constexpr,
-    BF16: tl.constexpr, CENTER: tl.constexpr, WAY: tl.constexpr,
+    tensor, offsets, mask, addresses, sizes, sign, theta, PARAMS: tl.constexpr, GRADS: tl.constexpr,
+    WAY: tl.constexpr,
 ):  # fmt: skip
-    """Gradient, parameter, three momenta, second moment and its inverse root, as of this step."""
+    """Gradient, parameter, new momenta, new second moment and its inverse root."""
     ALIGN: tl.constexpr = 16 if (WAY == MATRIX or WAY == SIDE_BY_SIDE) else 2
-    row = tensor * ts.ADDRESSES
-    grads, params = tl.load(addresses + row + ts.GRAD), tl.load(addresses + row + ts.PARAM)
-    first = tl.load(addresses + row + ts.EXP_AVG)
-    second = tl.load(addresses + row + ts.EXP_AVG_SQ)
-    numel = ts.size(sizes, tensor, ts.NUMEL)
+    row, numel = addresses + tensor * ts.ADDRESSES, ts.size(sizes, tensor, ts.NUMEL)
     if WAY == MATRIX or WAY == SIDE_BY_SIDE:
         numel = numel // 4 * 4
-    g = tm.load(grads, offsets, mask, ts.size(sizes, tensor, ts.GRAD_DTYPE), GRADS, ALIGN)
-    if CENTER and WAY != FLAT:
-        g = ts.centered(g, offsets, mask, tensor, sizes, row_means)
-    g *= scale
-    p = tm.load(params, offsets, mask, ts.size(sizes, tensor, ts.PARAM_DTYPE), PARAMS, ALIGN)
-    m0 = tm.average(tm.load_state(first, offsets, mask, BF16, ALIGN), g, tl.load(theta + ts.DECAYS))
-    m1 = tm.average(tm.load_state(first, numel + offsets, mask, BF16, ALIGN), g, tl.load(theta + ts.DECAYS + 1))
-    m2 = tm.average(tm.load_state(first, 2 * numel + offsets, mask, BF16, ALIGN), g, tl.load(theta + ts.DECAYS + 2))
-    rms = tl.load(theta + ts.DECAYS + 3)
-    v = rms * tm.load_state(second, offsets, mask, BF16, ALIGN) + (1 - rms) * g * g
+    g = tm.load(tl.load(row + ts.GRAD), offsets, mask, ts.size(sizes, tensor, ts.GRAD_DTYPE), GRADS, ALIGN) * sign
+    p = tm.load(tl.load(row + ts.PARAM), offsets, mask, ts.size(sizes, tensor, ts.PARAM_DTYPE), PARAMS, ALIGN)
+    first, second = tl.load(row + ts.EXP_AVG), tl.load(row + ts.EXP_AVG_SQ)
+    m0, m1, m2, v = tm.new_moments(first, second, numel, offsets, mask, g, theta + ts.DECAYS, ALIGN)
     return g, p, m0, m1, m2, v, tl.rsqrt(v + tl.load(theta + ts.SETTINGS + 7))
 
 
@@ -95,15 +85,14 @@ def _factors(
 
 @triton.jit
 def _add(total, x):
-    """Sums of squares, one a lane."""
+    """Add squares to sums, one sum per thread: four numbers of a strip are its own."""
     return total + tl.sum(tl.reshape(x * x, [LANES, PER_LANE]), 1)
 
 
 @triton.jit
 def _channel_sums(
-    tile, tensor, place, down, across, addresses, sizes, scale, row_means, theta, entries, num_entries, tile_sums,
-    PARAMS: tl.constexpr, GRADS: tl.constexpr, BF16: tl.constexpr, CENTER: tl.constexpr, SAFE: tl.constexpr,
-    WAY: tl.constexpr,
+    tile, tensor, place, down, across, addresses, sizes, sign, theta, entries, num_entries, tile_sums,
+    PARAMS: tl.constexpr, GRADS: tl.constexpr, SAFE: tl.constexpr, WAY: tl.constexpr,
 ):  # fmt: skip
     zero = tl.zeros([LANES], tl.float32)
     s0, s1, s2, s3, s4, s5, s6, s7 = zero, zero, zero, zero, zero, zero, zero, zero
@@ -111,9 +100,7 @@ def _channel_sums(
     d0, d1, d2, d3, d4, d5, poison = zero, zero, zero, zero, zero, zero, zero
     for strip in range(0, ts.num_strips(sizes, tensor, place, down)):
         offsets, mask, at_x, in_x, at_y, in_y = _strip(sizes, tensor, place, down, across, strip, WAY)
-        g, p, m0, m1, m2, v, q = _read(
-            tensor, offsets, mask, addresses, sizes, scale, row_means, theta, PARAMS, GRADS, BF16, CENTER, WAY
-        )
+        g, p, m0, m1, m2, v, q = _read(tensor, offsets, mask, addresses, sizes, sign, theta, PARAMS, GRADS, WAY)
         q = tl.where(mask, q, 0.0)
         s0, s1, s2, s3, s4, s5 = _add(s0, g), _add(s1, p), _add(s2, m0), _add(s3, m1), _add(s4, m2), _add(s5, v)
         s6, s7, s8, s9 = _add(s6, m0 * q), _add(s7, m1 * q), _add(s8, m2 * q), _add(s9, q)
@@ -149,7 +136,7 @@ def _channel_sums(
 @triton.jit
 def _way(tensor, addresses, sizes):
     way = UNALIGNED + 0
-    if ts.size(sizes, tensor, ts.FLAT) == 1:
+    if ts.size(sizes, tensor, ts.IS_FLAT) == 1:
         way = FLAT + 0
     elif ts.is_aligned(addresses, sizes, tensor):
         way = MATRIX + 0
@@ -160,32 +147,29 @@ def _way(tensor, addresses, sizes):
 
 @triton.jit(do_not_specialize=["num_entries"])
 def channel_sums(
-    tiles, addresses, sizes, numbers, grad_scale, clipping, row_means, theta, entries, num_entries, tile_sums,
-    PARAMS: tl.constexpr, GRADS: tl.constexpr, BF16: tl.constexpr, CENTER: tl.constexpr, SAFE: tl.constexpr,
+    tiles, addresses, sizes, numbers, theta, entries, num_entries, tile_sums,
+    PARAMS: tl.constexpr, GRADS: tl.constexpr, SAFE: tl.constexpr,
 ):  # fmt: skip
-    """Phase B, a tile each: sums of the squares of the channels that every number has for itself."""
+    """A tile per program: sums of the squares of the channels that every number has for itself."""
     tile = tl.program_id(0)
     tensor, place, down, across = ts.unpack_tile(tiles, tile)
-    scale = tl.load(numbers + tensor * ts.NUMBERS + ts.SIGN) / tl.load(grad_scale) * tl.load(clipping)
+    sign = tl.load(numbers + tensor * ts.NUMBERS + ts.SIGN)
     way = _way(tensor, addresses, sizes)
     for WAY in tl.static_range(4):
         if way == WAY:
             _channel_sums(
-                tile, tensor, place, down, across, addresses, sizes, scale, row_means, theta, entries, num_entries,
-                tile_sums, PARAMS, GRADS, BF16, CENTER, SAFE, WAY,
+                tile, tensor, place, down, across, addresses, sizes, sign, theta, entries, num_entries,
+                tile_sums, PARAMS, GRADS, SAFE, WAY,
             )  # fmt: skip
 
 
 @triton.jit
 def effective_weights(addresses, sizes, theta, tile_sums, effective, bad, SAFE: tl.constexpr):
-    """Phase B', a tensor each: the first layer with the normalizers in it, and its bias with the time features."""
+    """A tensor per program: the first layer with the normalizers in its weights, and the time features in its bias."""
     tensor = tl.program_id(0)
     channel, unit, row = tl.arange(0, ts.TILE_SUMS), tl.arange(0, 4), tl.arange(0, 16)
-    total, first, number = (
-        tl.zeros([ts.TILE_SUMS], tl.float32),
-        ts.size(sizes, tensor, ts.TILE),
-        ts.size(sizes, tensor, ts.TILES),
-    )
+    total = tl.zeros([ts.TILE_SUMS], tl.float32)
+    first, number = ts.size(sizes, tensor, ts.FIRST_TILE), ts.size(sizes, tensor, ts.TILES)
     for start in range(0, number, 32):
         tile = start + tl.arange(0, 32)
         at = tile_sums + ((first + tile) * ts.TILE_SUMS)[:, None] + channel[None, :]
@@ -203,10 +187,6 @@ def effective_weights(addresses, sizes, theta, tile_sums, effective, bad, SAFE: 
     time = 1 - 2 / (tl.exp(2 * x) + 1)  # tanh
     of_time = tl.load(theta + ts.TIME + row[:, None] * 4 + unit[None, :]) * time[:, None]
     tl.store(to + ts.BIAS + unit, tl.load(theta + ts.B0 + unit) + tl.sum(of_time, 0))
-    tl.store(to + ts.AT_STEP, step)
-    # The parameter's mean square, and those of the three momenta / sqrt(second moment): rules.scheduler.multipliers.
-    tl.store(to + ts.READ - 5 + channel, mean, mask=(channel >= 6) & (channel < 9))
-    tl.store(to + ts.READ - 1 + channel, mean, mask=channel == 1)
 
 
 # --- phase C: network and update
@@ -262,20 +242,18 @@ def _heads(
 
 @triton.jit
 def _terms(
-    heads, multipliers, g, p, m0, m1, m2, q, theta, BLACKBOX: tl.constexpr, NORMALIZE: tl.constexpr,
+    heads, g, p, m0, m1, m2, q, theta, BLACKBOX: tl.constexpr, NORMALIZE: tl.constexpr,
     ESTIMATOR: tl.constexpr, CONTROL: tl.constexpr, SHRINK: tl.constexpr,
 ):  # fmt: skip
     """The three terms of the step: rules.star.STAR._terms."""
-    settings, factor = theta + ts.SETTINGS, tl.load(multipliers)
+    settings = theta + ts.SETTINGS
     blackbox, nominal, decay = g * 0.0, g * 0.0, g * 0.0
     if BLACKBOX:
         step = tl.load(settings) * heads[0] * tl.exp(tl.load(settings + 1) * heads[1])
-        blackbox = -factor * (step * q if NORMALIZE else step)
+        blackbox = -(step * q if NORMALIZE else step)
     if ESTIMATOR:
         control = tl.exp(tl.load(settings + 2) * heads[2]) if CONTROL else tl.load(settings + 6)
-        direction = tm.direction(ESTIMATOR, g, m0, m1, m2, q, multipliers + 1)
-        direction *= tl.where(direction * g < 0, 1 - tl.load(multipliers + 4), 1.0)
-        nominal = -factor * (tl.load(settings + 4) * control * direction)
+        nominal = -tl.load(settings + 4) * control * tm.direction(ESTIMATOR, g, m0, m1, m2, q)
     if SHRINK:
         rate = tl.load(settings + 5)
         decay = -(rate * tl.exp(tl.load(settings + 3) * heads[3]) if SHRINK == 2 else rate) * p
@@ -283,22 +261,13 @@ def _terms(
 
 
 @triton.jit
-def _write_state(
-    tensor, offsets, mask, g, m0, m1, m2, v, addresses, sizes, theta, effective, BF16: tl.constexpr, WAY: tl.constexpr
-):
+def _write_state(tensor, offsets, mask, g, m0, m1, m2, v, addresses, sizes, theta, WAY: tl.constexpr):
     ALIGN: tl.constexpr = 16 if (WAY == MATRIX or WAY == SIDE_BY_SIDE) else 2
-    row, numel = tensor * ts.ADDRESSES, ts.size(sizes, tensor, ts.NUMEL)
-    first = tl.load(addresses + row + ts.EXP_AVG)
-    second = tl.load(addresses + row + ts.EXP_AVG_SQ)
+    row, numel = addresses + tensor * ts.ADDRESSES, ts.size(sizes, tensor, ts.NUMEL)
     if WAY == MATRIX or WAY == SIDE_BY_SIDE:
         numel = numel // 4 * 4
-    a, b = 0, 0
-    if BF16:
-        a, b = tm.random_bits(offsets, tensor, tl.load(effective + tensor * ts.EFFECTIVE + ts.AT_STEP))
-    tm.store_state(first, offsets, m0, mask, a & 0xFFFF, BF16, ALIGN)
-    tm.store_state(first, numel + offsets, m1, mask, (a >> 16) & 0xFFFF, BF16, ALIGN)
-    tm.store_state(first, 2 * numel + offsets, m2, mask, b & 0xFFFF, BF16, ALIGN)
-    tm.store_state(second, offsets, v, mask, (b >> 16) & 0xFFFF, BF16, ALIGN)
+    first, second = tl.load(row + ts.EXP_AVG), tl.load(row + ts.EXP_AVG_SQ)
+    tm.store_moments(first, second, numel, offsets, mask, m0, m1, m2, v, ALIGN)
     if WAY == FLAT:
         for k in tl.static_range(3):
             moment, at = _flat_moment(k, tensor, offsets, mask, addresses, sizes, theta, g)
@@ -307,9 +276,8 @@ def _write_state(
 
 @triton.jit
 def _update_tile(
-    tile, tensor, place, down, across, addresses, sizes, numbers, multipliers, scale, row_means, theta, entries,
-    num_entries, effective, bad, gained, PARAMS: tl.constexpr, GRADS: tl.constexpr, BF16: tl.constexpr,
-    CENTER: tl.constexpr, BLACKBOX: tl.constexpr,
+    tile, tensor, place, down, across, addresses, sizes, numbers, sign, theta, entries, num_entries, effective, bad,
+    measured, PARAMS: tl.constexpr, GRADS: tl.constexpr, BLACKBOX: tl.constexpr,
     NORMALIZE: tl.constexpr, ESTIMATOR: tl.constexpr, CONTROL: tl.constexpr, SHRINK: tl.constexpr,
     NETWORK: tl.constexpr, CHECK: tl.constexpr, MEASURE: tl.constexpr, WAY: tl.constexpr,
 ):  # fmt: skip
@@ -320,9 +288,7 @@ def _update_tile(
     s0, s1, s2, s3 = zero, zero, zero, zero
     for strip in range(0, ts.num_strips(sizes, tensor, place, down)):
         offsets, mask, at_x, in_x, at_y, in_y = _strip(sizes, tensor, place, down, across, strip, WAY)
-        g, p, m0, m1, m2, v, q = _read(
-            tensor, offsets, mask, addresses, sizes, scale, row_means, theta, PARAMS, GRADS, BF16, CENTER, WAY
-        )
+        g, p, m0, m1, m2, v, q = _read(tensor, offsets, mask, addresses, sizes, sign, theta, PARAMS, GRADS, WAY)
         heads = (g, g, g, g)
         if NETWORK:
             heads = _heads(
@@ -330,22 +296,21 @@ def _update_tile(
                 entries, num_entries, effective, WAY,
             )  # fmt: skip
         blackbox, nominal, decay = _terms(
-            heads, multipliers + tensor * ts.MULTIPLIERS, g, p, m0, m1, m2, q, theta, BLACKBOX, NORMALIZE, ESTIMATOR,
-            CONTROL, SHRINK,
-        )  # fmt: skip
+            heads, g, p, m0, m1, m2, q, theta, BLACKBOX, NORMALIZE, ESTIMATOR, CONTROL, SHRINK
+        )
         new = p + ((blackbox + nominal + decay) * tl.load(number + ts.SCALE) - tl.load(number + ts.DECAY) * p)
         if CHECK:
             wrong = tm.is_bad(tm.rounded(new, dtype, PARAMS)) & mask
             tl.store(bad + tensor, 1, mask=tl.max(tl.max(wrong.to(tl.int32), 1), 0) > 0)
         else:
             tm.store(params, offsets, new, mask, dtype, PARAMS, 16 if WAY < UNALIGNED else 2)
-            _write_state(tensor, offsets, mask, g, m0, m1, m2, v, addresses, sizes, theta, effective, BF16, WAY)
+            _write_state(tensor, offsets, mask, g, m0, m1, m2, v, addresses, sizes, theta, WAY)
         if MEASURE:
             change = tl.where(mask, tm.rounded(new, dtype, PARAMS) - p, 0.0)
             s0, s1 = _add(s0, change), _add(s1, tl.where(mask, blackbox, 0.0))
             s2, s3 = _add(s2, tl.where(mask, nominal, 0.0)), _add(s3, decay)
     if MEASURE:
-        to = gained + tile * ts.GAINED
+        to = measured + tile * ts.MEASURED
         tl.store(to, tl.sum(s0, 0))
         tl.store(to + 1, tl.sum(s1, 0))
         tl.store(to + 2, tl.sum(s2, 0))
@@ -353,8 +318,8 @@ def _update_tile(
 
 
 @triton.jit
-def _write_block(block, vectors, blocks, addresses, theta, means, DOWN: tl.constexpr, ACROSS: tl.constexpr):
-    vector, offsets, mask, _ = ts.unpack_block(vectors, blocks, block, DOWN, ACROSS)
+def _write_block(block, vectors, blocks, addresses, theta, means, IS_LINE: tl.constexpr):
+    vector, offsets, mask, _ = ts.unpack_block(vectors, blocks, block, IS_LINE)
     mean = tl.load(means + tl.load(vector + ts.ENTRY) + offsets, mask=mask, other=0.0)
     for k in tl.static_range(3):
         moment, at = ts.new_moment(k, vector, offsets, mask, mean, addresses, theta)
@@ -363,42 +328,41 @@ def _write_block(block, vectors, blocks, addresses, theta, means, DOWN: tl.const
 
 @triton.jit(do_not_specialize=["num_tiles", "num_blocks", "num_entries"])
 def update(
-    tiles, num_tiles, vectors, blocks, num_blocks, addresses, sizes, numbers, grad_scale, found_inf, clipping,
-    row_means, theta, means, entries, num_entries, effective, multipliers, bad, gained, PARAMS: tl.constexpr,
-    GRADS: tl.constexpr, BF16: tl.constexpr, CENTER: tl.constexpr, BLACKBOX: tl.constexpr, NORMALIZE: tl.constexpr,
-    ESTIMATOR: tl.constexpr, CONTROL: tl.constexpr, SHRINK: tl.constexpr, NETWORK: tl.constexpr, SAFE: tl.constexpr,
-    CHECK: tl.constexpr, MEASURE: tl.constexpr,
+    tiles, num_tiles, vectors, blocks, num_blocks, addresses, sizes, numbers, theta, means, entries, num_entries,
+    effective, bad, measured, PARAMS: tl.constexpr, GRADS: tl.constexpr, BLACKBOX: tl.constexpr,
+    NORMALIZE: tl.constexpr, ESTIMATOR: tl.constexpr, CONTROL: tl.constexpr, SHRINK: tl.constexpr,
+    NETWORK: tl.constexpr, SAFE: tl.constexpr, CHECK: tl.constexpr, MEASURE: tl.constexpr,
 ):  # fmt: skip
-    """Phase C, a tile each: parameters, momenta, second moment; then factored moments, a block each; then counters.
+    """New parameters and state.
 
-    With CHECK nothing is written but the mark of a tensor whose new value would not be finite.
+    The first programs take a tile each and write parameters, momenta and second moment; the next take a block of
+    factored moments each; the last take a tensor each and write its counters. With CHECK only tensors whose new value
+    would not be finite are marked.
     """
     program = tl.program_id(0)
-    if tl.load(found_inf) == 0:
-        if program < num_tiles:
-            tensor, place, down, across = ts.unpack_tile(tiles, program)
-            scale = tl.load(numbers + tensor * ts.NUMBERS + ts.SIGN) / tl.load(grad_scale) * tl.load(clipping)
-            way = _way(tensor, addresses, sizes)
-            if SAFE:
-                way = tl.where(tl.load(bad + tensor) == 0, way, FLAT + 1)
-            for WAY in tl.static_range(4):
-                if way == WAY:
-                    _update_tile(
-                        program, tensor, place, down, across, addresses, sizes, numbers, multipliers, scale, row_means,
-                        theta, entries, num_entries, effective, bad, gained, PARAMS, GRADS, BF16, CENTER, BLACKBOX,
-                        NORMALIZE, ESTIMATOR, CONTROL, SHRINK, NETWORK, CHECK, MEASURE, WAY,
-                    )  # fmt: skip
-        elif program < num_tiles + num_blocks:
-            block = program - num_tiles
+    if program < num_tiles:
+        tensor, place, down, across = ts.unpack_tile(tiles, program)
+        sign = tl.load(numbers + tensor * ts.NUMBERS + ts.SIGN)
+        way = _way(tensor, addresses, sizes)
+        if SAFE:
+            way = tl.where(tl.load(bad + tensor) == 0, way, FLAT + 1)
+        for WAY in tl.static_range(4):
+            if way == WAY:
+                _update_tile(
+                    program, tensor, place, down, across, addresses, sizes, numbers, sign, theta, entries,
+                    num_entries, effective, bad, measured, PARAMS, GRADS, BLACKBOX, NORMALIZE, ESTIMATOR, CONTROL,
+                    SHRINK, NETWORK, CHECK, MEASURE, WAY,
+                )  # fmt: skip
+    elif program < num_tiles + num_blocks:
+        block = program - num_tiles
+        line = ts.is_line(vectors, blocks, block)
+        if SAFE:
             vector = vectors + tl.load(blocks + block * 4).to(tl.int64) * ts.VECTORS
-            line = (tl.load(vector + ts.BESIDE) == 1).to(tl.int32)
-            if SAFE:
-                line = tl.where(tl.load(bad + tl.load(vector + ts.TENSOR)) == 0, line, 2)
-            if line == 1:
-                _write_block(block, vectors, blocks, addresses, theta, means, ts.LINE_DOWN, ts.LINE_ACROSS)
-            elif line == 0:
-                _write_block(block, vectors, blocks, addresses, theta, means, ts.PATCH_DOWN, ts.PATCH_ACROSS)
-        else:
-            tensor = program - num_tiles - num_blocks
-            good = (tl.load(bad + tensor) == 0).to(tl.int32) if SAFE else 1
-            tm.count(addresses + tensor * ts.ADDRESSES + ts.STEP, good, SAFE)
+            line = tl.where(tl.load(bad + tl.load(vector + ts.TENSOR)) == 0, line, 2)
+        for IS_LINE in tl.static_range(2):
+            if line == IS_LINE:
+                _write_block(block, vectors, blocks, addresses, theta, means, IS_LINE)
+    else:
+        tensor = program - num_tiles - num_blocks
+        good = (tl.load(bad + tensor) == 0).to(tl.int32) if SAFE else 1
+        tm.count(addresses + tensor * ts.ADDRESSES + ts.STEP, good, SAFE)

@@ -22,9 +22,7 @@ STRIP_ROWS, STRIP_WIDTH, STRIPS = 16, 64, 8
 TILE_ROWS = STRIP_ROWS * STRIPS
 # Of a vector of factored moments, seen as [outer, length, inner], a block is so many places of `length` and `inner`.
 LINE, PATCH = (256, 1), (16, 16)
-# What a program of `triton_star_factored.row_means` takes at once: rows, and numbers of each.
-ROWS_AT_ONCE, FAN_IN_AT_ONCE = 4, 256
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in `triton_math`
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # codes as in `arithmetic`
 MIXED = 3
 
 
@@ -47,9 +45,6 @@ class Sizes(NamedTuple):
     sums_y: int = 0
     entry_x: int = 0  # where the vector begins among all vectors
     entry_y: int = 0
-    rows: int = 0  # of torch's first dim, which the fan-in is not of
-    row_stride: int = 0  # from one to the next, in memory without gaps
-    row: int = 0  # the first one among those of all tensors
 
 
 class Vector(NamedTuple):
@@ -82,10 +77,9 @@ class View(NamedTuple):
     flat: bool = False
 
 
-def view(tensor: Tensor) -> View | None:
+def view(shape: torch.Size, strides: tuple[int, ...]) -> View | None:
     """The view of a tensor; None if its numbers do not fill one stretch of memory."""
-    shape, strides = tensor.shape, tensor.stride()
-    order = tuple(sorted(range(tensor.dim()), key=lambda dim: (shape[dim] != 1, -strides[dim])))
+    order = tuple(sorted(range(len(shape)), key=lambda dim: (shape[dim] != 1, -strides[dim])))
     if not same(dense_strides(shape, order), strides, shape):
         return None
     dims = feats.factored_dims(shape)
@@ -112,12 +106,8 @@ class Tiling(NamedTuple):
     tiles: Tensor  # (tiles, 4) int32: tensor; place in [outer, between], or tile if flat; rows; columns
     vectors: Tensor  # (2 per factored tensor, len(Vector._fields)) int64
     blocks: Tensor  # (blocks, 4) int32: vector; place in outer, length and inner
-    rows: Tensor  # (blocks of rows, 2) int32: tensor; first row
     num_sums: int
     num_entries: int
-    num_rows: int
-    param_dtype: int  # of all of them, or MIXED
-    grad_dtype: int
 
 
 def tile(params: Sequence[Tensor], grads: Sequence[Tensor], views: Sequence[View]) -> Tiling:
@@ -126,8 +116,7 @@ def tile(params: Sequence[Tensor], grads: Sequence[Tensor], views: Sequence[View
     vectors: list[Vector] = []
     tiles: list[tuple[int, ...]] = []
     blocks: list[tuple[int, ...]] = []
-    rows: list[tuple[int, int]] = []
-    sums = entries = num_rows = 0
+    sums = entries = 0
     for number, (param, grad, lies) in enumerate(zip(params, grads, views, strict=True)):
         width, places, first = lies.y * lies.inner, lies.outer * lies.between, len(tiles)
         down, across = _ceil(lies.x, TILE_ROWS), _ceil(width, STRIP_WIDTH)
@@ -151,12 +140,7 @@ def tile(params: Sequence[Tensor], grads: Sequence[Tensor], views: Sequence[View
                 )
                 starts.append((sums, entries))
                 sums, entries = sums + total * parts, entries + total
-            count, within = param.shape[0], lies.order[lies.order.index(0) + 1 :]
-            rows += [(number, first) for first in range(0, count, ROWS_AT_ONCE)]
             row = row._replace(
-                rows=count,
-                row_stride=math.prod(param.shape[dim] for dim in within),
-                row=num_rows,
                 x=lies.x,
                 between=lies.between,
                 width=width,
@@ -168,7 +152,6 @@ def tile(params: Sequence[Tensor], grads: Sequence[Tensor], views: Sequence[View
                 entry_x=starts[0][1],
                 entry_y=starts[1][1],
             )
-            num_rows += count
         sizes.append(row)
     device = params[0].device
     return Tiling(
@@ -176,12 +159,8 @@ def tile(params: Sequence[Tensor], grads: Sequence[Tensor], views: Sequence[View
         torch.tensor(tiles, dtype=torch.int32, device=device),
         torch.tensor(vectors, dtype=torch.int64, device=device).reshape(-1, len(Vector._fields)),
         torch.tensor(blocks, dtype=torch.int32, device=device).reshape(-1, 4),
-        torch.tensor(rows, dtype=torch.int32, device=device).reshape(-1, 2),
         sums,
         entries,
-        num_rows,
-        common([row.param_dtype for row in sizes]),
-        common([row.grad_dtype for row in sizes]),
     )
 
 
