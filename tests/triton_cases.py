@@ -15,7 +15,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 reason = "the Triton kernels' tests need triton >= 3.6: pip install triton"
 triton = pytest.importorskip("triton", minversion="3.6", reason=reason)
 # The interpreter takes a quarter of a second to step one tensor, hence few steps. To take as many as there is time for:
-# LIGHTNING_LOPT_TRITON_STEPS=50 python -m pytest tests/kernels/test_cuda_star.py -k "rule or many"
+# LIGHTNING_LOPT_TRITON_STEPS=50 python -m pytest tests/kernels/test_cuda_scheduled.py
 STEPS = int(os.environ.get("LIGHTNING_LOPT_TRITON_STEPS", 50 if DEVICE.type == "cuda" else 2))
 # The interpreter is NumPy, which warns of what a GPU passes over: overflow, and arithmetic with NaN.
 QUIET = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")

@@ -1,4 +1,4 @@
-"""Steps of the bundled star, of the paper's STAR and of the LSTM on a GPU beside AdamW's: time, launches, memory.
+"""Steps of the bundled star on a GPU beside AdamW's: time, launches, memory.
 
     python examples/benchmarks/gpu.py                      # tables on the terminal, and gpu.csv
     python examples/benchmarks/gpu.py --rounds 15 --only gpt2
@@ -119,10 +119,7 @@ def contenders(name: str, params: list[Tensor]) -> Iterator[tuple[str, Callable[
     yield "AdamW (foreach)", lambda: torch.optim.AdamW(params, foreach=True)
     yield "AdamW (for-loop)", lambda: torch.optim.AdamW(params, foreach=False)
     yield "SGD, momentum (fused)", lambda: torch.optim.SGD(params, 1e-3, momentum=0.9, fused=True)
-    rules = {"star": lopt.load_rule("star"), "STAR (paper)": lopt.rules.make("star")}
-    if name in SMALL:
-        rules["LSTM"] = lopt.rules.make("lstm")
-    for label, rule in rules.items():
+    for label, rule in {"star": lopt.load_rule("star")}.items():
         own = partial(lopt.RuleOptimizer, params, rule.to(device), num_steps=1000)
         yield f"{label}, reference", partial(own, backend="reference")
         yield f"{label}, fused", partial(own, backend="fused")
@@ -292,7 +289,7 @@ def compile_all(architectures: list[int], kinds: list[str], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compile", type=int, nargs="+", metavar="SM", help="compile instead; needs no GPU")
-    parser.add_argument("--kinds", nargs="*", default=["scheduled", "star", "lstm"], help="of the rules to compile")
+    parser.add_argument("--kinds", nargs="*", default=["scheduled"], help="of the rules to compile")
     parser.add_argument("--only", choices=list(NETWORKS), nargs="*", help="networks; default all")
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds, at least 5")
     parser.add_argument("--seed", type=int, default=0)

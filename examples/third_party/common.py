@@ -29,7 +29,9 @@ def recorder(base: type) -> Any:
             loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
             if loss is None:  # manual optimization returns nothing
                 logged = trainer.callback_metrics
-                loss = next((logged[name] for name in ("train_loss", "train_loss_step", "loss") if name in logged), None)
+                loss = next(
+                    (logged[name] for name in ("train_loss", "train_loss_step", "loss") if name in logged), None
+                )
             if loss is not None:
                 self.values.append(float(loss))
 

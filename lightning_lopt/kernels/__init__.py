@@ -27,10 +27,6 @@ MODULES = {
     ("star", "cpu"): "lightning_lopt.kernels.cpu.star",
     ("hyperparam", "cpu"): "lightning_lopt.kernels.cpu.star",
     ("blackbox", "cpu"): "lightning_lopt.kernels.cpu.star",
-    ("star", "cuda"): "lightning_lopt.kernels.cuda.star",
-    ("hyperparam", "cuda"): "lightning_lopt.kernels.cuda.star",
-    ("blackbox", "cuda"): "lightning_lopt.kernels.cuda.star",
-    ("lstm", "cuda"): "lightning_lopt.kernels.cuda.lstm",
 }
 
 

@@ -1,4 +1,4 @@
-"""Device functions that the Triton kernels share: reading and writing three dtypes, moments, the nominal direction.
+"""Device functions that the Triton kernels share: reading and writing three dtypes, moments.
 
 The kernels reach tensors through a table of addresses, so that one launch serves all of them. bfloat16 is packed by
 hand, because Triton's own rounding differs between its interpreter and the device.
@@ -11,11 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lightning_lopt.rules import nominal
-
 # The codes of `tiling.DTYPES`; MIXED where the tensors of a launch have several.
 FLOAT32, BFLOAT16, FLOAT16, MIXED = (tl.constexpr(code) for code in range(4))
-ESTIMATORS = {name: number for number, name in enumerate(nominal.ESTIMATORS, start=1)}  # 0: no nominal term
 LARGEST = tl.constexpr(3.4028234663852886e38)  # of float32; anything larger in size, and NaN, is not finite
 ALL = tl.constexpr(tl.PropagateNan.ALL)  # NaN in either argument gives NaN, as in torch's clamp and relu
 
@@ -157,20 +154,6 @@ def store_moments(exp_avg, exp_avg_sq, numel, offsets, mask, m0, m1, m2, v, ALIG
 def clamp(x, low, high):
     """As torch's clamp: NaN stays NaN."""
     return tl.minimum(tl.maximum(x, low, propagate_nan=ALL), high, propagate_nan=ALL)
-
-
-@triton.jit
-def direction(ESTIMATOR: tl.constexpr, grad, m0, m1, m2, inv_root):
-    """The nominal direction with equal weights, see `rules.nominal.ESTIMATORS`."""
-    if ESTIMATOR == 1:
-        return grad
-    elif ESTIMATOR == 2:
-        return m2
-    elif ESTIMATOR == 4:
-        return m2 * inv_root
-    else:
-        mean = (m0 + m1 + m2) / 3
-        return mean if ESTIMATOR == 3 else mean * inv_root
 
 
 @triton.jit

@@ -25,9 +25,9 @@ from torch.nn.functional import pad
 from lightning_lopt.kernels import WorkItem
 from lightning_lopt.kernels.cuda import scheduled_step as step
 from lightning_lopt.kernels.cuda import tables
+from lightning_lopt.kernels.cuda.layout import DTYPES
 from lightning_lopt.kernels.cuda.scheduled_step import Sizes
 from lightning_lopt.kernels.cuda.tables import Plan, StateTensor, Table, TritonKernel, launch
-from lightning_lopt.kernels.cuda.tiling import DTYPES
 from lightning_lopt.rules import Scheduled, UpdateRule, scheduler
 
 REGISTERS = 128  # so that two programs fit on a multiprocessor
@@ -80,7 +80,7 @@ def _sizes(item: WorkItem, tile: int, row: int) -> Sizes:
     param, numel = item.param, item.param.numel()
     rows, stride = 0, 1
     if param.dim() > 1:
-        rows, order = param.shape[0], tables.known_view(param).order
+        rows, order = param.shape[0], tables.order_of(param)
         stride = math.prod(param.shape[dim] for dim in order[order.index(0) + 1 :])
     # Granlund and Montgomery 1994, theorem 4.2, for numbers below 2^31.
     shift = 31 + (stride - 1).bit_length()
@@ -118,7 +118,7 @@ class ScheduledKernel(TritonKernel[_Plan]):
 
     def state_tensors(self, param: Tensor) -> dict[str, StateTensor]:
         """Momenta and second moment."""
-        return tables.moments(tables.known_view(param), tuple(param.shape))
+        return tables.moments(param)
 
     def pack(self, meta_params: Mapping[str, Tensor]) -> tuple[Tensor, bool]:
         """All numbers that the device code reads, in the order of `scheduled_step.PACKED`; whether to center.

@@ -27,7 +27,7 @@ class Sizes(NamedTuple):
     numel: int
     tile: int  # its first tile
     tiles: int
-    param_dtype: int  # codes as in `tiling.DTYPES`
+    param_dtype: int  # codes as in `layout.DTYPES`
     grad_dtype: int
     rows: int  # length of the first dim, or 0 for vectors and scalars, which are not centered
     fan_in: int  # numbers of a row

@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from lightning_lopt.kernels import Squares, WorkItem
-from lightning_lopt.kernels.cuda.tiling import DTYPES, View, common, dense_strides, same, view
+from lightning_lopt.kernels.cuda.layout import DTYPES, common, dense_strides, memory_order, same
 from lightning_lopt.rules import UpdateRule
 
 # Sets of tensors whose tables are kept, least recently used last: not all tensors have gradients in every step.
@@ -43,14 +43,14 @@ def refuses(param: Tensor) -> str | None:
         return f"the Triton kernel takes {', '.join(str(dtype) for dtype in DTYPES)}, not {param.dtype}"
     if param.is_neg():
         return "the parameter is a lazy negation (torch.Tensor.is_neg)"
-    found = _view(param.shape, param.stride())
+    found = _order(param.shape, param.stride())
     return found if isinstance(found, str) else None
 
 
 @lru_cache(maxsize=4096)
-def _view(shape: torch.Size, strides: tuple[int, ...]) -> View | str:
-    """How such a tensor lies in memory, or why the kernels do not take it."""
-    found = view(shape, strides)
+def _order(shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, ...] | str:
+    """The order of such a tensor's dims in memory, or why the kernels do not take it."""
+    found = memory_order(shape, strides)
     if found is None:
         return f"a parameter of shape {tuple(shape)} and strides {strides} has gaps in memory"
     if shape[1:].numel() >= LONGEST_ROW:
@@ -58,9 +58,9 @@ def _view(shape: torch.Size, strides: tuple[int, ...]) -> View | str:
     return found
 
 
-def known_view(param: Tensor) -> View:
-    """The view of a parameter that `refuses` accepts."""
-    found = _view(param.shape, param.stride())
+def order_of(param: Tensor) -> tuple[int, ...]:
+    """The dims of a parameter that `refuses` accepts, outermost in memory first."""
+    found = _order(param.shape, param.stride())
     assert not isinstance(found, str)
     return found
 
@@ -81,10 +81,11 @@ class StateTensor(NamedTuple):
     dtype: torch.dtype = torch.float32
 
 
-def moments(lies: View, shape: tuple[int, ...]) -> dict[str, StateTensor]:
+def moments(param: Tensor) -> dict[str, StateTensor]:
     """Momenta and second moment of a parameter, in the order of its memory."""
-    momenta = (0, *(dim + 1 for dim in lies.order))
-    return {"exp_avg": StateTensor((3, *shape), momenta), "exp_avg_sq": StateTensor(shape, lies.order)}
+    shape, order = tuple(param.shape), order_of(param)
+    momenta = (0, *(dim + 1 for dim in order))
+    return {"exp_avg": StateTensor((3, *shape), momenta), "exp_avg_sq": StateTensor(shape, order)}
 
 
 class Table:
