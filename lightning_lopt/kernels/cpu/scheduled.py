@@ -90,7 +90,5 @@ class ScheduledKernel(tensors.TensorKernel):
 
     def total_squares(self, squares: array[float]) -> Squares:
         """The step's squares from those of its tensors."""
-        change, nominal = (
-            torch.tensor(sum(squares[i::2]), dtype=torch.float32, device="cpu") for i in (0, 1)
-        )
+        change, nominal = (torch.tensor(sum(squares[i::2]), dtype=torch.float32, device="cpu") for i in (0, 1))
         return Squares(change, {"nominal": nominal})

@@ -11,7 +11,6 @@ import ctypes
 import operator
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain
 from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple
 
