@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_lopt import kernels
 from lightning_lopt.kernels import Kernel, WorkItem
+from lightning_lopt.kernels.mismatch import TensorMismatch
 from lightning_lopt.optimizer import checkpoints, sharding
 from lightning_lopt.optimizer import safeguard as guard
 from lightning_lopt.optimizer.gradients import check_real, dense_gradient, descent
@@ -288,7 +289,10 @@ class RuleOptimizer(Optimizer):
         for device, (kernel, own) in parts.items():
             meta_params = runtime.meta_params(self.rule, device, torch.float32)
             options = {"safeguard": bool(self.safeguard), "measure": runtime.totals is not None}
-            squares = kernel.step(own, meta_params, self.num_steps, runtime.num_tensors, **options)
+            try:
+                squares = kernel.step(own, meta_params, self.num_steps, runtime.num_tensors, **options)
+            except TensorMismatch as error:  # a kernel knows no names
+                raise RuntimeError(f"{self._name(error.param)}: {error}") from error
             if runtime.totals is not None and squares is not None:
                 runtime.totals.add_squares(sum(part.param.numel() for part in own), *squares)
 

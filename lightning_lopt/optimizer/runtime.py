@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_lopt import kernels
-from lightning_lopt.kernels.eager import star as eager_star
+from lightning_lopt.kernels import eager
 from lightning_lopt.optimizer.metrics import StepMetrics, Totals
 from lightning_lopt.optimizer.trust_band import TrustBand
-from lightning_lopt.rules import STAR, UpdateRule
+from lightning_lopt.rules import UpdateRule
 
 
 class LossSource(Protocol):
@@ -64,10 +64,10 @@ class Runtime:
 
     def torch_kernel(self, rule: UpdateRule, param: Tensor) -> kernels.Kernel | None:
         """Faster torch code than the rule's own, if there is any for a parameter."""
-        if param.device.type != "cpu" or not eager_star.supports(rule):
+        if self._torch_kernel is None and param.device.type == "cpu":
+            self._torch_kernel = eager.find(rule)
+        if self._torch_kernel is None or param.device.type != "cpu":
             return None
-        if self._torch_kernel is None:
-            self._torch_kernel = eager_star.TorchStar(cast(STAR, rule))
         return None if self._torch_kernel.refuses(param) else self._torch_kernel
 
     def state_class(self, rule: UpdateRule) -> Any:
