@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from lightning_lopt import kernels
-from lightning_lopt.kernels import eager
 from lightning_lopt.optimizer.metrics import StepMetrics, Totals
 from lightning_lopt.optimizer.trust_band import TrustBand
 from lightning_lopt.rules import UpdateRule
@@ -64,9 +63,9 @@ class Runtime:
 
     def torch_kernel(self, rule: UpdateRule, param: Tensor) -> kernels.Kernel | None:
         """Faster torch code than the rule's own, if there is any for a parameter."""
-        if self._torch_kernel is None and param.device.type == "cpu":
-            self._torch_kernel = eager.find(rule)
-        if self._torch_kernel is None or param.device.type != "cpu":
+        if self._torch_kernel is None:
+            self._torch_kernel = kernels.find_fallback(rule, param.device.type)
+        if self._torch_kernel is None:
             return None
         return None if self._torch_kernel.refuses(param) else self._torch_kernel
 

@@ -11,7 +11,7 @@ from optimizer_cases import parameters, set_gradients
 import lightning_lopt as lopt
 from lightning_lopt import RuleOptimizer, kernels
 from lightning_lopt.kernels.cpu import scheduled as cpu
-from lightning_lopt.kernels.eager import stacks
+from lightning_lopt.kernels.eager import scheduled as eager
 
 SHAPES = [(), (5,), (5,), (1, 1), (4, 3), (4, 3), (4, 3), (130, 7), (2, 3, 3, 3), (3, 4, 70), (1, 300), (300,)]
 
@@ -19,7 +19,7 @@ SHAPES = [(), (5,), (5,), (1, 1), (4, 3), (4, 3), (4, 3), (130, 7), (2, 3, 3, 3)
 @pytest.fixture(autouse=True)
 def _without_a_compiler(monkeypatch):
     monkeypatch.setattr(cpu, "supports", lambda rule: "no compiler here")
-    monkeypatch.setattr(stacks, "CHUNK", 100)
+    monkeypatch.setattr(eager, "CHUNK", 100)
     monkeypatch.setattr(kernels, "_WARNED", {"no compiler here"})
 
 

@@ -281,9 +281,7 @@ def test_a_truncation_copies_its_runs_once_and_looks_for_the_kernel_once(monkeyp
 
 
 FUSED = {
-    "star": ("star", {"step_mult": 1e-2}),
     "scheduled": ("scheduled", {"centering_start": 0.5, "caution_end": 0.5}),
-    "blackbox": ("blackbox", {}),
 }
 
 

@@ -56,7 +56,7 @@ def make(rule: UpdateRule) -> Kernel:
 
 def _library(rule: Scheduled) -> ctypes.CDLL | str:
     knots = (f"FRACTIONS={len(scheduler.FRACTIONS)}", f"LOG_STEPS={len(scheduler.LOG_STEPS)}")
-    return build.library(SOURCE, tensors.columns_of(MOMENTS), f"EPS={float(rule.config.eps)!r}f", *knots)
+    return build.library(SOURCE, tensors.columns_of(MOMENTS), build.define("EPS", rule.config.eps), *knots)
 
 
 class _Rule(tensors.Common):

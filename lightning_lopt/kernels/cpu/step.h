@@ -1,4 +1,4 @@
-// One step of many tensors on several threads: what scheduled.cpp and star.cpp have in common.
+// One step of many tensors on several threads, for any rule: addresses, step counters, teams of threads.
 //
 // A step makes several passes over each tensor, because a tensor's multipliers depend on means over all of it. All sums
 // run over fixed blocks in a fixed order, so results do not depend on the number of threads.
@@ -27,7 +27,7 @@ enum Column { COLUMNS, NUM_COLUMNS };
 enum Scalar { SCALE, DECAY, SIGN, NUM_SCALARS };
 enum StepType : int32_t { FLOAT32, FLOAT64, INT64 };
 
-struct Common {  // what both rules have; first in their structs, as in tensors.py
+struct Common {  // what every rule has; first in its struct, as in tensors.py
   float momentum[3], rms;
   float nominal;    // step size of the nominal term
   float num_steps;  // 0 where it is unknown
