@@ -17,6 +17,7 @@ from lightning_lopt.kernels import Kernel, WorkItem
 from lightning_lopt.optimizer import checkpoints, sharding
 from lightning_lopt.optimizer import safeguard as guard
 from lightning_lopt.optimizer.gradients import check_real, dense_gradient, descent
+from lightning_lopt.optimizer.groups import NUM_TENSORS, MovingTensor, moving_tensors
 from lightning_lopt.optimizer.metrics import StepMetrics, Totals
 from lightning_lopt.optimizer.runtime import LossSource, Runtime
 from lightning_lopt.optimizer.sharding import placed_like, tensor_scope, whole
@@ -28,8 +29,7 @@ BACKENDS = ("auto", "reference", "fused")
 _LR_KEYS = ("max_lr", "initial_lr", "lr")  # where a group's reference learning rate is found, in this order
 _DROPPED_KEYS = ("params", "fused", "foreach", "capturable", "differentiable")
 
-_Moving = list[tuple[Tensor, dict[str, Any]]]  # parameters and their groups
-_Parts = dict[torch.device, tuple[Kernel, list[WorkItem]]]
+_Parts = dict[tuple[torch.device, int], tuple[Kernel, list[WorkItem]]]  # (device, number of tensors) -> work items
 
 
 class RuleOptimizer(Optimizer):
@@ -39,6 +39,14 @@ class RuleOptimizer(Optimizer):
     multiplier of the output, 1 unless there is a reason, which any torch scheduler can drive; it is not a learning rate
     to tune. State is kept per parameter in float32 at least (float64 for float64 parameters): for STAR 16 bytes per
     parameter and 12 per row and column.
+
+    Rules with a scheduler scale their steps by the number of tensors that the net trains. A tensor gets this number at
+    its own first step: it is the count of trainable tensors (`requires_grad`, not empty) in the optimizer at that time.
+    It is saved in the checkpoint and never changes. So the size of a step does not depend on which other tensors happen
+    to have a gradient, and freezing or unfreezing layers leaves the steps of the others as they are. Tensors that start
+    to train later, because they were frozen or are added in a new group, count everything that trains by then: a
+    backbone that is unfrozen takes the small steps of a deep net, while its head keeps the larger steps it had. Weights
+    that stay frozen do not count, whether the optimizer holds them or not.
 
     Args:
         params: parameters, named parameters or groups, as for any torch optimizer. A group may set `lr`,
@@ -137,6 +145,7 @@ class RuleOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, with this optimizer's defaults for what it leaves open; complex parameters are refused."""
         super().add_param_group(param_group)
+        self.param_groups[-1][NUM_TENSORS] = [None] * len(self.param_groups[-1]["params"])
         try:
             for param in self.param_groups[-1]["params"]:
                 check_real(param)
@@ -164,11 +173,10 @@ class RuleOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 value = closure()
-        moving = [(p, g) for g in self.param_groups for p in g["params"] if p.grad is not None and p.numel()]
+        moving = moving_tensors(self.param_groups)
         watched = self.safeguard == "fallback"
         context_loss = self._loss(loss, value) if moving and (self.rule.needs_loss or watched) else None
         runtime = self._runtime
-        runtime.num_tensors = len(moving)
         runtime.trust = self._trust().observe(context_loss) if watched and context_loss is not None else None
         runtime.totals = Totals() if runtime.measure_next else None
         shared = self._shared_context(moving, context_loss) if moving and self.rule.needs_shared_context else None
@@ -262,16 +270,18 @@ class RuleOptimizer(Optimizer):
 
     def __repr__(self) -> str:
         head = f"kind={self.rule.kind!r}, backend={self.backend!r}, safeguard={self.safeguard}"
-        return f"RuleOptimizer[{head}]\n{super().__repr__()}"
+        lines = super().__repr__().splitlines()
+        return "\n".join([f"RuleOptimizer[{head}]", *(line for line in lines if NUM_TENSORS not in line)])
 
-    def _split(self, moving: _Moving) -> tuple[_Moving, _Parts]:
+    def _split(self, moving: list[MovingTensor]) -> tuple[list[MovingTensor], _Parts]:
         """The tensors that the rule moves, and those that have a kernel."""
-        others: _Moving = []
+        others: list[MovingTensor] = []
         parts: _Parts = {}
         last = None
-        for param, group in moving:  # short: a small model's step is over in the time of a few lines
+        for tensor in moving:  # hot loop: keep it short
+            param, group, num_tensors = tensor
             if (kernel := self._kernel(param)) is None:
-                others.append((param, group))
+                others.append(tensor)
                 continue
             if not self.state[param] and self._only_makes_state(param, group, *descent(param, group)):
                 continue
@@ -280,15 +290,15 @@ class RuleOptimizer(Optimizer):
                 scale = 1.0 if base is None else lr / base
                 decay = lr * group["weight_decay"] if group["lopt_decay"] and group["weight_decay"] else 0.0
             part = WorkItem(param, dense_gradient(param), self._flat_state(param), scale, decay, group["maximize"])
-            parts.setdefault(param.device, (kernel, []))[1].append(part)
+            parts.setdefault((param.device, num_tensors), (kernel, []))[1].append(part)
         return others, parts
 
     def _run_kernels(self, parts: _Parts) -> None:
         runtime = self._runtime
-        for device, (kernel, own) in parts.items():
+        for (device, num_tensors), (kernel, own) in parts.items():
             meta_params = runtime.meta_params(self.rule, device, torch.float32)
             options = {"safeguard": bool(self.safeguard), "measure": runtime.totals is not None}
-            squares = kernel.step(own, meta_params, self.num_steps, runtime.num_tensors, **options)
+            squares = kernel.step(own, meta_params, self.num_steps, num_tensors, **options)
             if runtime.totals is not None and squares is not None:
                 runtime.totals.add_squares(sum(part.param.numel() for part in own), *squares)
 
@@ -307,18 +317,18 @@ class RuleOptimizer(Optimizer):
             return self._runtime.torch_kernel(self.rule, param) if isinstance(found, str) else None
         return None
 
-    def _shared_context(self, moving: list[tuple[Tensor, dict[str, Any]]], loss: Tensor | None) -> _Shared:
+    def _shared_context(self, moving: list[MovingTensor], loss: Tensor | None) -> _Shared:
         """Let the rule look at all tensors at once, before they move."""
         params: dict[str, Tensor] = {}
         grads, values, states, steps = {}, {}, {}, []
-        for number, (param, group) in enumerate(moving):
+        for number, (param, group, _) in enumerate(moving):
             with tensor_scope(param):
                 value, grad = descent(param, group)
                 if self._only_makes_state(param, group, value, grad):
                     continue
             key = str(number)
             params[key], grads[key], values[key], states[key] = param, grad, value, self._typed_state(param)
-            steps.append(self.state[param]["step"].to(moving[0][0].device))
+            steps.append(self.state[param]["step"].to(moving[0].param.device))
         if not params:
             return _Shared(None, {})
         first = values[next(iter(values))]
@@ -328,15 +338,16 @@ class RuleOptimizer(Optimizer):
             shared, states = self.rule.shared_context(meta_params, grads, states, values, context, in_place=True)
         return _Shared(shared, {params[key]: state for key, state in states.items()})
 
-    def _move(self, moving: list[tuple[Tensor, dict[str, Any]]], loss: Tensor | None, shared: _Shared | None) -> None:
+    def _move(self, moving: list[MovingTensor], loss: Tensor | None, shared: _Shared | None) -> None:
         """Move tensors by the rule: shards of tensors all together, whole tensors one by one."""
         shards = []
-        for param, group in moving:
+        for tensor in moving:
+            param = tensor.param
             if self.rule.takes_shards and (part := sharding.shard_of(param)) is not None:
-                shards.append((part, partial(self._propose, param, group, loss, shared, part)))
+                shards.append((part, partial(self._propose, tensor, loss, shared, part)))
                 continue
             with tensor_scope(param):
-                if (step := self._propose(param, group, loss, shared)) is not None:
+                if (step := self._propose(tensor, loss, shared)) is not None:
                     take(step, self._runtime.totals, safeguard=bool(self.safeguard))
         made = zip((part for part, _ in shards), sharding.together(shards), strict=True)
         taken = [(part, step) for part, step in made if step is not None]
@@ -344,13 +355,13 @@ class RuleOptimizer(Optimizer):
 
     def _propose(
         self,
-        param: Tensor,
-        group: dict[str, Any],
+        tensor: MovingTensor,
         loss: Tensor | None,
         shared: _Shared | None,
         part: sharding.DTensorShard | None = None,
     ) -> ProposedStep | None:
         """What the rule would do with a tensor, or with this process's part of it."""
+        param, group, num_tensors = tensor
         value, grad = descent(param, group)
         if shared is None and self._only_makes_state(param, group, value, grad):
             return None
@@ -363,7 +374,7 @@ class RuleOptimizer(Optimizer):
             old, start = (type(old)(*map(sharding.local_of, state)) for state in (old, start))
         context = StepContext(flat["step"], loss if loss is None else loss.to(param.device, dtype), self.num_steps)
         known = None if shared is None else shared.value
-        context = context._replace(shared=known, num_tensors=self._runtime.num_tensors, shard=part)
+        context = context._replace(shared=known, num_tensors=num_tensors, shard=part)
         # Unless someone goes back to the old state, or takes the step again.
         needed = self.safeguard or self._runtime.totals is not None or part is not None or hasattr(param, "placements")
         name = self._runtime.name(param, self.param_groups) if self.rule.needs_names else None

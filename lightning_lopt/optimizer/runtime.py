@@ -32,7 +32,6 @@ class Runtime:
 
     def __init__(self) -> None:
         self.steps = 0
-        self.num_tensors = 0  # that move in this step
         self.measure_next = False
         self.totals: Totals | None = None
         self.measurements: StepMetrics | None = None

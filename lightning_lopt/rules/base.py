@@ -26,7 +26,7 @@ class StepContext(NamedTuple):
     loss: Tensor | None = None  # () the step's training loss; given to rules with needs_loss
     num_steps: Tensor | int | None = None  # the run's length in optimizer steps, where known; () if a tensor
     shared: Any = None  # what the rule's `share` made of all tensors; None for rules without needs_shared_context
-    num_tensors: int | None = None  # how many tensors move in this step, where known
+    num_tensors: int | None = None  # how many tensors the net trains, where known; the same at each step of a tensor
     shard: TensorShard | None = None  # which shard of the tensor gradient, state and value are; None for all of it
     in_place: bool = False  # the state's tensors may be overwritten: nobody will need what they hold now
     name: str | None = None  # of the tensor, where known; always for rules with needs_names

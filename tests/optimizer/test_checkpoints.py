@@ -64,7 +64,16 @@ def test_state_is_flat_tensors_under_the_names_of_the_rules_state():
     saved = optimizer.state_dict()
     assert list(saved["state"][0]) == ["step", *optimizer.rule.init_state(params[0])._fields]
     assert all(type(value) is torch.Tensor for value in saved["state"][0].values())
-    expected = {"lr", "weight_decay", "maximize", "lopt_kind", "lopt_base_lr", "lopt_decay", "params"}
+    expected = {
+        "lr",
+        "weight_decay",
+        "maximize",
+        "lopt_kind",
+        "lopt_base_lr",
+        "lopt_decay",
+        "lopt_num_tensors",
+        "params",
+    }
     assert set(saved["param_groups"][0]) == expected
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_lopt.rules import features as feats
+from lightning_lopt.rules import scheduled
 from lightning_lopt.rules.shards import TensorShard, Unknown
 
 PRECISIONS = ("f64", "f32")
@@ -130,8 +131,8 @@ def test_a_centered_gradient_is_that_of_inputs_less_their_means():
     inputs, back = torch.randn(50, 7) + 3, torch.randn(50, 4)
     grad = back.T @ inputs
     expected = back.T @ (inputs - inputs.mean(1, keepdim=True))
-    torch.testing.assert_close(feats.centered(grad, torch.tensor(1.0)), expected, rtol=1e-4, atol=1e-4)
-    half = feats.centered(grad, torch.tensor(0.5))
+    torch.testing.assert_close(scheduled.centered(grad, torch.tensor(1.0)), expected, rtol=1e-4, atol=1e-4)
+    half = scheduled.centered(grad, torch.tensor(0.5))
     torch.testing.assert_close(half, (grad + expected) / 2, rtol=1e-4, atol=1e-4)
 
 
@@ -139,8 +140,8 @@ def test_a_centered_gradient_is_that_of_inputs_less_their_means():
 def test_centering_leaves_vectors_zeros_and_shares_of_0_alone(shape):
     grad = torch.randn(shape) + 1
     grad[torch.rand(shape) < 0.5] = 0.0
-    assert torch.equal(feats.centered(grad, torch.tensor(0.0)), grad)
-    found = feats.centered(grad, torch.tensor(0.75))
+    assert torch.equal(scheduled.centered(grad, torch.tensor(0.0)), grad)
+    found = scheduled.centered(grad, torch.tensor(0.75))
     assert torch.equal(found[grad == 0], grad[grad == 0])
     if len(shape) < 2:
         assert torch.equal(found, grad)
@@ -153,7 +154,7 @@ def test_centering_leaves_vectors_zeros_and_shares_of_0_alone(shape):
 @pytest.mark.parametrize("split", [0, 1])
 def test_a_part_is_centered_by_the_means_of_whole_rows(split):
     grad, share = torch.randn(6, 4, 3) + 1, torch.tensor(0.6)
-    expected, shape = feats.centered(grad, share), [6, 4, 3]
+    expected, shape = scheduled.centered(grad, share), [6, 4, 3]
     halves = grad.chunk(2, split)
     parts = []
     for number, half in enumerate(halves):
@@ -164,10 +165,10 @@ def test_a_part_is_centered_by_the_means_of_whole_rows(split):
         shares = []
         for part, half in zip(parts, halves, strict=True):
             with pytest.raises(Unknown) as caught:
-                feats.centered(half, share, part)
+                scheduled.centered(half, share, part)
             shares.append(caught.value.sums[0])
         for part in parts:
             part.asked, part.known = 0, [[sum(shares)]]
-    found = [feats.centered(half, share, part) for part, half in zip(parts, halves, strict=True)]
+    found = [scheduled.centered(half, share, part) for part, half in zip(parts, halves, strict=True)]
     torch.testing.assert_close(torch.cat(found, split), expected)
     assert all(bool(part.asked) == bool(split) for part in parts)
