@@ -36,4 +36,4 @@ def dense_gradient(param: Tensor) -> Tensor:
             "gradients. Use nn.Embedding(sparse=False), or give these parameters torch.optim.SparseAdam and manual "
             "optimization."
         )
-    return grad
+    return grad.resolve_neg()  # a lazy sign, which those who read memory would not see

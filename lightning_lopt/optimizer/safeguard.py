@@ -21,9 +21,14 @@ def checked(safeguard: bool | str, rule: UpdateRule, backend: str) -> bool | str
     if safeguard not in (True, False, "fallback"):
         raise ValueError(f"safeguard={safeguard!r} is not allowed: use True, False or 'fallback'.")
     if safeguard == "fallback":
-        one, zero = torch.ones(1), torch.zeros(())
+        one = torch.ones(1, dtype=torch.float32, device="cpu")
         meta_params = {name: p.detach().float().cpu() for name, p in rule.meta_params().items()}
-        terms = rule.terms(meta_params, one, rule.init_state(one), one, StepContext(zero, zero, 1))
+        terms = rule.terms(meta_params, one, rule.init_state(one), one, StepContext(one[0], one[0], 1))
+        if terms.keys() == {"nominal"}:
+            raise ValueError(
+                f"safeguard='fallback' is not allowed for this rule of kind {rule.kind!r}: the nominal term is its "
+                "only term, so there is nothing to fall back from. Use safeguard=True."
+            )
         if "nominal" not in terms:
             raise ValueError(
                 f"safeguard='fallback' is not allowed for this rule of kind {rule.kind!r}: it has no nominal term to "

@@ -42,7 +42,7 @@ class TrustBand(NamedTuple):
     @classmethod
     def new(cls) -> TrustBand:
         """Nothing seen yet."""
-        return cls(*torch.zeros(len(cls._fields)))
+        return cls(*torch.zeros(len(cls._fields), dtype=torch.float32, device="cpu"))
 
     @classmethod
     def unpacked(cls, packed: Tensor) -> TrustBand:

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lightning_lopt.rules import features as feats
+from lightning_lopt.rules.constants import constant
 from lightning_lopt.rules.shards import dtensor, whole
 
 METHODS = ("gram", "svd", "sketch")
@@ -96,7 +97,8 @@ def features(values: Tensor, scale: float = 0.0) -> Tensor:
     """
     parts = torch.stack([values.real, values.imag.abs()], dim=-1)
     if scale:
-        parts = torch.where((values != 0).unsqueeze(-1), scale * (parts - torch.tensor([1.0, 0.0]).to(parts)), 0.0)
+        one = constant((1.0, 0.0), parts.dtype, parts.device)
+        parts = torch.where((values != 0).unsqueeze(-1), scale * (parts - one), 0.0)
     return parts[:, 0] if len(values) == 1 else parts.flatten()
 
 

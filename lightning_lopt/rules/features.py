@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor
 
+from lightning_lopt.rules.constants import constant, remembered
 from lightning_lopt.rules.shards import TensorShard, dtensor, local, means, whole_shape
 
 TIMESCALES = (1, 3, 10, 30, 100, 300, 1000, 3000, 10000, 30000, 100000)
@@ -76,7 +77,11 @@ def effective_decay(initial: tuple[float, ...], offset: Tensor) -> Tensor:
         initial: decays at offset 0.
         offset: (len(initial),) learned offsets. The arithmetic runs in its dtype, as the reference's does.
     """
-    start = torch.log(1 - torch.tensor(initial, dtype=offset.dtype, device=offset.device)) / 10
+    return remembered(_effective_decay, initial, offset)
+
+
+def _effective_decay(initial: tuple[float, ...], offset: Tensor) -> Tensor:
+    start = torch.log(1 - constant(initial, offset.dtype, offset.device)) / 10
     return 1 - torch.exp(10 * (start + offset))
 
 
@@ -214,7 +219,7 @@ def on_shards(function: Callable[..., Outputs], *channels: Tensor) -> Outputs:
 
 def time_features(step: Tensor, dtype: torch.dtype) -> Tensor:
     """tanh(step / T - 1) at eleven timescales T from 1 to 100,000 steps: () -> (11,). Step 0 is the first update."""
-    timescales = torch.tensor(TIMESCALES, dtype=dtype, device=step.device)
+    timescales = constant(TIMESCALES, dtype, step.device)
     return torch.tanh(step.to(dtype) / timescales - 1)
 
 

@@ -39,6 +39,7 @@ from torch import Tensor
 
 from lightning_lopt.rules import networks
 from lightning_lopt.rules.base import RuleConfig, StepContext, UpdateRule, register
+from lightning_lopt.rules.constants import constant
 
 STEPS = ("mean", "softmax", "tanh")
 NORMALIZATIONS = ("max", "adam")
@@ -191,7 +192,7 @@ class NormalizedHistory(UpdateRule):
         if not timescales:
             return (first | (torch.arange(self.config.k, device=seen.device) == seen % self.config.k)).unsqueeze(1)
         # 1 - m in double precision: taken in float32, that of m = .9999 would be off by 2e-4.
-        rates = torch.tensor([1 - m for m in timescales], dtype=dtype, device=seen.device)
+        rates = constant(tuple(1 - m for m in timescales), dtype, seen.device)
         return torch.where(first, 1.0, rates).unsqueeze(1)
 
     def _in_order(self, meta_params: Mapping[str, Tensor], seen: Tensor) -> Mapping[str, Tensor]:

@@ -44,6 +44,7 @@ from torch import Tensor, nn
 
 from lightning_lopt.rules import networks
 from lightning_lopt.rules.base import RuleConfig, StepContext, UpdateRule, register
+from lightning_lopt.rules.constants import constant
 
 LINEAR = ("la_a", "la_b", "la_c")
 HIDDEN_LAYERS = {"mlp": 1, "rnn1": 1, "rnn2": 2}
@@ -188,8 +189,8 @@ class MultiscaleAdam(UpdateRule):
     def _corrections(self, step: Tensor, dtype: torch.dtype) -> Tensor:
         """(2, k, 1) what the moments are divided by: 1 - beta^t."""
         # From the logarithm in double precision: taken in float32, that of .9999 is off by 2e-4 at first.
-        logs = [[math.log(beta) if beta else -math.inf for beta in pair] for pair in self.config.betas]
-        powers = (step.to(dtype) + 1) * torch.tensor(logs, dtype=dtype, device=step.device)
+        logs = tuple(tuple(math.log(beta) if beta else -math.inf for beta in pair) for pair in self.config.betas)
+        powers = (step.to(dtype) + 1) * constant(logs, dtype, step.device)
         return -torch.expm1(powers).mT.unsqueeze(2)
 
     def _step(
@@ -203,8 +204,8 @@ class MultiscaleAdam(UpdateRule):
     ) -> tuple[Tensor, ...]:
         """(k, n) moments, (h, n) state and (1, n) gradient -> (1, n) the step, and the new moments and state."""
         # 1 - beta in double precision: taken in float32, that of .9999 would be off by 2e-4.
-        rates = torch.tensor([[1 - beta for beta in pair] for pair in self.config.betas], dtype=grad.dtype)
-        first, second = rates.to(grad.device).unsqueeze(2).unbind(1)
+        rates = constant(tuple(tuple(1 - beta for beta in pair) for pair in self.config.betas), grad.dtype, grad.device)
+        first, second = rates.unsqueeze(2).unbind(1)
         exp_avg, exp_avg_sq = torch.lerp(exp_avg, grad, first), torch.lerp(exp_avg_sq, grad * grad, second)
         sizes, scales = self._directions(corrections, exp_avg, exp_avg_sq)
         if self.config.mixer in LINEAR:

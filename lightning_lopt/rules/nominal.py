@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_lopt.rules import features as feats
+from lightning_lopt.rules.constants import constant
 from lightning_lopt.rules.shards import TensorShard, means
 
 MOMENTUM_DECAYS, RMS_DECAY = (0.9, 0.99, 0.999), 0.999  # STAR's initial ones, for rules that do not learn them
@@ -132,7 +133,7 @@ def update_moments(
     if not stabilized(config):
         return exp_avg, exp_avg_sq
     if offsets is None:
-        momentum = torch.tensor(MOMENTUM_DECAYS, dtype=grad.dtype, device=grad.device)
+        momentum = constant(MOMENTUM_DECAYS, grad.dtype, grad.device)
         decays = feats.Decays(momentum, torch.full_like(momentum[:1], RMS_DECAY), momentum[:0])
     else:
         decays = learned_decays(offsets)
