@@ -1,4 +1,4 @@
-"""What an optimizer's step did, in a few numbers: sums over the tensors that wait for no device."""
+"""Metrics of an optimizer's step, summed over its tensors without device synchronization."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from lightning_lopt.optimizer.sharding import whole
 
 
 class StepMetrics(NamedTuple):
-    """What one step did, over all tensors; tensors of no dims, on the parameters' device."""
+    """Metrics of one step, over all tensors; () each, on the parameters' device."""
 
     update_rms: Tensor  # root mean square of the change of the parameters
     nominal_share: Tensor | None  # rms of the nominal term / sum of the terms' rms; None for rules with one term
-    skipped: Tensor  # updates skipped by the safeguard since the start, over all tensors
+    skipped: Tensor  # updates that the safeguard has skipped since the start, over all tensors
     fallback: Tensor | None = None  # 1 while the nominal term runs alone, else 0; None without safeguard="fallback"
 
 
@@ -28,7 +28,7 @@ class Totals:
         self.terms: dict[str, Tensor] = {}
 
     def add(self, change: Tensor, terms: dict[str, Tensor], counted: Tensor | int) -> None:
-        """Add one tensor: its change, and its update's terms where the step `counted`."""
+        """Add one tensor: its change, and the terms of its update unless the step was skipped (`counted` False)."""
         squares = {name: whole(term.square().sum()) for name, term in terms.items()}
         if isinstance(counted, Tensor):
             squares = {name: torch.where(counted, square, 0.0) for name, square in squares.items()}
@@ -52,5 +52,5 @@ class Totals:
 
 
 def _plus(total: Tensor | float, term: Tensor) -> Tensor:
-    """A sum over tensors that may lie on several devices."""
+    """A sum over tensors that may be on several devices."""
     return total + (term.to(total.device) if isinstance(total, Tensor) else term)

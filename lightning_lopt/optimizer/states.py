@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_lopt.optimizer import safeguard as guard
-from lightning_lopt.optimizer.gradients import descent
+from lightning_lopt.optimizer.gradients import dense_gradient, descent
 from lightning_lopt.optimizer.groups import MovingTensor
 from lightning_lopt.optimizer.runtime import Runtime
 from lightning_lopt.optimizer.sharding import placed_like, tensor_scope, whole
@@ -82,9 +82,8 @@ class TensorStates:
 
     def _check(self, param: Tensor, name: Callable[[Tensor], str]) -> None:
         """Hot loop: keep it short."""
-        grad = param.grad
+        grad = dense_gradient(param)
         flat = self.states[param]
-        assert grad is not None  # else it would not move
         if grad.shape != param.shape:
             raise RuntimeError(
                 f"The gradient of {name(param)} has shape {tuple(grad.shape)}. Call zero_grad() after a parameter was "

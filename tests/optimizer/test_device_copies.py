@@ -70,9 +70,8 @@ def test_no_step_but_the_first_copies_anything_to_the_device(case):
 
 
 def test_copies_would_be_seen(monkeypatch):
-    first, *_ = steps(lopt.load_rule("star"), "meta")
     monkeypatch.setattr(constants, "keeping", lambda cache: contextlib.nullcontext())
-    _, second, third = steps(lopt.load_rule("star"), "meta")
+    first, second, third = steps(lopt.load_rule("star"), "meta")
     assert len(first) > len(second) == len(third) > 0  # the meta-parameters are copied at the first step alone
 
 

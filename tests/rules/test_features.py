@@ -84,7 +84,7 @@ def test_features_are_the_recorded_ones(leaf, precision):
     tolerance = {"rtol": golden.tolerance, "atol": golden.tolerance}
     for step, grad, param, state, _ in goldens.replay(golden, leaf, max(RECORDED_STEPS) + 1):
         if step in RECORDED_STEPS:
-            raw = in_reference_order(feats.features(state, grad, param), grad.shape)
+            raw = in_reference_order(feats.input_features(state, grad, param), grad.shape)
             normalized = raw * feats.inverse_rms(raw).reshape(-1, *[1] * grad.dim())
             torch.testing.assert_close(raw, golden.channels(f"feat_raw/{step}", leaf, grad.shape), **tolerance)
             torch.testing.assert_close(normalized, golden.channels(f"feat_norm/{step}", leaf, grad.shape), **tolerance)
@@ -113,7 +113,7 @@ def test_features_of_a_factored_tensor_keep_their_rows_and_columns_small():
         param,
         feats.Decays(torch.tensor([0.9, 0.99, 0.999]), torch.tensor([0.999]), torch.tensor([0.9, 0.99, 0.999])),
     )
-    features = feats.features(state, param, param)
+    features = feats.input_features(state, param, param)
     assert features.dense.shape == (16, 5, 4, 3)
     assert features.row.shape == (6, 1, 4, 3)
     assert features.col.shape == (6, 5, 1, 3)
