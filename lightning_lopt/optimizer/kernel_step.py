@@ -74,23 +74,35 @@ def split(
         if group is not last:
             _, scale, decay = lr_and_decay(group)
             last = group
-        # Kernels may count in float32 still; see `states.STEP_DTYPE`.
-        state = states.flat(param, getattr(kernel, "step_dtype", torch.float32))
+        state = states.flat(param, kernel.step_dtype)
         item = WorkItem(param, dense_gradient(param), state, scale, decay, group["maximize"])
         calls.setdefault((param.device, num_tensors), (kernel, []))[1].append(item)
     return calls, others
 
 
-def run(calls: Calls, runtime: Runtime, totals: Totals | None, *, safeguard: bool) -> None:
-    """Move the tensors of all calls, and their states with them."""
+def run(calls: Calls, states: TensorStates, totals: Totals | None, name: Callable[[Tensor], str]) -> None:
+    """Move the tensors of all calls, and their states with them.
+
+    Args:
+        calls: of the kernels.
+        states: of the tensors.
+        totals: sums of what the tensors do, in a step that is measured.
+        name: what to call a parameter in an error.
+    """
+    runtime = states.runtime
     for (device, num_tensors), (kernel, items) in calls.items():
-        squares = kernel.step(
-            items,
-            runtime.meta_params(device, torch.float32),
-            runtime.num_steps,
-            num_tensors,
-            safeguard=safeguard,
-            measure=totals is not None,
-        )
+        try:
+            squares = kernel.step(
+                items,
+                runtime.meta_params(device, torch.float32),
+                runtime.num_steps,
+                num_tensors,
+                safeguard=states.safeguard,
+                measure=totals is not None,
+            )
+        except (RuntimeError, KeyError):  # a kernel knows no names: say which tensor it is, where that is the reason
+            for item in items:
+                states.check(item.param, name)
+            raise
         if totals is not None and squares is not None:
             totals.add_squares(sum(item.param.numel() for item in items), *squares)

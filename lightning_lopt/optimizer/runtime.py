@@ -94,8 +94,7 @@ class Runtime:
         device, so that they are taken anew at each step.
         """
         now = rule.meta_params()
-        same = now.keys() == self._read.keys() and all(_is_same(p, self._read[name]) for name, p in now.items())
-        if not same:
+        if now.keys() != self._read.keys() or not all(map(_is_same, now.values(), self._read.values())):
             self._meta_params.clear()
             self.constants.clear()
             self._read = {name: p.detach().clone() for name, p in now.items()}
@@ -127,6 +126,4 @@ def checked_num_steps(num_steps: Any) -> int | None:
 
 
 def _is_same(param: Tensor, before: Tensor) -> bool:
-    if param.device.type != "cpu" or param.dtype != before.dtype or param.shape != before.shape:
-        return False
-    return torch.equal(param.detach(), before)
+    return param.is_cpu and param.dtype is before.dtype and torch.equal(param, before)

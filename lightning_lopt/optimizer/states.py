@@ -30,27 +30,9 @@ class TensorStates:
         self.runtime = runtime
         self.safeguard = safeguard
 
-    def prepare(self, moving: Iterable[MovingTensor], name: Callable[[Tensor], str]) -> list[MovingTensor]:
-        """Make states that are missing, and check all others, before anything is written.
-
-        Args:
-            moving: the tensors that have a gradient.
-            name: what to call a parameter in an error.
-
-        Returns:
-            The tensors that take a step.
-
-        Raises:
-            RuntimeError: for a sparse gradient, and for a gradient or state that does not fit its parameter.
-        """
-        ready = []
-        for tensor in moving:
-            if self.states.get(tensor.param):
-                self._check(tensor.param, name)
-            elif not self._make(tensor):
-                continue
-            ready.append(tensor)
-        return ready
+    def prepare(self, moving: Iterable[MovingTensor]) -> list[MovingTensor]:
+        """Make the states that are missing. Returns the tensors that take a step."""
+        return [tensor for tensor in moving if self.states.get(tensor.param) or self._make(tensor)]
 
     def flat(self, param: Tensor, step_dtype: torch.dtype = STEP_DTYPE) -> dict[str, Tensor]:
         """A parameter's state as the optimizer keeps it, with the step counter where and as it is needed."""
@@ -80,8 +62,13 @@ class TensorStates:
             # torch.distributed.checkpoint creates states by a step with lr 0 and gradient 0, which must move nothing.
             return not (group["lr"] == 0 and whole(grad.abs().sum()) == 0)
 
-    def _check(self, param: Tensor, name: Callable[[Tensor], str]) -> None:
-        """Hot loop: keep it short."""
+    def check(self, param: Tensor, name: Callable[[Tensor], str]) -> None:
+        """Raise a RuntimeError for a sparse gradient, and for a gradient or state that does not fit its parameter.
+
+        Args:
+            param: the parameter; it has a state.
+            name: what to call it in an error.
+        """
         grad = dense_gradient(param)
         flat = self.states[param]
         if grad.shape != param.shape:
