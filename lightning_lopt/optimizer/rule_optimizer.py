@@ -186,7 +186,7 @@ class RuleOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 value = closure()
-        moving = moving_tensors(self.param_groups)
+        moving = moving_tensors(self.param_groups, self.state)
         if moving:
             with constants.keeping(self._runtime.constants):
                 self._move(moving, self._loss(loss, value))
@@ -201,14 +201,14 @@ class RuleOptimizer(Optimizer):
         runtime.read_meta_params(self.rule)
         totals = Totals() if runtime.measure_next else None
         trust = self._trust().observe(loss) if self.safeguard == "fallback" and loss is not None else None
-        states = TensorStates(self.state, self.rule, runtime, safeguard=bool(self.safeguard))
+        states = TensorStates(self.rule, runtime, safeguard=bool(self.safeguard))
         ready = states.prepare(moving)
         calls: kernel_step.Calls = {}
         by_rule = ready
         if trust is None and self._backend != "reference" and not self.rule.needs_shared_context:
-            calls, by_rule = kernel_step.split(ready, self._kernels(), states)
-        for tensor in by_rule:  # before anything is written; kernels check theirs on their own
-            states.check(tensor.param, self._name)
+            calls, by_rule = kernel_step.split(ready, self._kernels())
+        for param, grad, state, *_ in by_rule:  # before anything is written; kernels check theirs on their own
+            states.check(param, grad, state, self._name)
         RuleStep(
             self.rule,
             states,
