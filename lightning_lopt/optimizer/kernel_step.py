@@ -12,7 +12,7 @@ from lightning_lopt.kernels import Kernel, WorkItem
 from lightning_lopt.optimizer.groups import MovingTensor, lr_and_decay
 from lightning_lopt.optimizer.metrics import Totals
 from lightning_lopt.optimizer.runtime import Runtime
-from lightning_lopt.optimizer.states import with_step
+from lightning_lopt.optimizer.states import TensorStates, with_step
 from lightning_lopt.rules import UpdateRule
 
 # (device, number of tensors that the net trains) -> the kernel and its work items
