@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_lopt import kernels
 from lightning_lopt.kernels import Kernel, WorkItem
+from lightning_lopt.kernels.mismatch import TensorMismatch
 from lightning_lopt.optimizer.groups import MovingTensor, lr_and_decay
 from lightning_lopt.optimizer.metrics import Totals
 from lightning_lopt.optimizer.runtime import Runtime
@@ -97,9 +98,11 @@ def run(calls: Calls, states: TensorStates, totals: Totals | None, name: Callabl
                 safeguard=states.safeguard,
                 measure=totals is not None,
             )
-        except (RuntimeError, KeyError):  # a kernel knows no names: say which tensor it is, where that is the reason
+        except (RuntimeError, KeyError) as error:  # a kernel knows no names: say which tensor does not fit
             for item in items:
                 states.check(item.param, item.grad, item.state, name)
+            if isinstance(error, TensorMismatch):
+                raise RuntimeError(f"{name(error.param)}: {error}") from error
             raise
         if totals is not None and squares is not None:
             totals.add_squares(sum(item.param.numel() for item in items), *squares)

@@ -278,15 +278,15 @@ def test_a_fingerprint_depends_on_weights_settings_and_code(monkeypatch):
     assert mark == fingerprint(lopt.load_rule("star"))
     assert mark != fingerprint(lopt.load_rule("hyperparam"))
     with torch.no_grad():
-        rule.b0[0] += 1e-3
+        rule.growth[0] += 1e-3
     assert mark != fingerprint(rule)
-    original, rule = lopt.rules.STAR.update, lopt.load_rule("star")
+    original, rule = lopt.rules.Scheduled.update, lopt.load_rule("star")
 
     def changed(self, *arguments):
         delta, state = original(self, *arguments)
         return 1.05 * delta, state
 
-    monkeypatch.setattr(lopt.rules.STAR, "update", changed)
+    monkeypatch.setattr(lopt.rules.Scheduled, "update", changed)
     assert mark != fingerprint(rule)
 
 

@@ -191,7 +191,9 @@ def test_other_sizes_than_the_states_are_an_error_that_names_the_parameter(rule,
     if param.grad is None:
         param.grad = torch.ones_like(param)
     before = snapshot(optimizer)
-    with pytest.raises(RuntimeError, match=r"parameter 0 of group 0 .* has shape .*expected shape .*delete optimizer"):
+    with pytest.raises(
+        RuntimeError, match=r"parameter 0 of group 0 .*(has shape .* zero_grad|but must have shape .*delete optimizer)"
+    ):
         optimizer.step()
     assert_equal(before, snapshot(optimizer))
 
@@ -229,8 +231,9 @@ class _DefaultDtype(contextlib.AbstractContextManager):
         torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("dtype", tensors.STEP_TYPES, ids=str)
-def test_step_counters_of_every_dtype_count(rule, dtype):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int32, torch.int64])
+def test_step_counters_of_every_dtype_count_on(rule, dtype):
+    """In 64 bits: float32 stands still at 2^24."""
     optimizer = RuleOptimizer(parameters([(4, 3), (5,)]), rule, num_steps=9)
     expected = RuleOptimizer(parameters([(4, 3), (5,)]), rule, num_steps=9)
     run(optimizer, 1)
@@ -240,16 +243,14 @@ def test_step_counters_of_every_dtype_count(rule, dtype):
     run(optimizer, 3, start=1)
     for a, b in zip(expected.param_groups[0]["params"], optimizer.param_groups[0]["params"], strict=True):
         assert torch.equal(a, b)
-        assert optimizer.state[b]["step"].dtype is dtype
         assert optimizer.state[b]["step"] == 4
-    if dtype is not torch.float32:  # which stands still at 2^24
-        for state in optimizer.state.values():
-            state["step"].fill_(2**24)
-        run(optimizer, 3)
-        assert all(state["step"] == 2**24 + 3 for state in optimizer.state.values())
+    for state in optimizer.state.values():
+        state["step"].fill_(2**24)
+    run(optimizer, 3)
+    assert all(state["step"] == 2**24 + 3 for state in optimizer.state.values())
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("step", torch.int32), ("skipped", torch.float32)])
+@pytest.mark.parametrize(("name", "dtype"), [("skipped_in_row", torch.int32), ("skipped", torch.float32)])
 def test_counters_of_other_dtypes_are_an_error(rule, name, dtype):
     optimizer = RuleOptimizer(parameters([(4, 3)]), rule, safeguard=True)
     run(optimizer, 1)

@@ -61,7 +61,7 @@ struct Work {
   void begin(const Item& item) {
     tensor = item.tensor;
     blocks = blocks_of(tensor.size);
-    centering = item.geometry.rows ? centering_at(rule, updates(rule, tensor)) : 0;
+    centering = item.geometry.rows ? centering_at(rule, *tensor.step) : 0;
     fan_in = centering ? tensor.size / item.geometry.rows : 0;
     row_means.resize(item.geometry.rows + blocks);
     sums.resize(blocks * NUM_SUMS);
@@ -239,7 +239,7 @@ void schedule(Work& w, const Shape& shape) {
   MeanSquares mean;
   mean.param = (float)(total_of(w, PARAM_SQUARES) / w.tensor.size);
   for (int k = 0; k < 3; k++) mean.strength[k] = (float)(total_of(w, STRENGTH_SQUARES + k) / w.tensor.size);
-  w.multipliers = multipliers_of(w.rule, shape, mean, updates(w.rule, w.tensor));
+  w.multipliers = multipliers_of(w.rule, shape, mean, *w.tensor.step);
   w.proven = w.rule.safeguard && proves_finite(w);
 }
 

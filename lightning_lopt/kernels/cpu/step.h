@@ -25,23 +25,21 @@ constexpr int64_t ALONE = 2 * BLOCK;   // tensors up to this size are moved by o
 
 enum Column { COLUMNS, NUM_COLUMNS };
 enum Scalar { SCALE, DECAY, SIGN, NUM_SCALARS };
-enum StepType : int32_t { FLOAT32, FLOAT64, INT64 };
 
 struct Common {  // what every rule has; first in its struct, as in tensors.py
   float momentum[3], rms;
   float nominal;    // step size of the nominal term
   float num_steps;  // 0 where it is unknown
-  int32_t step_type;
   int32_t safeguard, measure;
   int32_t threads;
 };
 
-// One tensor: where its arrays are, and how its step is scaled. The step counter has the type `Common::step_type`.
+// One tensor: where its arrays are, and how its step is scaled.
 struct Tensor {
   float* param;
   const float* grad;
   float *exp_avg, *exp_avg_sq;
-  void* step;
+  int64_t* step;  // updates made so far
   int64_t *skipped, *skipped_in_row;  // null without safeguard
   float scale, decay, sign;
   float limit;  // values from here on are rounded to infinity
@@ -52,15 +50,15 @@ Tensor tensor_at(const Common& rule, void* const* addresses, const float* scalar
                  int64_t count) {
   auto address = [&](Column column) { return addresses[column * count + i]; };
   auto floats = [&](Column column) { return static_cast<float*>(address(column)); };
-  auto counter = [&](Column column) { return rule.safeguard ? static_cast<int64_t*>(address(column)) : nullptr; };
+  auto counter = [&](Column column) { return static_cast<int64_t*>(address(column)); };
   Tensor t;
   t.param = floats(PARAM);
   t.grad = floats(GRAD);
   t.exp_avg = floats(EXP_AVG);
   t.exp_avg_sq = floats(EXP_AVG_SQ);
-  t.step = address(STEP);
-  t.skipped = counter(SKIPPED);
-  t.skipped_in_row = counter(SKIPPED_IN_ROW);
+  t.step = counter(STEP);
+  t.skipped = rule.safeguard ? counter(SKIPPED) : nullptr;
+  t.skipped_in_row = rule.safeguard ? counter(SKIPPED_IN_ROW) : nullptr;
   t.scale = scalars[SCALE * count + i];
   t.decay = scalars[DECAY * count + i];
   t.sign = scalars[SIGN * count + i];
@@ -69,23 +67,13 @@ Tensor tensor_at(const Common& rule, void* const* addresses, const float* scalar
   return t;
 }
 
-// Updates made before this one.
-double updates(const Common& rule, const Tensor& t) {
-  if (rule.step_type == FLOAT32) return *static_cast<float*>(t.step);
-  if (rule.step_type == FLOAT64) return *static_cast<double*>(t.step);
-  return (double)*static_cast<int64_t*>(t.step);
-}
-
 // Counts a step that was taken, or skipped by the safeguard.
 void count_step(const Common& rule, const Tensor& t, bool skip) {
   if (rule.safeguard) {
     *t.skipped += skip;
     *t.skipped_in_row = skip ? *t.skipped_in_row + 1 : 0;
   }
-  if (skip) return;
-  if (rule.step_type == FLOAT32) *static_cast<float*>(t.step) += 1;
-  if (rule.step_type == FLOAT64) *static_cast<double*>(t.step) += 1;
-  if (rule.step_type == INT64) *static_cast<int64_t*>(t.step) += 1;
+  if (!skip) *t.step += 1;
 }
 
 // Prefetches what is needed AHEAD coordinates later: there are more streams than the processor detects by itself.

@@ -23,7 +23,6 @@ from lightning_lopt.rules import UpdateRule
 
 # Values from here on are rounded to inf.
 LIMITS = {torch.float32: float("inf"), torch.bfloat16: (2 - 2**-8) * 2.0**127, torch.float16: 65520.0}
-STEP_TYPES = (torch.float32, torch.float64, torch.int64)  # in the order of step.h's StepType
 COUNTERS = ("skipped", "skipped_in_row")  # of the safeguard
 OUT_OF_MEMORY = 1  # step.h's Outcome
 
@@ -38,7 +37,6 @@ class Common(ctypes.Structure):
         ("rms", ctypes.c_float),
         ("nominal", ctypes.c_float),
         ("num_steps", ctypes.c_float),
-        ("step_type", ctypes.c_int32),
         ("safeguard", ctypes.c_int32),
         ("measure", ctypes.c_int32),
         ("threads", ctypes.c_int32),
@@ -52,7 +50,6 @@ class _Table(NamedTuple):
     counters: list[Tensor]  # the states' scalars, all with the dtypes that C++ takes them for
     copied: tuple[int, ...]  # which of parameters and gradients are not plain float32: C++ gets copies of them
     geometries: bytes
-    step_type: int
 
 
 class TensorKernel:
@@ -104,7 +101,7 @@ class TensorKernel:
 
         rule = self._settings(meta_params)
         rule.num_steps = 0 if num_steps is None else num_steps
-        rule.step_type, rule.safeguard, rule.measure = table.step_type, safeguard, measure
+        rule.safeguard, rule.measure = safeguard, measure
         rule.threads = torch.get_num_threads()
         addresses = array("q", map(Tensor.data_ptr, tensors)) + counter_addresses
         scalars = array("f", map(float, (*scales, *decays)))
@@ -147,7 +144,7 @@ class TensorKernel:
         geometries = b"".join(self.geometry(item.param, num_tensors) for item in parts)
         given = [item.param for item in parts] + [item.grad for item in parts]
         copied = tuple(index for index, tensor in enumerate(given) if not is_plain(tensor))
-        return _Table(seen, counters, copied, geometries, _only_type(parts))
+        return _Table(seen, counters, copied, geometries)
 
     def _check(self, item: WorkItem, names: Sequence[str]) -> None:
         param, state = item.param, item.state
@@ -159,10 +156,8 @@ class TensorKernel:
         for name in self.moments:
             state[name] = plain(state[name])  # loaded by other means, maybe
         for name in names:
-            allowed = STEP_TYPES if name == "step" else (torch.int64,)
-            if state[name].dtype not in allowed:
-                expected = " or ".join(map(str, allowed))
-                raise TensorMismatch(param, f"The state {name!r} is {state[name].dtype}", expected)
+            if state[name].dtype is not torch.int64:
+                raise TensorMismatch(param, f"The state {name!r} is {state[name].dtype}", "torch.int64")
 
     def _settings(self, meta_params: Mapping[str, Tensor]) -> Any:
         if self._packed is None or self._packed[0] is not meta_params:
@@ -192,15 +187,6 @@ def _layouts(tensors: Sequence[Tensor], count: int) -> tuple[list[Any], ...]:
         list(map(Tensor.is_neg, tensors[: 2 * count])),
         list(map(_on_cpu, tensors[count:])),
     )
-
-
-def _only_type(parts: Sequence[WorkItem]) -> int:
-    """The number of the dtype that all step counters have."""
-    first = parts[0].state["step"].dtype
-    for item in parts:
-        if (dtype := item.state["step"].dtype) is not first:
-            raise TensorMismatch(item.param, f"The state 'step' is {dtype}", f"{first}, as of other parameters")
-    return STEP_TYPES.index(first)
 
 
 def _raise(outcome: int) -> None:
