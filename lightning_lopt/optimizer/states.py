@@ -60,17 +60,18 @@ class TensorStates:
         """
         if grad.shape != param.shape:
             raise RuntimeError(
-                f"The gradient of {name(param)} has shape {tuple(grad.shape)}. Call zero_grad() after a parameter was "
-                "resized, and before the next backward()."
+                f"The gradient of {name(param)} has shape {tuple(grad.shape)}, expected shape {tuple(param.shape)}. If "
+                "the parameter was resized, call zero_grad() before the next backward(), and delete "
+                "optimizer.state[parameter] or resize it."
             )
         for field, shape in self.runtime.layout(self.rule, param).shapes.items():
             kept = state.get(field)
             if kept is None or kept.shape != shape or kept.device != param.device:
-                came = "missing" if kept is None else f"of shape {tuple(kept.shape)} on {kept.device}"
+                came = "is missing" if kept is None else f"has shape {tuple(kept.shape)} on {kept.device}"
                 raise RuntimeError(
-                    f"State {field!r} of {name(param)} on {param.device} is {came}, but must have shape "
-                    f"{tuple(shape)}. A parameter that was resized, moved or replaced needs a state that fits: resize "
-                    "or move it, too, or delete optimizer.state[parameter] to start anew."
+                    f"State {field!r} of {name(param)} {came}, expected shape {tuple(shape)} on {param.device}. A "
+                    "parameter that was resized, moved or replaced needs a state that fits: resize or move it, too, or "
+                    "delete optimizer.state[parameter] to start anew."
                 )
 
 

@@ -105,8 +105,7 @@ def update_accumulators(
     """Update the averages with one gradient: a <- b a + (1 - b) x. As in the reference, no bias correction."""
     shape = whole_shape(shard, grad)
     dims = factored_dims(shape)
-    grad = bounded(grad, shape.numel())
-    square = grad * grad + 1e-30
+    square = bounded(grad, shape.numel()).square() + 1e-30
     row, col, diag = state.row, state.col, state.diag
     if dims is None:
         diag = _average(diag, square, decays.adafactor)
@@ -170,7 +169,8 @@ def input_features(
         [
             torch.stack([grad, param]),
             state.exp_avg,
-            state.exp_avg_sq.unsqueeze(0),
+            # A gradient beyond 1e20 makes the second moment infinite, as in AdamW; its channel must not become NaN.
+            state.exp_avg_sq.clamp(max=torch.finfo(grad.dtype).max).unsqueeze(0),
             state.exp_avg * inv_root,
             inv_root.unsqueeze(0),
             grad * grad_factor,

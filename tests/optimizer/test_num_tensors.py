@@ -158,6 +158,8 @@ def test_empty_tensors_do_not_count_and_gradients_set_by_hand_do(rule):
 class RecordingKernel:
     """Moves nothing; remembers what it was called with."""
 
+    step_dtype = torch.int64
+
     def __init__(self):
         self.calls = []
 
