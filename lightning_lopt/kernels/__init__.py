@@ -72,7 +72,7 @@ class Kernel(Protocol):
             parts: at least one work item, each with its state.
             meta_params: float32, on the same device; the same object as long as they have not changed.
             num_steps: the length of the run, None if unknown.
-            num_tensors: the number of tensors that move in this step, including those that the kernel does not move.
+            num_tensors: the number of tensors that the net trains, see `RuleOptimizer`; None if unknown.
             safeguard: if a tensor's gradient, new value or new state is not finite, leave the tensor, its state and its
                 "step" unchanged and increment its state's "skipped" and "skipped_in_row". A finite step sets the latter
                 to 0.

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from lightning_lopt.rules import features as feats
 from lightning_lopt.rules import nominal, scheduler
-from lightning_lopt.rules.base import RuleConfig, StepContext, UpdateRule, register
+from lightning_lopt.rules.base import RuleConfig, StepContext, UpdateRule, compute_dtype, register
 from lightning_lopt.rules.shards import TensorShard, means, whole_shape
 
 SHAPES = {
@@ -133,8 +133,9 @@ class Scheduled(UpdateRule):
 
     def __init__(self, config: ScheduledConfig | None = None, *, kind: str = "scheduled") -> None:
         super().__init__(config, kind=kind)
+        dtype = compute_dtype(torch.get_default_dtype())  # in bfloat16 the numbers would be others
         for name, values in curves(self.config).items():
-            self.register_parameter(name, nn.Parameter(values.to(torch.get_default_dtype())))
+            self.register_parameter(name, nn.Parameter(values.to(dtype)))
 
     def init_state(self, param: Tensor) -> Moments:
         """Zero moments."""
@@ -208,11 +209,12 @@ def curves(config: ScheduledConfig) -> dict[str, Tensor]:
     found["tensor_powers"][:, :, 4] = c.depth
     for end, (strength, mix) in enumerate(((c.strength_start, c.mix_start), (c.strength_end, c.mix_end))):
         found["tensor_powers"][:, end, 5:] = 2 / 3 * strength
-        found["momentum_mix"][end] = torch.tensor([mix, 0.0, -mix])
+        found["momentum_mix"][end] = torch.tensor([mix, 0.0, -mix], dtype=torch.float32)
     found["growth"] += c.growth
-    found["centering"] += torch.tensor([c.centering_start, c.centering_end])
-    found["caution"] += torch.tensor([c.caution_start, c.caution_end])
-    found["momentum_decays"] += torch.tensor([c.fast_offset, c.slow_offset / 2, c.slow_offset])
+    found["centering"] += torch.tensor([c.centering_start, c.centering_end], dtype=torch.float32)
+    found["caution"] += torch.tensor([c.caution_start, c.caution_end], dtype=torch.float32)
+    offsets = (c.fast_offset, c.slow_offset / 2, c.slow_offset)
+    found["momentum_decays"] += torch.tensor(offsets, dtype=torch.float32)
     found["rms_decays"] += c.rms_offset
     return found
 

@@ -43,6 +43,17 @@ def test_stars_weights_are_what_its_readable_numbers_stand_for():
         assert torch.equal(value, expected[name]), name
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_default_dtype_rounds_no_number(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        rule = lopt.load_rule("star")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, value in scheduled.curves(rule.config).items():
+        assert torch.equal(rule.meta_params()[name].float(), value), name
+
+
 # --- the readable numbers
 
 
