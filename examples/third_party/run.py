@@ -74,6 +74,7 @@ PACKAGES = [
     ),
     Package("scvi-tools", "1.4.2", "scvi_tools_scvi.py", "SCVI", "Adam 1e-3, weight decay 1e-6", "negative ELBO"),
 ]
+NUM_RUNS = len(PACKAGES) * len(OPTIMIZERS) * len(SEEDS)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One run
@@ -210,29 +211,28 @@ def table(runs: list[Run]) -> str:
 
 def page(runs: list[Run]) -> str:
     """docs/third_party.md, made from the rows of docs/third_party.json."""
-    versions = {
-        ", ".join(f"{name} {run['versions'][name]}" for name in ("python", "torch", "lightning")) for run in runs
-    }
+    shared = ("python", "torch", "lightning")
+    versions = {", ".join(f"{name} {run['versions'][name]}" for name in shared) for run in runs}
     minutes = sum(run["cpu_seconds"] for run in runs) / 60
     return f"""# Packages built on Lightning
 
 Written by `make third-party`; do not edit. The data is in [third_party.json](third_party.json), one row per run; the
 scripts are in [examples/third_party](../examples/third_party).
 
-Each package trains a model of its own, on data that it ships or that the script generates, with the optimizer that its
+Each package trains a model of its own, on data that it or the script generates, with the optimizer that its
 users get if they choose none, and with the flagship. The latter takes one line,
 `callbacks=[LearnedOptimizer.from_pretrained("star")]`; nothing else differs, and both start from the same weights.
 
 {table(runs)}
 
 Losses are training losses, averaged over the seeds: *final* is the mean over the last 50 steps, *mean* is over the
-whole run. A ratio is star / default, so below 1 star reaches the lower loss; it is the geometric mean over the seeds, with
-the lowest and the highest in parentheses. Validation is measured on held-out data after training; accuracy should be
-high, everything else low.
+whole run. A ratio is star / default, so below 1 star reaches the lower loss; it is the geometric mean over the seeds,
+with the lowest and the highest in parentheses. Validation is measured on held-out data after training; accuracy should
+be high, everything else low.
 
 The default optimizers are not tuned, and a learning rate of 1e-3 is low for runs this short. The table therefore shows
-what a user of such a package gets by adding the line, not how star compares with a tuned Adam. Models and data are small:
-look at validation, too, because a much lower training loss can mean overfitting.
+what a user of such a package gets by adding the line, not how star compares with a tuned Adam. Models and data are
+small: look at validation, too, because a much lower training loss can mean overfitting.
 
 Run with {"; ".join(sorted(versions))} on one CPU thread; all runs together took {minutes:.0f} minutes of CPU time.
 """
@@ -250,7 +250,7 @@ def write(runs: list[Run]) -> None:
 
 
 def update(runs: list[Run]) -> list[str]:
-    """Repeat the runs that are missing or out of date, and save each result at once; return the names of failed runs."""
+    """Train where a run is missing or out of date, saving each result at once; return the names of failed runs."""
     failed = []
     number = 0
     for package in PACKAGES:
@@ -259,7 +259,7 @@ def update(runs: list[Run]) -> list[str]:
         for optimizer, seed in itertools.product(OPTIMIZERS, SEEDS):
             number += 1
             name = f"{package.name}, {optimizer}, seed {seed}"
-            print(f"[{number:2d}/{len(PACKAGES) * len(OPTIMIZERS) * len(SEEDS)}] {name}: ", end="", flush=True)
+            print(f"[{number:2d}/{NUM_RUNS}] {name}: ", end="", flush=True)
             run = {"package": package.name, "optimizer": optimizer, "seed": seed}
             made_by = {"versions": versions, "code": hash_of_code(package.script, optimizer)}
             before = [kept for kept in runs if run.items() <= kept.items()]
@@ -282,10 +282,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--page", action="store_true", help="train nothing; only write the page from the results")
     arguments = parser.parse_args()
+    known = {package.name for package in PACKAGES}
     runs = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    runs = [run for run in runs if run["package"] in known]
     failed = [] if arguments.page else update(runs)
     if failed:
-        raise SystemExit(f"These runs failed, and docs/third_party.md stays as it was: {'; '.join(failed)}")
+        raise SystemExit(f"docs/third_party.md stays as it was, because these runs failed: {'; '.join(failed)}")
+    if len(runs) < NUM_RUNS:
+        raise SystemExit(f"docs/third_party.json has {len(runs)} of {NUM_RUNS} runs. Run this without --page.")
     PAGE.write_text(page(runs))
     print(table(runs))
 
