@@ -1,8 +1,8 @@
-# make demo       a learned optimizer and AdamW on the same model; saves demo.png
-# make test       the whole test suite
-# make lint types examples clean
-# make compat     the tests that lean on Lightning and torch, with all their versions that are supported
-# make third-party  six packages built on Lightning, trained by their defaults and by star; writes docs/third_party.md
+# make demo       train the same model with a learned optimizer and with AdamW; saves demo.png
+# make test       run the whole test suite
+# make lint, types, examples, clean
+# make compat     run the tests that depend on Lightning and torch with every supported version of them
+# make third-party  compare star with the default optimizers of six packages built on Lightning
 #
 # Needs Python >= 3.10, git and make. Variables: PYTHON, VENV, TORCH (e.g. TORCH="torch>=2.4"), JOBS, PYTEST_ARGS.
 
@@ -28,7 +28,7 @@ lint: $(VENV)/.installed-test
 types: $(VENV)/.installed-test
 	$(BIN)/mypy
 
-# Each from an empty folder, as a user would run it, and as the only thing that writes there.
+# Runs each example from its own empty folder, as a user would.
 examples: $(VENV)/.installed-test
 	@set -e; root="$$PWD"; for example in examples/*.py; do \
 		test -e "$$example" || continue; \
@@ -46,8 +46,8 @@ third-party:
 clean:
 	rm -rf "$(VENV)" .venv-third-party-* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-# One pip command, so that torch and the package are resolved together. The stamp makes a second call quick; it is the
-# last thing written, so that an interrupted installation is taken up again.
+# One pip command, so torch and the package are resolved together. The stamp makes a second call quick. It is written
+# last, so an interrupted installation is repeated.
 $(VENV)/.installed-%: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed, this is " + sys.version)'
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)

@@ -1,9 +1,9 @@
-"""Meta-train a rule in Python: STAR's nominal term, from a step size far too small, learns how its steps should go.
+"""Meta-train a rule in Python: it starts with steps that are far too small, and learns a schedule for them.
 
-Prints each epoch's meta-loss, log(loss / first loss), on two small tasks and on a held-out one; saves the rule, loads
-it, and trains a net that it has not seen.
+Prints the meta-loss of each epoch, log(loss / first loss), on two small tasks and on a held-out one. Then saves the
+rule, loads it, and trains a net that it has not seen.
 Run: python examples/meta_train.py [--epochs 10]. Half a minute; needs the extra [demo].
-The same from a file, and longer: lopt meta-train fit --config examples/configs/tiny.yaml
+A longer run from a file: lopt meta-train fit --config examples/configs/tiny.yaml
 """
 
 import argparse
@@ -66,12 +66,12 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10)
     arguments = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    torch.set_num_threads(1)  # the tensors are small
+    torch.set_num_threads(1)  # for such small tensors a second thread gains nothing
     with tempfile.TemporaryDirectory() as folder:
         meta_train(arguments.epochs, folder)
         learned = lopt.load_rule(folder)
     untrained = lopt.rules.make(learned.kind, **learned.config.to_dict())
-    print(f"a net it has not seen, loss after 80 steps: {train(untrained):.3f} before, {train(learned):.3f} after")
+    print(f"loss of an unseen net after 80 steps: {train(untrained):.3f} untrained, {train(learned):.3f} meta-trained")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Write the bundled rule `hyperparam` as it is today: STAR's nominal term alone, nothing meta-trained.
+"""Write the bundled rule `hyperparam`: STAR's nominal term alone, not meta-trained.
 
-Its network is drawn from seed 0 and has a zero output layer: all factors 1. What is left is the nominal term, an Adam
-with the mean of three momenta and no bias correction, at step size 1e-2. This is also where meta-training starts, and
-what a meta-trained rule is to be compared with. Run: python examples/nominal_rules.py [--out pretrained]. The suite
-tests that it reproduces the bundled weights bit by bit.
+The network is drawn from seed 0 and its output layer is zero, so all its factors are 1. What remains is the nominal
+term: Adam with the mean of three momenta and no bias correction, at step size 1e-2. Meta-training starts from it, and
+meta-trained rules are compared with it. Run: python examples/nominal_rules.py [--out pretrained]. A test checks that it
+reproduces the bundled weights bit by bit.
 """
 
 import argparse
@@ -16,22 +16,22 @@ import lightning_lopt as lopt
 
 CARD = """# {name}
 
-**Not meta-trained.** The network of this {kind} rule was drawn from seed 0 and has a zero output layer, so that the
-rule is exactly STAR's nominal term (Harrison et al. 2022, arXiv 2209.11208, eq. 21) at step size 1e-2:
+**Not meta-trained.** The network of this {kind} rule was drawn from seed 0 and its output layer is zero. The rule is
+therefore exactly STAR's nominal term (Harrison et al. 2022, arXiv 2209.11208, eq. 21) at step size 1e-2:
 
     param <- param - 1e-2 * mean(m_1, m_2, m_3) / sqrt(v + 1e-6)
 
-with momenta m of decay .9, .99, .999 and second moment v of decay .999, none bias-corrected (the first steps are about
-ten times larger than later ones). The paper's own step size is 1e-3.
+with momenta m of decays .9, .99, .999 and second moment v of decay .999, without bias correction (the first steps are
+about ten times larger than later ones). The paper's own step size is 1e-3.
 
 | | |
 |---|---|
-| meta-parameters | {count}, of which none is learned |
+| meta-parameters | {count}, none of them learned |
 | made by | `python examples/nominal_rules.py --out pretrained` |
 | state | 16 bytes per parameter, 12 per row and column of a matrix |
-| what it is bad at | it cannot anneal: it does not know how long a run is. Large first steps without warm-up |
+| what it is bad at | it does not use the length of the run, so it cannot anneal; its first steps are large |
 
-It is what `lopt evaluate` shows beside every learned rule.
+`lopt evaluate` shows it beside every learned rule.
 """
 
 

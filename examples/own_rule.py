@@ -1,7 +1,7 @@
-"""An update rule of your own: written, registered, used by the callback, saved and loaded like any other.
+"""Write an update rule of your own, register it, train with it, save it and load it.
 
-The rule is the sign of a momentum, with step size and decay as meta-parameters: two numbers that meta-training could
-learn. Run: python examples/own_rule.py. A few seconds.
+The rule moves by the sign of a momentum. Its step size and decay are meta-parameters, which meta-training could learn.
+Run: python examples/own_rule.py. A few seconds.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ class SignMomentum(lopt.UpdateRule):
         return State(torch.zeros_like(param))
 
     def update(self, meta_params, grad, state, param, context):
-        # Pure: reads its arguments, returns delta and new state. So it runs under vmap and autograd as it is.
+        # A pure function of its arguments, so it also runs under vmap and autograd.
         exp_avg = torch.lerp(grad, state.exp_avg, meta_params["decay_logit"].sigmoid())
         return -meta_params["log_step"].exp() * exp_avg.sign(), State(exp_avg)
 

@@ -1,4 +1,4 @@
-"""A learned optimizer in a plain PyTorch loop, with checkpoint and resume. No Lightning.
+"""Use a learned optimizer in a plain PyTorch loop, with checkpoint and resume.
 
 Run: python examples/plain_torch.py. A few seconds; needs the extra [demo] for its data.
 """
@@ -44,7 +44,7 @@ def main() -> None:
     resumed_optimizer.load_state_dict(saved["optimizer"])
     train(resumed_model, resumed_optimizer, range(100, 300))
     pairs = zip(model.parameters(), resumed_model.parameters(), strict=True)
-    print(f"resumed from step 100, the same bits: {all(torch.equal(a, b) for a, b in pairs)}")
+    print(f"resumed from step 100, equal to the bit: {all(torch.equal(a, b) for a, b in pairs)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Train a LightningModule by STAR, untuned, and by AdamW at its default; print both rows and save demo.png.
+"""Train a LightningModule with `star` and with AdamW, both untuned; print both results and save the curves, demo.png.
 
 Run: python examples/quickstart.py [--epochs 20] [--seeds 3]. Under a minute on two cores; needs the extra [demo].
 """
@@ -17,7 +17,7 @@ from lightning_lopt import LearnedOptimizer
 
 
 class DigitClassifier(L.LightningModule):
-    """An ordinary module: it knows nothing of learned optimizers."""
+    """An ordinary module; nothing in it refers to learned optimizers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,11 +56,11 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # the matrices are small: a second thread gains nothing, and loses much on a busy machine
+    torch.set_num_threads(1)  # for such small matrices a second thread gains nothing, and loses much on a busy machine
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     rows = [f"{'mean ± std of ' + str(arguments.seeds) + ' seeds':<24}{'training loss':>20}{'validation accuracy':>22}"]
-    for name, color in (("STAR, untuned", "tab:blue"), ("AdamW, default lr", "tab:orange")):
-        runs = [train(name.startswith("STAR"), seed, arguments.epochs) for seed in range(arguments.seeds)]
+    for name, color in (("star, untuned", "tab:blue"), ("AdamW, default lr", "tab:orange")):
+        runs = [train(name.startswith("star"), seed, arguments.epochs) for seed in range(arguments.seeds)]
         losses = torch.tensor([run[0] for run in runs])
         accuracy = torch.tensor([run[1] for run in runs])
         final = losses[:, -(losses.shape[1] // 10) :].mean(1)  # each seed's mean over the last tenth of its steps

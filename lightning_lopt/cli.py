@@ -6,7 +6,7 @@
     lopt evaluate ...                    compare rules with tuned optimizers
     lopt analyze NAME                    what a rule has learned
     lopt meta-train fit --config FILE    meta-train a rule
-    lopt reproduce CLAIM|--all|--list    the papers' results, each with its verdict
+    lopt reproduce CLAIM|PATH            measure the papers' results, or claims of your own; --list, --all
 
 Exit status 0 on success, and 2 with one line on stderr where the user can put something right.
 """
@@ -26,14 +26,11 @@ from lightning_lopt.hub.bundle import find_dir
 from lightning_lopt.hub.files import CARD
 from lightning_lopt.rules import Scheduled
 
-# command -> its module, which is imported when asked for and has add_arguments(parser) and run(arguments); its help
+# Command -> its module and its help. The module is imported on use and has add_arguments(parser) and run(arguments).
 DELEGATED = {
     "evaluate": ("lightning_lopt.evaluation.cli", "Compare rules with tuned optimizers on tasks: a table and a plot."),
     "analyze": ("lightning_lopt.analysis.cli", "What a rule has learned: figures, and a page in plain words."),
-    "reproduce": (
-        "lightning_lopt.claims.cli",
-        "Measure what the papers claim: numbers, plots and verdicts.",
-    ),
+    "reproduce": ("lightning_lopt.claims.cli", "Measure what the papers claim: numbers, plots and verdicts."),
 }
 UNSAID = "was not said when it was saved"  # in the card that save_rule writes by itself
 

@@ -1,4 +1,4 @@
-"""What the tests of LearnedOptimizer share: a small module, its data, and a Trainer that writes where a test says."""
+"""Shared by the tests of LearnedOptimizer: a small module, its data, and a quiet Trainer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_lopt as lopt
 
-# What Lightning says of folders that its loggers and checkpoints use twice; pyproject.toml has what it says everywhere.
+# Lightning warns of folders that loggers and checkpoints use twice. Warnings of every run are in pyproject.toml.
 KNOWN_WARNINGS = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
     pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists and is not empty"),
@@ -65,7 +65,7 @@ class ValidatedModule(Module):
 
 
 class ManualModule(Module):
-    """Manual optimization: one optimizer per layer, stepped one after the other on losses of their own; a scheduler."""
+    """Manual optimization: one optimizer per layer, each stepped on its own loss, and a scheduler."""
 
     def __init__(self, configure: Callable[[Any], Any] | None = None) -> None:
         super().__init__(configure or two_optimizers)
@@ -193,14 +193,14 @@ def metrics(path: Path) -> list[dict[str, float]]:
 
 
 class Sharded(Module):
-    """Its loader gives each process its own part of the batches of eight that one process would see."""
+    """Each process loads its part of the batches of eight that a single process would see."""
 
     def train_dataloader(self) -> DataLoader[Any]:
         return sharded_data(self.trainer.global_rank, self.trainer.world_size)
 
 
 class ShardedManual(ManualModule):
-    """The same in manual optimization, where the loss must be after the steps what it was before."""
+    """The same in manual optimization; the steps must not change the loss tensor."""
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
         loss = self.loss(batch)
@@ -223,7 +223,7 @@ def sharded_data(rank: int, world_size: int) -> DataLoader[Any]:
 
 
 class Report(L.Callback):
-    """Writes what each process ended with to `path`."""
+    """Writes the final state of each process to `path`."""
 
     def __init__(self, path: Path, learned: lopt.LearnedOptimizer | None = None) -> None:
         self.path, self.learned = path, learned
@@ -241,7 +241,7 @@ class Report(L.Callback):
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, on every process."""
+    """The full tensor of a DTensor; a copy of any other."""
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 
 

@@ -139,7 +139,7 @@ def test_help(capsys, arguments):
 
 @pytest.fixture
 def delegate(monkeypatch):
-    """In the place of lightning_lopt.evaluation.cli."""
+    """A stand-in for lightning_lopt.evaluation.cli."""
     module = types.ModuleType("delegate")
     module.add_arguments = lambda parser: parser.add_argument("--steps", type=int, default=3)
     module.run = lambda arguments: print("ran", arguments.steps)
@@ -181,7 +181,7 @@ def test_the_configurations_run(config, folder):
     assert run("meta-train", "fit", "--config", config, *SHORT, "--model.estimator.num_pairs=1") == 0
     out = folder / "runs" / config.stem
     rule = lopt.load_rule(out / "rule" / "best")
-    assert rule.kind == {"star": "star", "star_paper": "star", "tiny": "star"}.get(config.stem, config.stem)
+    assert rule.kind == {"star": "star", "star_paper": "star", "tiny": "scheduled"}.get(config.stem, config.stem)
     assert (out / "lightning_logs" / "version_0" / "config.yaml").is_file()
     header = (out / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"meta_loss", "val/meta_loss", "val/final/breast-cancer-logreg"} <= set(header)
@@ -215,7 +215,7 @@ def test_flags_alone_and_another_meta_optimizer(folder):
     assert run("meta-train", "fit", *arguments) == 0
     before, after = lopt.load_rule("star"), lopt.load_rule(folder / "rule")
     assert after.rms_decays != before.rms_decays
-    assert torch.equal(after.w0, before.w0)
+    assert torch.equal(after.schedule_fraction, before.schedule_fraction)
 
 
 TASK = ["--model.tasks=[quadratic]"]

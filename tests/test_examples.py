@@ -1,4 +1,4 @@
-"""The examples run as a user would, from an empty folder, and the bundled rules are what their script writes."""
+"""The examples run as a user would run them, from an empty folder; recipes reproduce the bundled rules."""
 
 import os
 import subprocess
@@ -36,7 +36,7 @@ def test_example_runs_and_is_short(script, tmp_path):
 
 def test_quickstart_draws_both_curves(tmp_path):
     out = run(EXAMPLES / "quickstart.py", tmp_path)
-    assert "STAR, untuned" in out
+    assert "star, untuned" in out
     assert "AdamW, default lr" in out
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
 

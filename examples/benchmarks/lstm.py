@@ -1,10 +1,10 @@
-"""The CPU time of the LSTM rule's step beside AdamW's and two torch cells', and of the eigenvalues of L2O-DMD.
+"""CPU time of a step of the LSTM rule and of L2O-DMD's eigenvalues, relative to AdamW and to two torch LSTM cells.
 
     python examples/benchmarks/lstm.py                             # lstm.csv
     python examples/benchmarks/lstm.py --cases mlp118k --rounds 9
 
-All take turns; a figure is the median over rounds, a ratio the median of the rounds' ratios. Times are of the process,
-on one thread. "two LSTMCells" are torch's, on what the rule sees of a gradient, under no_grad, without readout.
+The contenders take turns. A time is the median over rounds, a ratio the median of the rounds' ratios; times are CPU
+times on one thread. "two LSTMCells" are torch's own cells on inputs like the rule's, under no_grad and without readout.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from lightning_lopt.rules.dmd import OnlineDMD
 
 
 def cells(params):
-    """Both layers over all coordinates at once."""
+    """A step of both LSTM layers over all coordinates at once."""
     size = sum(param.numel() for param in params)
     first, second = torch.nn.LSTMCell(2, 20), torch.nn.LSTMCell(20, 20)
     inputs = torch.cat([param.grad.reshape(-1, 1) for param in params]).repeat(1, 2)
@@ -36,7 +36,7 @@ def cells(params):
 
 
 def spectrum(params, num_snapshots, rank, snapshots="raw"):
-    """One more snapshot of all tensors, and the eigenvalues."""
+    """A step that stores one more snapshot of all tensors and computes the eigenvalues."""
     online = OnlineDMD(rank=rank, num_snapshots=num_snapshots, snapshots=snapshots)
     held = [[online.init(param.detach()) for param in params]]
 
@@ -51,7 +51,7 @@ def spectrum(params, num_snapshots, rank, snapshots="raw"):
 
 
 def contenders(shapes):
-    """name -> what takes one step."""
+    """Name -> function that takes one step."""
     params = new_params(shapes)
     return {
         "AdamW foreach": torch.optim.AdamW(new_params(shapes), foreach=True).step,
@@ -64,7 +64,7 @@ def contenders(shapes):
 
 
 def measure(name, shapes, rounds, without=()):
-    """A row per contender."""
+    """Time all contenders on one case; returns a row for each."""
     steps = {label: step for label, step in contenders(shapes).items() if label not in without}
     seconds = {label: [] for label in steps}
     for step in steps.values():
@@ -92,7 +92,7 @@ def measure(name, shapes, rounds, without=()):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", default=["mlp118k", "mlp1M"], choices=CASES)
-    parser.add_argument("--without", nargs="*", default=[], help="what to leave out")
+    parser.add_argument("--without", nargs="*", default=[], help="contenders to leave out")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("lstm.csv"))
     options = parser.parse_args()

@@ -1,11 +1,11 @@
-"""What a process of meta-training loses when there are others: MetaTrainer on one process and under DDP, in turns.
+"""Measure the overhead of distributed meta-training: MetaTrainer on one process and under DDP, in turns.
 
     python examples/benchmarks/meta_ranks.py --ranks 2 --rounds 5
 
-Each process has as many inner runs as the one process alone, so that without loss the time of a step stays the same.
-Printed is the process's own CPU time for a step, with its messages and what Lightning does for DDP, as a ratio to that
-of one process: median, least and largest of the rounds. Wall time means something only on a machine with as many free
-cores as processes.
+Each process has as many inner runs as the single process, so without overhead a step would take the same time. Prints a
+process's CPU time per step, including its messages and Lightning's work for DDP, relative to that of the single
+process: median, smallest and largest of the rounds. Wall time is meaningful only on a machine with as many free cores
+as processes.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ import lightning_lopt as lopt
 from lightning_lopt.meta.estimators import PES
 from lightning_lopt.meta.schedules import Horizon
 
-WARMUP = 3  # steps that are not counted
+WARMUP = 3  # steps before the measurement
 
 
 class Clock(Callback):
-    """CPU and wall seconds of a step, after some to warm up."""
+    """Measures CPU and wall seconds per step, after a warm-up."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -69,7 +69,7 @@ def fit(path: Path, ranks: int, arguments: argparse.Namespace) -> None:
 
 
 def run(ranks: int, arguments: argparse.Namespace) -> list[list[float]]:
-    """CPU and wall seconds of a step, in each process."""
+    """Train on so many processes; returns CPU and wall seconds per step of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,18 +1,18 @@
-"""Throughput of meta-training: inner steps a second, eager and with `compiled=True` (on the CPU, the rule's kernel).
+"""Throughput of meta-training: inner steps per second, eager and with `compiled=True` (on the CPU, the rule's kernel).
 
-What is counted: a *member-step* is one training step of one inner run, its batch, gradient and update included; both
-sides of an antithetic pair are runs of their own. PES estimates are timed as MetaTrainer calls them; drawing of batches
-and perturbations, resets and the estimate's own arithmetic are in the time, compilation and the meta-optimizer are not.
+Counted are *member-steps*: one training step of one inner run, including its batch, gradient and update. The two sides
+of an antithetic pair are separate runs. PES estimates are timed as MetaTrainer calls them. The time includes drawing
+batches and perturbations, resets and the estimate's arithmetic, but not compilation or the meta-optimizer.
 
   small      MLP 64-32-10 (2,410 parameters), batch 64, 32 runs (16 pairs), truncation 50, on digits
   reference  MLP 784-32-10 (25,450 parameters), batch 64, 4 tasks with a pair of runs each, truncation 50, on made-up
-             images of 28 x 28. The JAX reference does 196 to 205 inner steps/s there, on two busy cores; whether that
-             counts pairs or both their sides is not recorded, and so both counts are printed.
+             images of 28 x 28. The JAX reference reaches 196 to 205 inner steps/s, on two busy cores; it is not
+             recorded whether that counts pairs or both sides, so both counts are printed.
 
 Run: python examples/benchmarks/meta_training.py [--rounds 5] [--threads 1] [--out FILE.json] [--without-compiled]
      python examples/benchmarks/meta_training.py --populations 1 4 16 64 256 1024 [--out NAME]     NAME.csv, NAME.png
-Two minutes on one core. Eager and compiled take turns; times are CPU time of the process (so that other programs hardly
-matter), except with several threads: wall time then.
+Two minutes on one core. Eager and compiled take turns. Times are CPU times of the process, which other programs hardly
+affect; with several threads they are wall times.
 """
 
 import argparse
@@ -39,7 +39,7 @@ CASES = {
 
 
 class Bench:
-    """One case with one backend, advanced a truncation at a time."""
+    """One case with one backend; each call advances it by a truncation."""
 
     def __init__(self, task: tasks.Task, pairs: int, compiled: bool) -> None:
         torch.manual_seed(0)
@@ -61,7 +61,7 @@ def measure(case: str, rounds: int, clock, compiled: bool) -> dict[str, object]:
     make, pairs = CASES[case]
     task = make()
     benches = {name: Bench(task, pairs, name == "compiled") for name in ("eager", "compiled")[: 1 + compiled]}
-    first = {name: bench.seconds(clock) for name, bench in benches.items()}  # compiles
+    first = {name: bench.seconds(clock) for name, bench in benches.items()}  # compilation
     times = {name: [] for name in benches}
     for _ in range(rounds):
         for name, bench in benches.items():
@@ -79,7 +79,7 @@ def measure(case: str, rounds: int, clock, compiled: bool) -> dict[str, object]:
 
 
 def measure_populations(sizes: list[int], rounds: int, clock) -> list[dict[str, float]]:
-    """The small case without an estimator around it, each run with meta-parameters of its own; sizes take turns."""
+    """Time the small case without an estimator, population sizes in turns; each run has its own meta-parameters."""
     torch.manual_seed(0)
     rule, generator = lopt.rules.make("star"), torch.Generator().manual_seed(0)
     unroll, rows, states = Unroll(rule, CASES["small"][0](), "raw"), [], {}

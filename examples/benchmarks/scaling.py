@@ -1,10 +1,10 @@
-"""What many workers would bring and cost in meta-training by evolution strategies: variance, bytes, and a proof.
+"""Simulate meta-training by evolution strategies on many workers: variance of the gradient, and bytes to send.
 
     python examples/benchmarks/scaling.py --workers 8 64 1000 --pairs 1
 
-Simulated: each worker's estimate is drawn, from a seed of its own, and means over so many workers are compared with the
-mean over all others. The proof: the mean gradient made from every worker's seed and losses alone is that of the
-gradients themselves.
+Draws each worker's estimate from its own seed, and compares means over so many workers with the mean over all others.
+Also rebuilds the mean gradient from every worker's seed and losses alone, and prints the difference from the mean of
+the gradients themselves.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lightning_lopt.meta.unroll import Unroll
 
 
 def estimates(unroll: Unroll, theta: dict[str, Tensor], number: int, horizon: int, std: float) -> tuple[Tensor, Tensor]:
-    """(number, P) gradients by one antithetic pair each (Full ES), and the differences of which they are made."""
+    """(number, P) gradients by one antithetic pair each (Full ES), and (number,) differences of the losses."""
     generator = torch.Generator().manual_seed(0)
     noise = draw_perturbations(theta, std, number, generator)
     both = {name: torch.cat([p + noise[name], p - noise[name]]) for name, p in theta.items()}
@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 8, 64, 1000])
     parser.add_argument("--pairs", type=int, default=1, help="antithetic pairs of each worker")
-    parser.add_argument("--draws", type=int, default=8000, help="pairs that are simulated")
+    parser.add_argument("--draws", type=int, default=8000, help="number of simulated pairs")
     parser.add_argument("--horizon", type=int, default=20)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,12 +1,12 @@
-"""The CPU time of whole training steps, forward, backward and optimizer: STAR, with its network and as the bundled
-`star`, beside AdamW (foreach).
+"""CPU time of whole training steps (forward, backward, optimizer) with STAR and with the bundled `star`, relative to
+AdamW (foreach).
 
     python examples/benchmarks/training.py                                # MLP, ResNet-18 at 32 px, a 3.7M transformer
     python examples/benchmarks/training.py --models resnet50 gpt2 vit --batch 1 --rounds 5    # ten minutes, 12 GB
 
-Networks are built here, their data are random numbers. Copies of a network take turns, step by step; the figure is the
-median of the rounds' ratios. Times are of the process; with --threads above 1 wall times. A small batch makes the
-optimizer's share of a step larger, and with it the ratios.
+The networks are defined here, and their data are random numbers. Copies of a network take turns, step by step; the
+figure is the median of the rounds' ratios. Times are CPU times of the process, or wall times with --threads above 1. A
+small batch makes the optimizer's fraction of a step larger, and so the ratios.
 """
 
 import argparse
@@ -138,7 +138,7 @@ def measure(name, batch, rounds, repeats, clock):
         return (clock() - start) / repeats
 
     seconds = {label: [] for label in runs}
-    for number in range(rounds + 1):  # the first makes state
+    for number in range(rounds + 1):  # the first round creates the state
         for label, run in runs.items():
             seconds[label] += [step(*run)] if number else [step(*run)][:0]
     count = sum(p.numel() for p in runs["STAR"][0].parameters())
@@ -188,7 +188,7 @@ def main():
     for name in options.models:
         repeats = options.repeats or (20 if name == "mlp" else 1)
         rows.append(measure(name, options.batch, options.rounds, repeats, clock))
-        with Path(f"{options.out}.csv").open("w", newline="") as file:  # as far as it has come
+        with Path(f"{options.out}.csv").open("w", newline="") as file:  # after every model
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)

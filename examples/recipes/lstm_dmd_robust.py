@@ -1,12 +1,12 @@
-"""How the bundled `lstm-dmd-robust` was made: `star`'s learned scheduler, and a small LSTM meta-trained within it.
+"""The recipe of the bundled `lstm-dmd-robust`: the learned scheduler of `star`, and a small LSTM meta-trained on top.
 
     python examples/recipes/lstm_dmd_robust.py --out runs/lstm-dmd-robust    # minutes of a core
 
-The rule begins as the bundled `star`, its readouts at 0; the bundled weights began as the `star` that their card names.
-The scheduler stays; the network learns by the exact gradient of whole short runs, through the tasks' gradients too, on
-small images. Then the best of the weights on the way, the start among them, by longer runs on whole images. Nets have 8
-hidden units, as L2O-DMD's for meta-training; none of the six that judge the result, which have 20, is here.
-Needs MNIST, Fashion-MNIST and CIFAR-10, from $LIGHTNING_LOPT_DATA.
+The rule starts with the scheduler of the bundled `star` and zero readouts (the bundled weights with that of the `star`
+that their card names). The scheduler stays fixed. The network learns from the exact gradient of whole short runs on
+small images, with second-order terms. Longer runs on whole images then choose the best of the weights after each epoch,
+the initial ones included. Nets have 8 hidden units, as in L2O-DMD's meta-training; the six tasks of the evaluation,
+with 20 hidden units, are not used. Needs MNIST, Fashion-MNIST and CIFAR-10 in $LIGHTNING_LOPT_DATA.
 """
 
 import argparse
@@ -31,7 +31,7 @@ CONFIG = {
     "nominal_controller": True,
     "exp_mult": 1.0,
     "normalize_blackbox": True,
-    "out_scale": 1e-7,  # times 1 / v, at most 1e4: what never has a gradient drifts by a thousandth a step at most
+    "out_scale": 1e-7,  # times 1 / v, at most 1e4: weights without gradients drift by at most a thousandth per step
     "eps": 1e-8,
     "scheduler": True,
 }
@@ -43,12 +43,12 @@ KINDS = {
     "fashion-l2l": {"hidden": (8,)},
     "cifar-l2l": {"hidden": (8,), "image_size": 16},
 }
-SMALL, RUNS, STARTS = 10, 16, 2  # pixels and runs of the unrolls; runs of the validation
+SMALL, RUNS, STARTS = 10, 16, 2  # image side and runs of the unrolls; runs per validation task
 READOUTS = ("readout", "controller")
 
 
 class Keep(L.Callback):
-    """The weights at the end of each epoch."""
+    """Keeps the weights at the end of each epoch."""
 
     def __init__(self, rule):
         self.kept = [copy.deepcopy(rule.state_dict())]
@@ -59,7 +59,7 @@ class Keep(L.Callback):
 
 
 def start(seed, star):
-    """The rule with the scheduler of `star` and a network that does nothing yet."""
+    """The rule with the scheduler of `star` and a network whose output is zero."""
     torch.manual_seed(seed)
     rule, star = lopt.rules.make("lstm_dmd", **CONFIG), lopt.load_rule(star).state_dict()
     fresh = rule.state_dict()
@@ -69,7 +69,7 @@ def start(seed, star):
 
 
 def judge(rule, kept, kinds, steps):
-    """(weights,) means over tasks of log final plus log mean loss."""
+    """Score each set of weights: (weights,) means over tasks of log final plus log mean loss."""
     total = torch.zeros(len(kept))
     for name, options in kinds.items():
         for seed in range(STARTS):
@@ -82,11 +82,11 @@ def judge(rule, kept, kinds, steps):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/lstm-dmd-robust"))
-    parser.add_argument("--steps", type=int, default=48, help="of meta-training")
-    parser.add_argument("--length", type=int, default=80, help="of its runs")
-    parser.add_argument("--validation", type=int, default=300, help="length of the runs that judge")
+    parser.add_argument("--steps", type=int, default=48, help="meta-training steps")
+    parser.add_argument("--length", type=int, default=80, help="length of the runs in meta-training")
+    parser.add_argument("--validation", type=int, default=300, help="length of the runs that choose the weights")
     parser.add_argument("--tasks", nargs="+", default=list(KINDS), choices=list(KINDS))
-    parser.add_argument("--star", default="star", help="the rule whose scheduler it is, by name or directory")
+    parser.add_argument("--star", default="star", help="the rule whose scheduler is used: a name or a directory")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -108,7 +108,7 @@ def main():
     trainer = L.Trainer(accelerator="cpu", max_steps=arguments.steps, gradient_clip_val=1.0, callbacks=[keep], **off)
     trainer.fit(meta)
     best = int(judge(rule, keep.kept, kinds, arguments.validation).argmin())
-    print("chosen: after", best, "of", len(keep.kept) - 1, "epochs")  # of a quarter of the steps; 0 is the start
+    print("chosen: after", best, "of", len(keep.kept) - 1, "epochs")  # of a quarter of the steps; 0: initial
     rule.load_state_dict(keep.kept[best])
     print(lopt.save_rule(rule, arguments.out / "rule"))
 

@@ -1,12 +1,12 @@
-"""Runs a rule on every task of the catalog and counts the runs that end worse than they began.
+"""Run a rule on every small task of the catalog, and count the runs that diverge or end with a higher loss.
 
     python examples/soak/divergence.py                                  # the bundled star, seven minutes of a core
     python examples/soak/divergence.py --rule runs/star/rule --tasks digits --steps 600
 
 The catalog has tasks that no rule was meta-trained on, some of them hostile: gradients by evolution strategies, which
-are nearly all noise, re-scaled parameters, nets of many shapes. A run counts as diverged as in `lopt evaluate`: a loss
-that is not finite, or a final loss of more than twice the initial one. Those that end above where they began are
-told of too. Needs the image data and tiny Shakespeare in $LIGHTNING_LOPT_DATA.
+are almost pure noise, rescaled parameters, nets of many shapes. As in `lopt evaluate`, a run has diverged if a loss is
+not finite or the final loss is more than twice the initial one. Runs that end above their initial loss are counted too.
+Needs the image data and tiny Shakespeare in $LIGHTNING_LOPT_DATA. Exits with 1 if a run diverged.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ from lightning_lopt.evaluation.runs import run
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rule", default="star", help="name of a bundled rule, or a directory")
-    parser.add_argument("--tasks", default="", help="only those with this in their names")
+    parser.add_argument("--tasks", default="", help="only tasks whose names contain this")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--largest", type=int, default=30_000, help="skip nets of more parameters than this")
     arguments = parser.parse_args()
     rule = lopt.load_rule(arguments.rule)
     table, skipped = Table("task", "parameters", "initial loss", "final loss", ""), []
-    counts = {"diverged": 0, "above where they began": 0, "runs": 0}
+    counts = {"diverged": 0, "above their initial loss": 0, "runs": 0}
     for name in track([name for name in tasks.list_tasks() if arguments.tasks in name], description=str(rule.kind)):
         task = tasks.make(name)
-        if task.num_params > arguments.largest or name == "random-slopes":  # that one falls from 0 without end
+        if task.num_params > arguments.largest or name == "random-slopes":  # whose loss falls without end
             skipped.append(name)
             continue
         (runs,) = run(rule, [rule.meta_params()], task, steps=arguments.steps, seeds=arguments.seeds)
         diverged, above = sum(runs.diverged), sum(final > runs.scale for final in runs.final)
         counts["diverged"] += diverged
-        counts["above where they began"] += above
+        counts["above their initial loss"] += above
         counts["runs"] += arguments.seeds
         note = f"{diverged} diverged" if diverged else f"{above} above" if above else ""
         table.add_row(name, f"{task.num_params:,}", f"{runs.scale:.4g}", f"{runs.average('final'):.4g}", note)
     if not counts["runs"]:
         parser.error(
             f"no task of at most {arguments.largest:,} parameters has {arguments.tasks!r} in its name; "
-            "tasks.list_tasks() has the names, --largest takes larger nets."
+            "tasks.list_tasks() has the names, --largest allows larger nets."
         )
     Console(width=120).print(table)
     print("not run:", ", ".join(skipped) or "none")

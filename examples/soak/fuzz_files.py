@@ -1,11 +1,11 @@
-"""Loads damaged and hostile rule files, many times, and counts what happens.
+"""Load damaged and hostile rule files many times, and count the results.
 
     python examples/soak/fuzz_files.py --cases 100000
     python examples/soak/fuzz_files.py --cases 100000 --atheris     # coverage-guided; pip install atheris
 
-Our own files, PyLO's, and learned_optimization's theta.state. A case must load as a sound rule or be refused by a
-ValueError of one line. No file beside its own may be opened, no process started, nothing imported and no address looked
-up; memory may not grow by 100 MB.
+Covers our own files, PyLO's, and learned_optimization's theta.state. Each case must load as a sound rule or raise a
+one-line ValueError. Loading must not open other files, start processes, import modules or look up addresses, and memory
+must not grow by 100 MB.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from lightning_lopt.rules import REGISTRY, RuleConfig
 
 
 def packed(value: Any) -> bytes:
-    """Nested dicts of tensors as flax.serialization.to_bytes has them in msgpack."""
+    """Nested dicts of tensors in msgpack, as flax.serialization.to_bytes writes them."""
     if isinstance(value, dict):
         items = b"".join(packed(name) + packed(entry) for name, entry in value.items())
         return bytes([0x80 + len(value)]) + items
@@ -55,7 +55,7 @@ def packed(value: Any) -> bytes:
 
 
 def theta_of(rule: Any) -> dict[str, Any]:
-    """The tree of learned_optimization: the network's layers in a module without a name."""
+    """The tree that learned_optimization saves: the network's layers in a module without a name."""
     values = dict(rule.named_parameters())
     decays = {name: values[name] for name in ("momentum_decays", "rms_decays", "adafactor_decays")}
     return {**decays, "nn": {"~": {name: values[name] for name in sorted(values) if name not in decays}}}
@@ -116,7 +116,7 @@ DTYPES = ("F16", "BF16", "F32", "F64", "I64", "BOOL", "F8_E4M3", "F31", "", None
 
 
 def any_value(rng: random.Random, depth: int = 0) -> Any:
-    """A JSON value, mostly one that a configuration or a header could hold."""
+    """A random JSON value, mostly one that a configuration or a header could contain."""
     choice = rng.randrange(9 if depth < 3 else 6)
     if choice < 3:
         return rng.choice(NUMBERS)
@@ -130,7 +130,7 @@ def any_value(rng: random.Random, depth: int = 0) -> Any:
 
 
 def mutated(rng: random.Random, sound: bytes) -> bytes:
-    """Bytes after a few replacements, insertions, deletions and swaps."""
+    """Change bytes by a few replacements, insertions, deletions and swaps."""
     data = bytearray(sound)
     for _ in range(rng.randrange(1, 6)):
         at, size = rng.randrange(len(data) + 1), rng.randrange(12)
@@ -143,7 +143,7 @@ def mutated(rng: random.Random, sound: bytes) -> bytes:
 
 
 def config_values(rng: random.Random, config: bytes) -> bytes:
-    """A config.json with any values in some places."""
+    """Put random values into some places of a config.json."""
     spec = json.loads(config)
     spec.pop("sha256", None)
     for _ in range(rng.randrange(1, 4)):
@@ -153,7 +153,7 @@ def config_values(rng: random.Random, config: bytes) -> bytes:
 
 
 def header_values(rng: random.Random, weights: bytes) -> bytes:
-    """A weights file with any values in some places of its header."""
+    """Put random values into some places of a weights file's header."""
     length = struct.unpack("<Q", weights[:8])[0]
     data = weights[8 + length :]
     header = json.loads(weights[8 : 8 + length])
@@ -161,7 +161,7 @@ def header_values(rng: random.Random, weights: bytes) -> bytes:
         name = rng.choice([*header, *WORDS])
         entry, part = header.get(name), rng.choice(("dtype", "shape", "data_offsets"))
         if isinstance(entry, dict) and name != "__metadata__" and rng.random() < 0.8:
-            old = entry.get(part)  # no list any more where the same entry is drawn twice
+            old = entry.get(part)  # may no longer be a list if the same entry is drawn twice
             numbers = [n for n in old if isinstance(n, int)] if isinstance(old, list) else []
             near = [n + rng.choice((-1, 0, 0, 1, 8)) for n in numbers]
             entry[part] = rng.choice((any_value(rng), near, rng.choice(DTYPES)))
@@ -172,20 +172,20 @@ def header_values(rng: random.Random, weights: bytes) -> bytes:
 
 
 def large(rng: random.Random, size: int) -> bytes:
-    """JSON of about that many bytes, of which a parser makes as many objects as can be."""
+    """JSON of about this many bytes that makes a parser create as many objects as possible."""
     piece = rng.choice((b"[]", b"{}", b"1e9", b'"a"', b"123456789", b"[[[]]]", b'{"":{}}'))
     return b'{"a":[' + b",".join([piece] * (size // (len(piece) + 1))) + b"]}"
 
 
 def case(rng: random.Random) -> tuple[str, dict[str, bytes]]:
-    """What is tried, and the files."""
+    """Draw a case: its name and its files."""
     forms = ("config bytes", "config values", "weights bytes", "header bytes", "header values", "theta")
     form = "large" if rng.random() < 0.01 else rng.choice(forms)
     if form == "theta":
         return form, {"theta.state": mutated(rng, rng.choice(THETAS))}
     kind = rng.choice((*KINDS, "PyLO", "PyLO"))
     config, weights = SOUND[kind]["config.json"], SOUND[kind]["model.safetensors"]
-    if rng.random() < 0.5:  # else the digest refuses most changed weights
+    if rng.random() < 0.5:  # with the digest most changed weights would be refused
         spec = json.loads(config)
         spec.pop("sha256", None)
         config = json.dumps(spec).encode()
@@ -210,13 +210,13 @@ def case(rng: random.Random) -> tuple[str, dict[str, bytes]]:
 
 
 def attempt(folder: Path, contents: dict[str, bytes]) -> str:
-    """ "loaded" or "refused"; an AssertionError, or whatever it was, for anything else."""
+    """Load the files; returns "loaded" or "refused" and raises for anything else."""
     for path in folder.iterdir():
         path.unlink()
     for name, data in contents.items():
         (folder / name).write_bytes(data)
     with Watched(folder), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what other people's files leave out
+        warnings.simplefilter("ignore")  # about what other formats leave out
         try:
             rule = lopt.load_rule(folder)
         except ValueError as error:
@@ -244,7 +244,7 @@ FORBIDDEN += ("socket", "ctypes.dlopen", "shutil", "os.remove", "os.rename", "os
 
 
 class Watched:
-    """Raises an AssertionError where what runs inside does more than read the two files; Python's audit hooks tell."""
+    """Raises an AssertionError if the code inside does more than read the rule's files, by Python's audit hooks."""
 
     folder: Path | None = None
     installed = False
@@ -273,7 +273,7 @@ class Watched:
 
 
 def run_random(cases: int, seed: int, folder: Path) -> Counter[str]:
-    """Cases drawn from (seed, number): any one can be had again alone."""
+    """Run cases drawn from (seed, number), so each can be repeated alone."""
     counts: Counter[str] = Counter()
     for number in range(cases):
         form, contents = case(random.Random(f"{seed} {number}"))
@@ -286,7 +286,7 @@ def run_random(cases: int, seed: int, folder: Path) -> Counter[str]:
 
 
 def run_atheris(cases: int, seed: int, folder: Path, counts: Counter[str]) -> None:
-    """Cases that libFuzzer makes, which seeks new branches in what reads the files; ends the process."""
+    """Run cases from libFuzzer, which looks for new branches in the code that reads the files; ends the process."""
     import atheris
 
     for place in (files, importers, importers._Tree, RuleConfig, *{kind.rule.Config for kind in REGISTRY.values()}):
@@ -296,7 +296,7 @@ def run_atheris(cases: int, seed: int, folder: Path, counts: Counter[str]) -> No
                 atheris.instrument_func(function)  # changes the function itself
 
     def mutate(data: bytes, max_size: int, seed: int) -> bytes:
-        """Changed bytes alone would rarely be JSON again."""
+        """Mutate the JSON values too: changed bytes alone would rarely be valid JSON."""
         rng = random.Random(seed)
         with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error):
             made = config_values(rng, data) if data[:1] == b"{" else header_values(rng, data)
@@ -339,7 +339,7 @@ STARTED: list[float] = []
 
 
 def report(counts: Counter[str], started: list[float]) -> None:
-    """Print what was counted, and end with status 1 if anything failed."""
+    """Print the counts, and exit with 1 if anything failed."""
     for name, count in sorted(counts.items()):
         print(f"{count:8d}  {name}")
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - started[0]) / 1024
@@ -361,7 +361,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, "rule")
         folder.mkdir()
-        for sound in (*SOUND.values(), {"theta.state": THETAS[0]}):  # what the first load imports does not count
+        for sound in (*SOUND.values(), {"theta.state": THETAS[0]}):  # imports of the first load do not count
             assert attempt(folder, sound) == "loaded"
         STARTED.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         counts: Counter[str] = Counter()

@@ -1,10 +1,11 @@
-"""torch alone: does AdamW's state come back from a full state dict, of a weight that two processes share unevenly?
+"""Does AdamW's state survive a full state dict when a weight is sharded unevenly? torch alone, without this package.
 
     python examples/soak/gathered_state.py
 
 torch before 2.13 gathers uneven shards of any dim but the first as a view of padded memory, and gloo sends memory as it
-lies (pytorch/pytorch#192920): the second process gets padding for numbers. LearnedOptimizer's checkpoints have no such
-views; by hand, call `.contiguous()` on what `get_optimizer_state_dict` gave. Exits with 1 where numbers are lost.
+lies (pytorch/pytorch#192920): the second process receives padding in place of numbers. LearnedOptimizer's checkpoints
+have no such views; in your own code, call `.contiguous()` on the result of `get_optimizer_state_dict`. Exits with 1 if
+numbers are lost.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def work(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     mesh, whole = init_device_mesh("cpu", (2,)), torch.arange(6.0).reshape(2, 3)
     module = nn.Linear(3, 2, bias=False)
-    module.weight = nn.Parameter(distribute_tensor(whole, mesh, [Shard(1)]))  # columns: two here, one there
+    module.weight = nn.Parameter(distribute_tensor(whole, mesh, [Shard(1)]))  # by columns: two and one
     module.weight.grad = distribute_tensor(whole, mesh, [Shard(1)])
     optimizer = torch.optim.AdamW(module.parameters())
     optimizer.step()

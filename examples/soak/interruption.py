@@ -1,10 +1,10 @@
-"""Kills training at random moments, resumes it from its last complete checkpoint, and compares the end to the bit.
+"""Kill training at random moments, resume it from its last complete checkpoint, and compare the results bit by bit.
 
     python examples/soak/interruption.py --kills 50
 
-Inner training (a module under LearnedOptimizer) and meta-training (MetaTrainer), by SIGTERM and by SIGKILL: so many
-kills each. Every step saves a checkpoint. Counted: files that are not whole, ends that differ from those of a run that
-nobody stopped.
+Inner training (a module under LearnedOptimizer) and meta-training (MetaTrainer) are each killed `--kills` times by
+SIGTERM and by SIGKILL. Every step saves a checkpoint. Counts incomplete files, and results that differ from those of an
+undisturbed run.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ STEPS = 60
 
 
 class Batches:
-    """A loader that knows where it was, so that a run can be resumed within its one epoch."""
+    """A loader that saves its position, so a run can be resumed within its single epoch."""
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -111,7 +111,7 @@ def meta(folder: Path, resume: Path | None) -> None:
 
 
 def start(run: Callable[[Path, Path | None], None], folder: Path, resume: Path | None) -> int:
-    """Run in a process of its own, which has everything imported already."""
+    """Fork a process that runs this; everything is imported already."""
     if child := os.fork():
         return child
     status, log = 1, os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -128,7 +128,7 @@ def start(run: Callable[[Path, Path | None], None], folder: Path, resume: Path |
 
 
 def newest(folder: Path) -> tuple[Path | None, int]:
-    """The last checkpoint that is whole, and how many files that bear a checkpoint's name are not."""
+    """The last complete checkpoint, and how many files with a checkpoint's name are incomplete."""
     paths = sorted(folder.glob("step=*.ckpt"), key=lambda path: int(path.stem.partition("=")[2]), reverse=True)
     halves, found = 0, None
     for path in [*folder.glob("last.ckpt"), *paths[:3]]:
@@ -137,12 +137,12 @@ def newest(folder: Path) -> tuple[Path | None, int]:
             found = path if found is None and path.stem != "last" else found
         except Exception as error:
             halves += 1
-            print(f"{path.name} is not whole: {error}", flush=True)
+            print(f"{path.name} is incomplete: {error}", flush=True)
     return found, halves
 
 
 def wait(child: int, seconds: float | None = None) -> bool:
-    """Whether a process ends by itself within so many seconds."""
+    """Wait for a process; returns whether it ended within so many seconds."""
     end = None if seconds is None else time.monotonic() + seconds
     while end is None or time.monotonic() < end:
         if os.waitpid(child, os.WNOHANG)[0]:
@@ -152,9 +152,9 @@ def wait(child: int, seconds: float | None = None) -> bool:
 
 
 def soak(name: str, run: Callable[[Path, Path | None], None], sign: signal.Signals, kills: int, seed: int) -> int:
-    """So many kills; returns the number of failures."""
+    """Kill runs so many times; returns the number of failures."""
     rng = random.Random(f"{seed} {name} {sign}")
-    counts = {"kills": 0, "runs to the end": 0, "resumed": 0, "from the start": 0, "files not whole": 0, "differ": 0}
+    counts = {"kills": 0, "completed runs": 0, "resumed": 0, "from the start": 0, "incomplete files": 0, "differ": 0}
     with tempfile.TemporaryDirectory() as scratch:
         undisturbed = Path(scratch, "undisturbed")
         undisturbed.mkdir()
@@ -162,7 +162,7 @@ def soak(name: str, run: Callable[[Path, Path | None], None], sign: signal.Signa
         wait(start(run, undisturbed, None))
         if not (undisturbed / "end.pt").exists():
             log = (undisturbed / "log.txt").read_text()
-            sys.exit(f"{name} does not even run undisturbed:\n{log[-2000:]}")
+            sys.exit(f"{name} fails even when it is not disturbed:\n{log[-2000:]}")
         duration = time.monotonic() - begun
         expected = torch.load(undisturbed / "end.pt", weights_only=True)
         number = 0
@@ -172,7 +172,7 @@ def soak(name: str, run: Callable[[Path, Path | None], None], sign: signal.Signa
             number += 1
             while not (folder / "end.pt").exists():
                 resume, halves = newest(folder)
-                counts["files not whole"] += halves
+                counts["incomplete files"] += halves
                 counts["from the start" if resume is None else "resumed"] += 1
                 child = start(run, folder, resume)
                 if counts["kills"] == kills:
@@ -183,15 +183,15 @@ def soak(name: str, run: Callable[[Path, Path | None], None], sign: signal.Signa
                     counts["kills"] += 1
             end = torch.load(folder / "end.pt", weights_only=True)
             same = len(end) == len(expected) and all(map(torch.equal, end, expected))
-            counts["runs to the end"] += 1
+            counts["completed runs"] += 1
             counts["differ"] += not same
     print(f"{name}, {sign.name}: " + ", ".join(f"{count} {what}" for what, count in counts.items()), flush=True)
-    return counts["files not whole"] + counts["differ"]
+    return counts["incomplete files"] + counts["differ"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50, help="of each kind")
+    parser.add_argument("--kills", type=int, default=50, help="kills of each kind")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,10 +1,10 @@
-"""Trains every rule on shared parameters, resumes it on other numbers of processes, and compares with one process.
+"""Train every rule on sharded parameters, resume it on other numbers of processes, and compare with one process.
 
     python examples/soak/sharded.py
 
-DDP on 4 processes; FSDP2 on 2 and on 4, where some have no part of the smaller tensors; replicas of shards on 2 x 2.
-What two have saved goes on on 1, 2, 4 and 2 x 2. Failures: ranks that differ by a bit, an end further than 1e-5 from
-that of one process, and a resumed run on two processes whose end is not that of the undisturbed one to the bit.
+DDP on 4 processes; FSDP2 on 2 and on 4, where some hold nothing of the smaller tensors; replicas of shards on 2 x 2.
+Checkpoints of two processes are resumed on 1, 2, 4 and 2 x 2. Failures: ranks that differ by a bit, a result further
+than 1e-5 from that of one process, and a resumed run on two processes that is not bit-equal to the undisturbed one.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ RULES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("multiscale_adam", {"mixer": "rnn2"}),
     ("multiscale_adam", {"mixer": "gru"}),
 )
-# name -> processes, and the run of which it takes the checkpoint
+# name -> processes, and the run whose checkpoint it resumes
 RUNS: dict[str, tuple[int, str | None]] = {
     "one": (1, None),
     "DDP 4": (4, None),
@@ -67,7 +67,7 @@ RUNS: dict[str, tuple[int, str | None]] = {
 
 
 class Module(L.LightningModule):
-    """Its loader gives each process its part of the batches of eight that one process would see."""
+    """Splits the batches of eight that one process would see among the processes."""
 
     def __init__(self, mesh: tuple[int, ...] | None) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class Module(L.LightningModule):
 
 
 class End(Callback):
-    """Writes what each process ended with."""
+    """Saves the final weights and state of each process."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -145,7 +145,7 @@ def fit(number: int, name: str, folder: Path, checkpoint: Path | None) -> None:
 
 
 def run(number: int, name: str, folder: Path, checkpoint: Path | None) -> list[list[Tensor]] | None:
-    """What each process ended with; None if one of them failed."""
+    """Train on several processes; returns the final weights and state of each, None if one failed."""
     folder.mkdir()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -185,7 +185,7 @@ def distance(first: list[Tensor], second: list[Tensor]) -> float:
 
 
 def soak(number: int, scratch: Path) -> int:
-    """All runs of a rule; returns the number of failures."""
+    """Do all runs of a rule; returns the number of failures."""
     ends: dict[str, list[list[Tensor]] | None] = {}
     words, failures = [], 0
     for name, (_, before) in RUNS.items():
@@ -207,7 +207,7 @@ def soak(number: int, scratch: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rules", type=int, nargs="+", default=range(len(RULES)), help="numbers in the list RULES")
+    parser.add_argument("--rules", type=int, nargs="+", default=range(len(RULES)), help="indices into RULES")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

@@ -1,24 +1,46 @@
 """The papers' results as claims that measure themselves: `lopt reproduce`.
 
-A module of this package that has a `CLAIMS` tuple adds its claims to the registry; nothing else has to be touched.
+A module of this package with a `CLAIMS` tuple adds its claims to the registry. Claims of your own live in a Python file
+anywhere: `lopt reproduce my_claims.py` measures those in its `CLAIMS`.
+
+Example:
+    >>> import torch
+    >>> def measure(experiment):
+    ...     dims = experiment.pick(full=1000, quick=100)
+    ...     norms = []
+    ...     for seed in experiment.seeds:
+    ...         experiment.progress("norms", seed, len(experiment.seeds))
+    ...         norms.append(float(torch.randn(dims, generator=torch.Generator().manual_seed(seed)).norm()))
+    ...     return Measurement({"norm": norms, "bound": [2.0 * dims**0.5]})
+    >>> claim = Claim(
+    ...     id="gaussian-norm",
+    ...     source="A textbook",
+    ...     statement="The norm of a Gaussian vector is about the square root of its dimension.",
+    ...     setup="1,000 dimensions; quick: 100.",
+    ...     measure=measure,
+    ...     checks=(below("norm", "bound"), below("bound", "norm", factor=4)),
+    ...     minutes=0.01,
+    ...     quick_minutes=0.01,
+    ... )
+    >>> measurement = claim.measure(Experiment(seeds=2, quick=True))
+    >>> verdict([check(measurement.numbers) for check in claim.checks])
+    'reproduced'
 """
 
-from lightning_lopt.claims.base import Check, Claim, Measured, at_least, at_most, below, near, verdict
-from lightning_lopt.claims.lab import Lab, load_weights, weights
+from lightning_lopt.claims.claim import Check, Claim, Measurement, at_least, at_most, below, near, verdict
+from lightning_lopt.claims.experiment import Experiment
 from lightning_lopt.claims.registry import find, find_all
 
 __all__ = [
     "Check",
     "Claim",
-    "Lab",
-    "Measured",
+    "Experiment",
+    "Measurement",
     "at_least",
     "at_most",
     "below",
     "find",
     "find_all",
-    "load_weights",
     "near",
     "verdict",
-    "weights",
 ]

@@ -1,6 +1,6 @@
-"""The evidence for the LSTM rules: L2O-DMD's Table 1, and long runs.
+"""The LSTM rules: Table 1 of the L2O-DMD paper, and long runs.
 
-Weights are those that this package ships. Losses are training losses before each update, at most twice the first.
+Rules have the bundled weights. Losses are training losses before each update, clamped to twice the first.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lopt.claims.base import Check, Claim, Measured, at_most, below
-from lightning_lopt.claims.lab import Lab
-from lightning_lopt.evaluation.baselines import Adam, BaselineConfig, HandDesigned
-from lightning_lopt.evaluation.compare import Progress, fingerprint
+from lightning_lopt.claims.claim import Check, Claim, Measurement, at_most, below
+from lightning_lopt.claims.experiment import Experiment
+from lightning_lopt.evaluation.baselines import Adam, BaselineConfig
+from lightning_lopt.evaluation.compare import fingerprint
 from lightning_lopt.hub import load_rule
 from lightning_lopt.optimizer import RuleOptimizer
 from lightning_lopt.rules import UpdateRule, make
@@ -43,29 +43,37 @@ PUBLISHED = {  # L2O, L2O-DMD and Adam 0.01: means
     "FashionMNIST-1L": (1.69, 0.44, 0.47),
     "CIFAR10-1L": (2.2, 2.01, 2.02),
 }
-LEARNED = ("lstm", "lstm-dmd", "lstm-dmd-robust")  # the last is told the run's length
+LEARNED = ("lstm", "lstm-dmd", "lstm-dmd-robust")  # the last one uses the run's length
 DATA = ("mnist", "fashion_mnist", "cifar10")
 RATES = [10 ** (-2 + i / 4) for i in range(-5, 4)]  # 5.6e-4 to 5.6e-2, with 1e-2
-STEPS, QUICK_STEPS, LAST = 300, 30, 10
+STEPS = 300
+QUICK_STEPS = 30
+LAST = 10
 ROBUST = "lstm-dmd-robust"
-ALONE, UNTOLD = "its nominal term alone", f"{ROBUST}, not told the length"
+ALONE = "its nominal term alone"
+UNTOLD = f"{ROBUST}, not told the length"
 COSINE = "tuned Adam with a cosine"
 WORST = "highest mean loss of a later 1 % / first loss"
-Setting = Mapping[str, Tensor]
-Optimizers = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
+MakeOptimizer = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 
 
-def descend(task: Task, steps: int, seed: int, make_optimizer: Optimizers, report: Progress | None = None) -> Tensor:
-    """(steps,) float64 training losses before each update, at most twice the first, of an optimizer as users have it.
+def train(
+    task: Task, steps: int, seed: int, make_optimizer: MakeOptimizer, report: Callable[[int], None] | None = None
+) -> Tensor:
+    """Train a task with a torch optimizer, as users do.
 
     Args:
-        task: whose start and batches follow from `seed` alone.
-        steps: of the run.
-        seed: of the run.
-        make_optimizer: from a list of parameters.
-        report: told now and then of the steps that are done.
+        task: the task; its starting point and batches depend on `seed` alone.
+        steps: length of the run.
+        seed: seed of the run.
+        make_optimizer: makes the optimizer from a list of parameters.
+        report: called with the number of steps done, every 20 steps.
+
+    Returns:
+        Training losses before each update, at most twice the first one: (steps,) float64.
     """
-    generator, rows = torch.Generator().manual_seed(seed), []
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
     start = task.init(generator)
     params = {name: torch.nn.Parameter(value) for name, value in start.params.items()}
     optimizer = make_optimizer(list(params.values()))
@@ -77,92 +85,82 @@ def descend(task: Task, steps: int, seed: int, make_optimizer: Optimizers, repor
         optimizer.step(loss=loss) if isinstance(optimizer, RuleOptimizer) else optimizer.step()
         rows.append(loss.detach().double())
         if report is not None and step % 20 == 0:
-            report("", step, steps)
+            report(step)
     found = torch.stack(rows)
     return torch.nan_to_num(found, nan=math.inf).clamp(max=2 * float(found[0]))
 
 
-def last_losses(lab: Lab, label: str, task: str, optimizers: Mapping[str, Optimizers]) -> list[list[float]]:
-    """For each optimizer, the mean over the last 10 losses of each seed; run by run kept.
+def last_losses(
+    experiment: Experiment, label: str, task: str, optimizers: Mapping[str, MakeOptimizer]
+) -> list[list[float]]:
+    """The mean over the last 10 losses, for each optimizer and seed.
 
     Args:
-        lab: keeps them.
+        experiment: caches the result of each run.
         label: for the progress report.
-        task: its name.
-        optimizers: by what tells one from all others.
+        task: name of the task.
+        optimizers: by names that identify them in the cache.
     """
-    steps = lab.pick(STEPS, QUICK_STEPS)
+    steps = experiment.pick(STEPS, QUICK_STEPS)
     found: list[list[float]] = []
     for name, make_optimizer in optimizers.items():
         found.append([])
-        for seed in lab.seeds:
+        for seed in experiment.seeds:
 
-            def compute(make_optimizer: Optimizers = make_optimizer, seed: int = seed) -> dict[str, Any]:
-                return {"last": float(descend(make_task(task), steps, seed, make_optimizer)[-LAST:].mean())}
+            def compute(make_optimizer: MakeOptimizer = make_optimizer, seed: int = seed) -> dict[str, Any]:
+                return {"last": float(train(make_task(task), steps, seed, make_optimizer)[-LAST:].mean())}
 
-            lab.progress(f"{label} on {task}", seed, len(lab.seeds))
+            experiment.progress(f"{label} on {task}", seed, len(experiment.seeds))
             key = {"optimizer": name, "task": task, "steps": steps, "seed": seed}
-            found[-1].append(lab.piece("last losses", key, compute)["last"])
+            found[-1].append(experiment.cached("last losses", key, compute)["last"])
     return found
 
 
-def learned(rule: UpdateRule, num_steps: int | None = None, **key: Any) -> dict[str, Optimizers]:
-    """A rule that may be told the run's length, for `last_losses`; `key` is what else tells it apart."""
+def with_rule(rule: UpdateRule, num_steps: int | None = None, **key: Any) -> dict[str, MakeOptimizer]:
+    """`RuleOptimizer` with a rule, for `last_losses`; `key` is what else identifies the rule."""
     key |= {} if num_steps is None else {"num_steps": num_steps}
     return {f"{fingerprint(rule)} {key}": lambda params: RuleOptimizer(params, rule, num_steps=num_steps)}
 
 
-def adams() -> dict[str, Optimizers]:
-    """Adam of torch at all rates, for `last_losses`."""
+def torch_adams() -> dict[str, MakeOptimizer]:
+    """Torch's Adam at all learning rates, for `last_losses`."""
     return {f"Adam {rate:.3g}": partial(torch.optim.Adam, lr=rate) for rate in RATES}
 
 
-def annealed(num_steps: int) -> dict[str, Optimizers]:
-    """Adam at all rates, each going to zero as a cosine, for `last_losses`."""
+def cosine_adams(num_steps: int) -> dict[str, MakeOptimizer]:
+    """Adam at all learning rates, each with a cosine down to zero, for `last_losses`."""
     rules = {f"Adam {rate:.3g}, cosine": Adam(BaselineConfig(schedule="cosine"), lr=rate) for rate in RATES}
     return {name: partial(RuleOptimizer, rule=rule, num_steps=num_steps) for name, rule in rules.items()}
 
 
-def rates_of(rule: HandDesigned, rates: Sequence[float]) -> list[Setting]:
-    """The rule's hyper-parameters at several learning rates."""
-    return [{**rule.meta_params(), "lr": torch.tensor(rate, dtype=torch.float64)} for rate in rates]
-
-
-def best(rows: Sequence[Sequence[float]]) -> int:
-    """The row with the lowest mean."""
+def best_row(rows: Sequence[Sequence[float]]) -> int:
+    """The index of the row with the lowest mean."""
     return min(range(len(rows)), key=lambda i: statistics.fmean(rows[i]))
 
 
 # --- Table 1 ---
 
 
-def _table(lab: Lab) -> Measured:
+def _table(experiment: Experiment) -> Measurement:
     numbers: dict[str, list[float]] = {}
-    steps, robust = lab.pick(STEPS, QUICK_STEPS), load_rule(ROBUST)
-    rules = {name: learned(load_rule(name)) for name in LEARNED[:2]}
-    rules |= {ROBUST: learned(robust, steps), UNTOLD: learned(robust), ALONE: learned(nominal_alone(), steps)}
+    steps = experiment.pick(STEPS, QUICK_STEPS)
+    robust = load_rule(ROBUST)
+    rules = {name: with_rule(load_rule(name)) for name in LEARNED[:2]}
+    rules |= {ROBUST: with_rule(robust, steps), UNTOLD: with_rule(robust), ALONE: with_rule(nominal_alone(), steps)}
     for label, task in TASKS.items():
         for name, optimizers in rules.items():
-            (numbers[f"{label}: {name}"],) = last_losses(lab, name, task, optimizers)
-        rows = last_losses(lab, COSINE, task, annealed(steps))
-        numbers[f"{label}: {COSINE}"] = rows[best(rows)]
-        rows = last_losses(lab, "Adam", task, adams())
+            (numbers[f"{label}: {name}"],) = last_losses(experiment, name, task, optimizers)
+        rows = last_losses(experiment, COSINE, task, cosine_adams(steps))
+        numbers[f"{label}: {COSINE}"] = rows[best_row(rows)]
+        rows = last_losses(experiment, "Adam", task, torch_adams())
         numbers[f"{label}: Adam 0.01"] = rows[RATES.index(1e-2)]
-        numbers[f"{label}: tuned Adam"] = rows[best(rows)]
-        numbers[f"{label}: lr of tuned Adam"] = [RATES[best(rows)]]
-    return Measured(numbers, {"table": {name: summary(row) for name, row in numbers.items()}})
-
-
-def summary(values: Sequence[float]) -> dict[str, float]:
-    """Mean, standard deviation, median and interquartile range."""
-    if len(values) < 2:
-        return {"mean": values[0], "std": 0.0, "median": values[0], "iqr": 0.0}
-    quarters = statistics.quantiles(values, n=4, method="inclusive")
-    spread = {"std": statistics.stdev(values), "iqr": quarters[2] - quarters[0]}
-    return {"mean": statistics.fmean(values), "median": quarters[1], **spread}
+        numbers[f"{label}: tuned Adam"] = rows[best_row(rows)]
+        numbers[f"{label}: lr of tuned Adam"] = [RATES[best_row(rows)]]
+    return Measurement(numbers)
 
 
 def _wins(low: str, high: str, least: int, average: Callable[[list[float]], float] = statistics.median) -> Check:
+    """`low` is below `high` on at least so many tasks."""
     names = [f"{label}: {name}" for label in TASKS for name in (low, high)]
 
     def holds(*rows: list[float]) -> bool:
@@ -174,11 +172,11 @@ def _wins(low: str, high: str, least: int, average: Callable[[list[float]], floa
 
 
 def nominal_alone() -> UpdateRule:
-    """What lstm-dmd-robust begins as: its nominal term and scheduler, without its network."""
+    """lstm-dmd-robust without its network: its nominal term and its scheduler."""
     robust = load_rule(ROBUST)
     kept = {name: robust.config.to_dict()[name] for name in ("nominal_stepsize", "scheduler", "eps")}
     rule = make("lstm", hidden_size=1, num_layers=1, out_scale=0.0, **kept)
-    # The network's weights do nothing, but are part of the key by which pieces are found again.
+    # The network's weights act on nothing, but the fingerprint in cache keys covers them: make them reproducible.
     zeros = {name: torch.zeros_like(value) for name, value in rule.state_dict().items()}
     rule.load_state_dict({**zeros, **{name: robust.state_dict()[name] for name in SCHEDULE if name in zeros}})
     return rule
@@ -187,37 +185,36 @@ def nominal_alone() -> UpdateRule:
 # --- Long runs ---
 
 
-def _long(lab: Lab) -> Measured:
-    steps, numbers, curves = lab.pick(10_000, 100), {}, {}
+def _long(experiment: Experiment) -> Measurement:
+    steps = experiment.pick(10_000, 100)
     rule = load_rule(ROBUST)
+    numbers = {}
+    curves = {}
     for label, name in TASKS.items():
 
-        def report(_: str, done: int, total: int, label: str = label) -> None:
-            lab.progress(label, done, total)
+        def compute(label: str = label, name: str = name) -> dict[str, Any]:
+            make_optimizer = partial(RuleOptimizer, rule=rule, num_steps=steps)
+            losses = train(make_task(name), steps, 0, make_optimizer, experiment.reporter(label, steps))
+            return {"first": float(losses[0]), "intervals": [float(row.mean()) for row in losses.tensor_split(100)]}
 
-        def compute(name: str = name, report: Progress = report) -> dict[str, Any]:
-            told = partial(RuleOptimizer, rule=rule, num_steps=steps)
-            found = descend(make_task(name), steps, 0, told, report)
-            return {"first": float(found[0]), "stretches": [float(row.mean()) for row in found.tensor_split(100)]}
-
-        key = {"rule": fingerprint(rule), "task": name, "steps": steps, "told": True}
-        found = lab.piece("long run", key, compute)
-        numbers[f"{label}: {WORST}"] = [max(found["stretches"][1:]) / found["first"]]
-        numbers[f"{label}: last loss"] = found["stretches"][-1:]
-        curves[label] = found["stretches"]
-    return Measured(numbers, {"stretches": curves})
+        key = {"rule": fingerprint(rule), "task": name, "steps": steps, "knows length": True}
+        found = experiment.cached("long run", key, compute)
+        numbers[f"{label}: {WORST}"] = [max(found["intervals"][1:]) / found["first"]]
+        numbers[f"{label}: last loss"] = found["intervals"][-1:]
+        curves[label] = found["intervals"]
+    return Measurement(numbers, {"intervals": curves})
 
 
 CLAIMS = (
     Claim(
         id="dmd-table1",
         source=f"{DMD}, Table 1",
-        statement="L2O-DMD(1, 100), meta-trained on a small MNIST net, ends far below the plain LSTM on all of six "
-        "tasks, and at or below Adam 0.01 on four of them.",
-        setup="The bundled lstm and lstm-dmd, of 100 runs of meta-training in place of 1,000, lstm-dmd with m = 20: at "
-        "the paper's m = 100 all eigenvalues of meta-training are 0. lstm-dmd-robust is this package's own, and "
-        "is told the run's length. Mean of the last 10 of 300 losses; 5 runs in place of 30. Adam's rate is tuned on "
-        "the very runs, in quarter-decades, and once more where it falls as a cosine.",
+        statement="L2O-DMD(1, 100), meta-trained on a small MNIST net, ends far below the plain LSTM on all six tasks, "
+        "and at or below Adam 0.01 on four of them.",
+        setup="The bundled lstm and lstm-dmd, meta-trained on 100 runs instead of 1,000, lstm-dmd with m = 20: at the "
+        "paper's m = 100 all eigenvalues are 0 in meta-training. lstm-dmd-robust is this package's own rule and knows "
+        "the run's length. Mean of the last 10 of 300 losses; 5 runs instead of 30. Adam's learning rate is tuned on "
+        "the same runs in quarter-decades, both constant and with a cosine.",
         measure=_table,
         checks=(
             *(
@@ -242,8 +239,8 @@ CLAIMS = (
         id="dmd-long",
         source="this package's own rule, stabilized as in Harrison et al. 2022 (STAR, arXiv 2209.11208)",
         statement="lstm-dmd-robust does not diverge in 10,000 steps on any of L2O-DMD's six tasks.",
-        setup="One run each, of a rule whose network was meta-trained on runs of 80 steps and that is told the length. "
-        "Losses are means over stretches of 1 % of the run, from the second on.",
+        setup="One run each, of a rule whose network was meta-trained on runs of 80 steps and that knows the length. "
+        "Losses are means over intervals of 1 % of the run, from the second interval on.",
         measure=_long,
         checks=tuple(at_most(f"{label}: {WORST}", 1.0) for label in TASKS),
         minutes=13,

@@ -1,6 +1,6 @@
-"""What the eigenvalues of L2O-DMD are worth to its LSTM: taken away, replaced, of other ranks and windows, the paper's.
+"""What the eigenvalues contribute to L2O-DMD: ablations, other ranks and windows, and the paper's own window.
 
-Losses are training losses before each update, at most twice the first.
+Losses are training losses before each update, clamped to twice the first.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lopt.claims.base import Claim, Measured, at_least, at_most, below
-from lightning_lopt.claims.lab import Lab
-from lightning_lopt.claims.lstm import DMD, LEARNED, QUICK_STEPS, STEPS, last_losses, learned
-from lightning_lopt.claims.together import fresh, train_together
+from lightning_lopt.claims.claim import Claim, Measurement, at_least, at_most, below
+from lightning_lopt.claims.experiment import Experiment
+from lightning_lopt.claims.lstm import DMD, LEARNED, QUICK_STEPS, STEPS, last_losses, with_rule
+from lightning_lopt.claims.multi_seed import initial_weights, meta_train_seeds
 from lightning_lopt.evaluation.runs import run
 from lightning_lopt.hub import load_rule
 from lightning_lopt.meta.estimators import TruncatedBackprop
@@ -33,12 +33,12 @@ FEATURES: dict[str, Callable[[Tensor, StepContext], Tensor]] = {
 SMALL = {"image_size": 8, "hidden": (8,)}
 
 
-class Altered(LSTMRule):
-    """An LSTM that is shown something else in place of its eigenvalues.
+class ReplacedEigenvalue(LSTMRule):
+    """An LSTM with another input in place of the leading eigenvalue.
 
     Args:
-        rule: whose configuration and weights it has.
-        feature: one of `FEATURES`.
+        rule: gives the configuration and weights.
+        feature: the input, one of `FEATURES`.
     """
 
     def __init__(self, rule: LSTMRule, feature: str) -> None:
@@ -56,49 +56,57 @@ class Altered(LSTMRule):
         *,
         in_place: bool = False,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """The feature, and the windows as ever."""
+        """The replacement, and the rule's snapshot windows."""
         shared, pushed = super().shared_context(meta_params, grads, states, params, context, in_place=in_place)
         return FEATURES[self.feature](shared, context), pushed
 
 
-def _ablation(lab: Lab) -> Measured:
-    """Shipped weights that are shown something else; and LSTMs that were meta-trained on something else."""
+def _ablation(experiment: Experiment) -> Measurement:
+    """Replace the eigenvalue of the bundled rules, and of LSTMs that are meta-trained with the replacement."""
     numbers: dict[str, list[float]] = {}
     for name in LEARNED[1:]:
-        shipped = load_rule(name)
-        assert isinstance(shipped, LSTMRule)
+        bundled = load_rule(name)
+        assert isinstance(bundled, LSTMRule)
         for feature in FEATURES:
-            rule, label = Altered(shipped, feature), f"{name}, shown {feature}"
-            optimizers = learned(rule, lab.pick(STEPS, QUICK_STEPS), feature=feature)
-            (numbers[label],) = last_losses(lab, label, "mnist-l2l-batch16", optimizers)
+            label = f"{name}, shown {feature}"
+            rule = ReplacedEigenvalue(bundled, feature)
+            optimizers = with_rule(rule, experiment.pick(STEPS, QUICK_STEPS), feature=feature)
+            (numbers[label],) = last_losses(experiment, label, "mnist-l2l-batch16", optimizers)
     for feature in FEATURES:
         fresh = make("lstm_dmd", num_snapshots=10, loss_scale=1.0)
         assert isinstance(fresh, LSTMRule)
-        found = _retrained(lab, Altered(fresh, feature), feature)
+        found = _retrained(experiment, ReplacedEigenvalue(fresh, feature), feature)
         numbers |= {f"meta-trained on {feature}{where}": row for where, row in found.items()}
-    return Measured(numbers)
+    return Measurement(numbers)
 
 
-def _retrained(lab: Lab, rule: LSTMRule, label: str) -> dict[str, list[float]]:
-    """Mean last losses of LSTMs of several meta-seeds, meta-trained in short: on their own task and at batch 16."""
-    # The label is in the task's name, since pieces are told apart by it.
+def _retrained(experiment: Experiment, rule: LSTMRule, label: str) -> dict[str, list[float]]:
+    """Last losses of LSTMs after a short meta-training, for each meta-seed: on their own task and at batch size 16."""
+    # Cache keys contain the task's name, so put the label there.
     task = make_task("mnist-l2l", **SMALL)
     task = dataclasses.replace(task, name=f"{task.name}, {label}")
-    options: dict[str, Any] = {"num_steps": lab.pick(120, 3), "lr": 3e-3, "objective": "log", "schedule": "cosine"}
-    estimator = TruncatedBackprop(1, 20, Horizon(100))
-    (kept,) = train_together(lab, label, rule, task, estimator, normalize="clip", **options)
+    options: dict[str, Any] = {
+        "num_steps": experiment.pick(120, 3),
+        "lr": 3e-3,
+        "objective": "log",
+        "schedule": "cosine",
+    }
+    estimator = TruncatedBackprop(num_runs=1, truncation=20, horizon=Horizon(100))
+    (kept,) = meta_train_seeds(experiment, label, rule, task, estimator, normalize="clip", **options)
     key: dict[str, Any] = {"config": rule.config.to_dict(), "label": label, "options": repr(options)}
-    key |= {"seeds": list(lab.seeds), "runs": lab.pick(8, 2)}
+    key |= {"seeds": list(experiment.seeds), "runs": experiment.pick(8, 2)}
 
     def compute() -> dict[str, Any]:
-        steps, found = lab.pick(STEPS, QUICK_STEPS), {}
+        steps = experiment.pick(STEPS, QUICK_STEPS)
+        found = {}
         for where, name in (("", "mnist-l2l"), (", batch 16", "mnist-l2l-batch16")):
-            lab.progress(f"{label}{where}", 0, 1)
-            runs = run(rule, kept, make_task(name, **SMALL), steps=steps, seeds=lab.pick(8, 2))
+            report = experiment.reporter(f"{label}{where}", steps)
+            seeds = experiment.pick(8, 2)
+            runs = run(rule, kept, make_task(name, **SMALL), steps=steps, seeds=seeds, on_step=report)
             found[where] = [each.average("final") for each in runs]
         return found
 
-    return lab.piece("retrained", key, compute)
+    return experiment.cached("retrained", key, compute)
 
 
 # --- Rank and window ---
@@ -106,49 +114,53 @@ def _retrained(lab: Lab, rule: LSTMRule, label: str) -> dict[str, list[float]]:
 WINDOWS = [(1, 5), (1, 20), (3, 5), (3, 20)]
 
 
-def _windows(lab: Lab) -> Measured:
-    """(R, m), each with LSTMs of its own."""
+def _windows(experiment: Experiment) -> Measurement:
+    """Meta-train LSTMs for each rank R and window m."""
     numbers: dict[str, list[float]] = {}
     for rank, num_snapshots in WINDOWS:
         rule = make("lstm_dmd", rank=rank, num_snapshots=num_snapshots, loss_scale=1.0)
         assert isinstance(rule, LSTMRule)
         label = f"R = {rank}, m = {num_snapshots}"
-        numbers |= {f"{label}{where}": row for where, row in _retrained(lab, rule, label).items()}
-    return Measured(numbers)
+        numbers |= {f"{label}{where}": row for where, row in _retrained(experiment, rule, label).items()}
+    return Measurement(numbers)
 
 
-# --- The paper's window, to the letter ---
+# --- The paper's own window ---
 
 
-def _literal(lab: Lab) -> Measured:
-    """What meta-training on runs of 100 steps does to the weights by which the network reads the eigenvalue."""
+def _literal(experiment: Experiment) -> Measurement:
+    """How much meta-training on runs of 100 steps changes the network's input weights for the eigenvalue."""
     numbers: dict[str, list[float]] = {}
-    task, estimator = make_task("mnist-dmd", **SMALL), TruncatedBackprop(1, 20, Horizon(100), stagger=False)
+    task = make_task("mnist-dmd", **SMALL)
+    estimator = TruncatedBackprop(num_runs=1, truncation=20, horizon=Horizon(100), stagger=False)
     for num_snapshots in (100, 20):
-        rule, label = make("lstm_dmd", num_snapshots=num_snapshots, loss_scale=1.0), f", m = {num_snapshots}"
+        label = f", m = {num_snapshots}"
+        rule = make("lstm_dmd", num_snapshots=num_snapshots, loss_scale=1.0)
         assert isinstance(rule, LSTMRule)
-        options: dict[str, Any] = {"num_steps": lab.pick(25, 5), "lr": 3e-3, "normalize": "clip"}
-        (kept,) = train_together(lab, label[2:], rule, task, estimator, **options)
-        moved = (row["w_input0"] - start for row, start in zip(kept, fresh(rule, lab.seeds)["w_input0"], strict=True))
-        of_gradient, of_eigenvalue = zip(*((float(m[:2].norm()), float(m[2:].norm())) for m in moved), strict=True)
-        numbers[f"{BY_GRADIENT}{label}"], numbers[f"{BY_EIGENVALUE}{label}"] = list(of_gradient), list(of_eigenvalue)
+        options: dict[str, Any] = {"num_steps": experiment.pick(25, 5), "lr": 3e-3, "normalize": "clip"}
+        (kept,) = meta_train_seeds(experiment, label[2:], rule, task, estimator, **options)
+        starts = initial_weights(rule, experiment.seeds)["w_input0"]
+        moved = [row["w_input0"] - start for row, start in zip(kept, starts, strict=True)]
+        numbers[f"{BY_GRADIENT}{label}"] = [float(change[:2].norm()) for change in moved]
+        numbers[f"{BY_EIGENVALUE}{label}"] = [float(change[2:].norm()) for change in moved]
         numbers[f"{FIRST}{label}"] = [_first_shown(rule)]
-    return Measured(numbers)
+    return Measurement(numbers)
 
 
 def _first_shown(rule: LSTMRule) -> float:
-    """The number of the first step, counted from 1, at which the rule sees an eigenvalue that is not 0."""
+    """The first step, counted from 1, at which the rule sees a nonzero eigenvalue; 1000 if there is none."""
     states: dict[str, Any] = {"x": rule.init_state(torch.zeros(3))}
     for step in range(1, 1000):
-        param, context = {"x": 0.9**step * torch.tensor([1.0, 2.0, 3.0])}, StepContext(torch.tensor(float(step)), ONE)
+        param = {"x": 0.9**step * torch.tensor([1.0, 2.0, 3.0])}
+        context = StepContext(torch.tensor(float(step)), torch.tensor(1.0))
         shared, states = rule.shared_context(rule.meta_params(), {}, states, param, context)
         if float(shared) != 0:
             return step
     return 1000
 
 
-ONE = torch.tensor(1.0)
-BY_GRADIENT, BY_EIGENVALUE = "change of the gradient's input weights", "change of the eigenvalue's input weights"
+BY_GRADIENT = "change of the gradient's input weights"
+BY_EIGENVALUE = "change of the eigenvalue's input weights"
 FIRST = "first step with an eigenvalue"
 
 CLAIMS = (
@@ -156,8 +168,8 @@ CLAIMS = (
         id="dmd-literal",
         source=f"{DMD}, section 5.1 and Table 1: (R, m) = (1, 100) and 100 inner steps",
         statement="Meta-training teaches the network what to do with the eigenvalue.",
-        setup="The paper's recipe to the letter but for its size: 5 runs of 100 steps, cut into 20, on 8 x 8 MNIST, a "
-        "number per meta-seed; eigenvalues are 0 until there are m + 1 snapshots. Beside it m = 20.",
+        setup="The paper's recipe except for its size: 5 runs of 100 steps, truncated to 20, on 8 x 8 MNIST, a number "
+        "per meta-seed; eigenvalues are 0 until there are m + 1 snapshots. For comparison, m = 20.",
         measure=_literal,
         checks=(
             at_least(f"{BY_EIGENVALUE}, m = 100", 1e-4),
@@ -172,11 +184,11 @@ CLAIMS = (
     ),
     Claim(
         id="dmd-eigenvalue",
-        source=f"{DMD}, section 5: that the eigenvalues are what helps",
+        source=f"{DMD}, section 5: the eigenvalues are what helps",
         statement="An LSTM that sees the leading eigenvalue does better than one that sees a constant or a clock.",
-        setup="Shipped weights on MNIST-Batch, shown something else than the eigenvalue; and LSTMs meta-trained for "
-        "120 steps of 20 on 8 x 8 MNIST, 8 hidden units, each on its own feature, a number per meta-seed: R = 1, "
-        "m = 10, raw snapshots with the loss. The step counter is t / 100.",
+        setup="Bundled weights on MNIST-Batch with the eigenvalue replaced; and LSTMs meta-trained with each "
+        "replacement for 120 steps of 20 on 8 x 8 MNIST, 8 hidden units, a number per meta-seed: R = 1, m = 10, raw "
+        "snapshots with the loss. The step counter is t / 100.",
         measure=_ablation,
         checks=tuple(
             below(f"{kind}eigenvalue", f"{kind}{feature}")

@@ -1,10 +1,10 @@
-"""What `lopt reproduce` leaves behind: a JSON file and a plot for each claim, tables and a page over all of them."""
+"""The files of `lopt reproduce`: a JSON file and a plot per claim, and tables and a page over all of them."""
 
 from __future__ import annotations
 
-import csv
 import json
 import math
+import shlex
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_lopt import __version__
-from lightning_lopt.claims.base import Check, Claim, Measured, verdict
+from lightning_lopt.claims.claim import Check, Claim, Measurement, verdict
 from lightning_lopt.evaluation.cache import decode, encode
+from lightning_lopt.evaluation.report import write_csv
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,21 +26,21 @@ PAGE = "report.md"
 
 
 def command(claim: Claim, *, quick: bool = False) -> str:
-    """The command that measures it."""
+    """The command that measures the claim."""
     data = "LIGHTNING_LOPT_DATA=<folder> " if claim.needs else ""
-    return f"{data}lopt reproduce {claim.id}{' --quick' if quick else ''} --out reproduction"
+    target = shlex.quote(claim.path or claim.id)
+    return f"{data}lopt reproduce {target}{' --quick' if quick else ''} --out reproduction"
 
 
-def record(claim: Claim, measured: Measured, *, quick: bool, seeds: int, seconds: float) -> Record:
-    """The claim, what was measured, and the verdict, as plain data."""
+def record(claim: Claim, measured: Measurement, *, quick: bool, seeds: int, seconds: float) -> Record:
+    """The claim, its measurement and its verdict, as plain data."""
     held = [check(measured.numbers) for check in claim.checks]
-    rows = zip(claim.checks, held, strict=True)
     return {
         **_about(claim, quick=quick),
         "verdict": verdict(held),
         "seeds": seeds,
         "cpu_minutes": seconds / 60,
-        "checks": [_check(check, holds, measured) for check, holds in rows],
+        "checks": [_check(check, holds, measured) for check, holds in zip(claim.checks, held, strict=True)],
         "numbers": measured.numbers,
         "data": measured.data,
         "versions": {"lightning_lopt": __version__, "torch": torch.__version__},
@@ -47,16 +48,16 @@ def record(claim: Claim, measured: Measured, *, quick: bool, seeds: int, seconds
 
 
 def not_run(claim: Claim, reason: str, *, quick: bool) -> Record:
-    """The record of a claim that could not be measured here."""
+    """The record of a claim that could not be measured on this machine."""
     return {**_about(claim, quick=quick), "verdict": NOT_RUN, "reason": reason, "checks": [], "numbers": {}}
 
 
 def _about(claim: Claim, *, quick: bool) -> Record:
-    said = {name: getattr(claim, name) for name in ("id", "source", "statement", "setup")}
-    return {**said, "command": command(claim, quick=quick), "scale": "quick" if quick else "full"}
+    about = {name: getattr(claim, name) for name in ("id", "source", "statement", "setup")}
+    return {**about, "command": command(claim, quick=quick), "scale": "quick" if quick else "full"}
 
 
-def _check(check: Check, holds: bool, measured: Measured) -> Record:
+def _check(check: Check, holds: bool, measured: Measurement) -> Record:
     values = {name: spread(measured.numbers[name]) for name in check.quantities}
     return {"text": check.text, "published": check.published, "measured": values, "holds": holds}
 
@@ -75,45 +76,40 @@ def spread(values: Sequence[float]) -> str:
     return f"{text}{span}, n={len(values)}"
 
 
-def write(found: Record, figure: Figure | None, directory: Path) -> None:
-    """Write `<id>.json` and `<id>.png`, and make the tables and the page anew from all records in the directory."""
+def write(row: Record, figure: Figure | None, directory: Path) -> None:
+    """Write `<id>.json` and `<id>.png`, then rewrite the tables and the page from all records in the directory."""
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"{found['id']}.json"
-    if found["verdict"] == NOT_RUN and path.exists():  # what was measured before is not to be lost
+    path = directory / f"{row['id']}.json"
+    if row["verdict"] == NOT_RUN and path.exists():  # keep an earlier measurement
         return
-    path.write_text(json.dumps(encode(found), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(encode(row), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     if figure is not None:
-        figure.savefig(directory / f"{found['id']}.png", dpi=130)
+        figure.savefig(directory / f"{row['id']}.png", dpi=130)
     _write_tables(directory, records(directory))
 
 
 def records(directory: Path) -> list[Record]:
-    """All records of a directory, by name."""
+    """All records of a directory, ordered by claim id."""
     paths = sorted(directory.glob("*.json"), key=lambda path: path.stem)
     contents = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     return [decode(content) for content in contents if "verdict" in content]
 
 
 def _write_tables(directory: Path, found: list[Record]) -> None:
-    claims = ["id", "source", "scale", "verdict", "checks_that_hold", "checks", "seeds", "cpu_minutes", "command"]
-    held = [[check["holds"] for check in row["checks"]] for row in found]
-    counts = [{"checks_that_hold": sum(some), "checks": len(some)} for some in held]
-    _write_csv(directory / "claims.csv", claims, [{**row, **count} for row, count in zip(found, counts, strict=True)])
+    columns = ["id", "source", "scale", "verdict", "checks_that_hold", "checks", "seeds", "cpu_minutes", "command"]
+    claims = [
+        {**row, "checks_that_hold": sum(check["holds"] for check in row["checks"]), "checks": len(row["checks"])}
+        for row in found
+    ]
+    write_csv(directory / "claims.csv", claims, columns)
     numbers = [
         {"id": row["id"], "scale": row["scale"], "quantity": name, "number": i, "value": f"{value:.6g}"}
         for row in found
         for name, values in row["numbers"].items()
         for i, value in enumerate(values)
     ]
-    _write_csv(directory / "numbers.csv", ["id", "scale", "quantity", "number", "value"], numbers)
+    write_csv(directory / "numbers.csv", numbers, ["id", "scale", "quantity", "number", "value"])
     (directory / PAGE).write_text(page(found, directory), encoding="utf-8")
-
-
-def _write_csv(path: Path, columns: list[str], rows: list[Record]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, columns, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def page(found: list[Record], directory: Path) -> str:
@@ -121,13 +117,10 @@ def page(found: list[Record], directory: Path) -> str:
     lines = ["# Reproduced claims", "", "| claim | source | verdict | seeds | minutes on one core |", "|" + "---|" * 5]
     for row in found:
         cost = f"{row['cpu_minutes']:.1f}" if "cpu_minutes" in row else ""
-        link, text = f"[{row['id']}](#{row['id']})", f"**{shown_verdict(row)}**"
-        lines.append(_row([link, row["source"], text, str(row.get("seeds", "")), cost]))
-    lines += [
-        "",
-        "A verdict is computed from numbers: reproduced if all checks of a claim hold, partly if some of them do.",
-    ]
-    lines += ["Numbers are medians with their range over seeds, tasks or repetitions; n says how many."]
+        link = f"[{row['id']}](#{row['id']})"
+        lines.append(_row([link, row["source"], f"**{shown_verdict(row)}**", str(row.get("seeds", "")), cost]))
+    lines += ["", "Verdicts are computed: reproduced if all checks of a claim hold, partly if some of them do."]
+    lines += ["Numbers are medians, with the range over n seeds, tasks or repetitions."]
     for row in found:
         lines += _section(row, directory)
     return "\n".join([*lines, ""])
@@ -148,7 +141,7 @@ def _section(row: Record, directory: Path) -> list[str]:
 
 
 def shown_verdict(row: Record) -> str:
-    """The verdict, marked where it is that of the quick scale."""
+    """The verdict, with a note if it is from the quick scale."""
     text: str = row["verdict"]
     return text + (", at the quick scale" if row["scale"] == "quick" and row["verdict"] != NOT_RUN else "")
 

@@ -1,24 +1,23 @@
-"""What Shahid's thesis says of rules that this package does not ship: figures 3.7, 3.9a, 4.7 and 4.12.
+"""Shahid's thesis on rules that are not bundled: figures 3.7, 3.9a, 4.7 and 4.12.
 
-Each claim meta-trains its own, from fresh weights and for much shorter than the thesis: what is compared are several
-rules that were trained alike.
+Each claim meta-trains its rules from fresh weights, for a much shorter time than the thesis, and compares rules that
+were trained alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
 from lightning_lopt.claims import multiscale
-from lightning_lopt.claims.annealed import Annealed
-from lightning_lopt.claims.base import Claim, Measured, at_least, below
-from lightning_lopt.claims.curves import SETTING, best_of, curves, data, draw, learned, means, with_options
+from lightning_lopt.claims.claim import Claim, Measurement, at_least, below
+from lightning_lopt.claims.experiment import Experiment
 from lightning_lopt.claims.history import EPOCH, RATE, THESIS
-from lightning_lopt.claims.lab import Lab
-from lightning_lopt.claims.training import trained
+from lightning_lopt.claims.learning_rate import WithLearningRate, at_rate
+from lightning_lopt.claims.loss_curves import Candidate, best_of, curves, draw, means, plot_data, with_options
+from lightning_lopt.claims.training import train_rule
 from lightning_lopt.meta.estimators import OneStep, TruncatedBackprop
 from lightning_lopt.meta.schedules import Horizon
 from lightning_lopt.rules import UpdateRule, make
@@ -27,48 +26,44 @@ from lightning_lopt.tasks import make as make_task
 # --- Figures 3.7 and 3.9a: histories of several lengths ---
 
 _ONE_STEP = OneStep(num_runs=4, horizon=Horizon(200, 2000), early=Horizon(50, 200), num_early=300)
-_SMALL = ("mnist-mlp", {"image_size": 8})
 TIMESTEPS = (5, 10, 100)
 ETAS = (1e-4, 1e-3, 1e-2, 5e-2)
-RANGES = ((6, 0.2), (10, 0.2), (6, 0.5), (10, 0.5))  # timescales, and the shortest; the longest is .99
+RANGES = ((6, 0.2), (10, 0.2), (6, 0.5), (10, 0.5))  # number of timescales and the shortest; the longest is .99
 
 
-def _history(lab: Lab, rule: UpdateRule, steps: int) -> UpdateRule:
-    name, options = _SMALL
-    arguments: dict[str, Any] = {"lr_factors": {}, "second_order": False, "lr": 1e-3}
+def _history(experiment: Experiment, rule: UpdateRule, steps: int) -> UpdateRule:
+    task = make_task("mnist-mlp", image_size=8)
+    options: dict[str, Any] = {"lr_factors": {}, "second_order": False, "lr": 1e-3}
     label = f"meta-train {rule.kind} k={rule.config.to_dict()['k']}"
-    return trained(lab, label, rule, [make_task(name, **options)], _ONE_STEP, lab.pick(steps, 5), **arguments)
+    return train_rule(experiment, label, rule, [task], _ONE_STEP, experiment.pick(steps, 5), **options)
 
 
-def _sizes(lab: Lab) -> Measured:
-    rules: dict[str, tuple[UpdateRule, SETTING]] = {}
+def _sizes(experiment: Experiment) -> Measurement:
+    rules: dict[str, Candidate] = {}
     for k in TIMESTEPS:
-        rule = _history(lab, make("k_timesteps", k=k, eta_min=1e-3), 1000)
+        rule = _history(experiment, make("k_timesteps", k=k, eta_min=1e-3), 1000)
         for eta in ETAS:
-            rules |= learned(f"k={k}, eta_min {eta:g}", with_options(rule, eta_min=eta))
-    found = curves(lab, rules, "mnist-mlp", lab.pick(EPOCH, 20))
+            rules[f"k={k}, eta_min {eta:g}"] = with_options(rule, eta_min=eta)
+    found = curves(experiment, rules, "mnist-mlp", experiment.pick(EPOCH, 20))
     numbers = means(found, "last loss", last=50)
+    best = []
     for k in TIMESTEPS:
-        numbers[f"best last loss of k={k}"] = numbers[best_of(_only(numbers, f"k={k},"))]
-    best = [best_of(_only(numbers, f"of k={k}, ")).removeprefix("last loss of ") for k in TIMESTEPS]
+        name = best_of(numbers, f"of k={k},")
+        numbers[f"best last loss of k={k}"] = numbers[name]
+        best.append(name.removeprefix("last loss of "))
     shown = {name: found[name] for name in found if name.endswith(" 0.0001") or name in best}
-    return Measured(numbers, data(shown))
+    return Measurement(numbers, plot_data(shown))
 
 
-def _ranges(lab: Lab) -> Measured:
-    rules: dict[str, tuple[UpdateRule, SETTING]] = {}
+def _ranges(experiment: Experiment) -> Measurement:
+    rules: dict[str, Candidate] = {}
     for k, low in RANGES:
         timescales = tuple(torch.linspace(low, 0.99, k, dtype=torch.float64).tolist())
-        rule = _history(lab, make("k_momentums", k=k, timescales=timescales, eta_min=1e-3), 2000)
-        annealed = Annealed(with_options(rule, eta_min=1e-2), "constant")
-        rates = {"lr": torch.tensor(RATE, dtype=torch.float64)}
-        rules[f"k={k} from {low:g}"] = annealed, {**annealed.meta_params(), **rates}
-    found = curves(lab, rules, "mnist-mlp", lab.pick(2 * EPOCH, 20))
-    return Measured(means(found, "last loss", last=50), data(found))
-
-
-def _only(numbers: Mapping[str, Sequence[float]], part: str) -> dict[str, Sequence[float]]:
-    return {name: row for name, row in numbers.items() if part in name}
+        rule = _history(experiment, make("k_momentums", k=k, timescales=timescales, eta_min=1e-3), 2000)
+        scaled = WithLearningRate(with_options(rule, eta_min=1e-2), "constant")
+        rules[f"k={k} from {low:g}"] = scaled, at_rate(scaled, RATE)
+    found = curves(experiment, rules, "mnist-mlp", experiment.pick(2 * EPOCH, 20))
+    return Measurement(means(found, "last loss", last=50), plot_data(found))
 
 
 # --- Figures 4.7 and 4.12: Multiscale Adam with one and with two hidden layers ---
@@ -78,30 +73,34 @@ def _unrolled(runs: int, truncation: int) -> TruncatedBackprop:
     return TruncatedBackprop(num_runs=runs, truncation=truncation, horizon=Horizon(100, 2000))
 
 
-def _heat(lab: Lab) -> Measured:
+def _heat(experiment: Experiment) -> Measurement:
     ranges = ((3.0, 10.0), (0.4, 2.0), (5e-3, 0.1))
     tasks = [make_task("mnist-mlp-rescaled", hidden=(8,), scale_range=scales) for scales in ranges]
     rule = make("multiscale_adam", mixer="rnn1")
     options: dict[str, Any] = {"lr_factors": {}, "lr": 1e-2, "normalize": True}
-    rule = trained(lab, "meta-train rnn1", rule, tasks, _unrolled(2, 20), lab.pick(60, 1), **options)
-    return multiscale.heat(lab, {"RNN-1": with_options(rule, eta=1.0)})
+    estimator = _unrolled(runs=2, truncation=20)
+    rule = train_rule(experiment, "meta-train rnn1", rule, tasks, estimator, experiment.pick(60, 1), **options)
+    return multiscale.heat_map(experiment, {"RNN-1": with_options(rule, eta=1.0)})
 
 
-def _cifar(lab: Lab) -> Measured:
-    task, rules = make_task("cifar-convnet-1", channels=(8, 8), hidden=(24, 12)), {}
+def _cifar(experiment: Experiment) -> Measurement:
+    task = make_task("cifar-convnet-1", channels=(8, 8), hidden=(24, 12))
+    num_steps = experiment.pick(60, 1)
+    rules = {}
     for layers in (1, 2):
         rule = make("multiscale_adam", mixer=f"rnn{layers}", eta=5e-4)
         options: dict[str, Any] = {"lr_factors": {}, "lr": 1e-2}
-        rule = trained(lab, f"meta-train rnn{layers}", rule, [task], _unrolled(1, 10), lab.pick(60, 1), **options)
+        estimator = _unrolled(runs=1, truncation=10)
+        rule = train_rule(experiment, f"meta-train rnn{layers}", rule, [task], estimator, num_steps, **options)
         rules[f"RNN-{layers}"] = with_options(rule, eta=1.0)
-    return multiscale.transfer(lab, rules, "cifar-convnet-1", "0.0005")
+    return multiscale.transfer(experiment, rules, "cifar-convnet-1", "0.0005")
 
 
 CLAIMS = (
     Claim(
         id="history-sizes",
         source=f"{THESIS}, figure 3.7",
-        statement="Of k Timesteps the longest history is the worst with eta_min 1e-4, and the best once that is tuned.",
+        statement="The longest history of k Timesteps is the worst at eta_min 1e-4, and the best with eta_min tuned.",
         setup=f"k = 5, 10 and 100, each meta-trained for 1,000 one-step estimates of four runs on images of 8 x 8 "
         f"pixels (thesis: 200,000 of one on 28 x 28); MlpMnist, {EPOCH} steps (1 epoch; thesis: 50), eta_min of "
         f"{', '.join(f'{eta:g}' for eta in ETAS)}; training loss of the last 50 steps.",
@@ -116,12 +115,12 @@ CLAIMS = (
         seeds=2,
         quick_seeds=1,
         needs=("mnist",),
-        plot=partial(draw, "MlpMnist: eta_min 1e-4, and each at its best"),
+        plot=partial(draw, "MlpMnist: at eta_min 1e-4, and each at its best"),
     ),
     Claim(
         id="history-ranges",
         source=f"{THESIS}, figure 3.9a",
-        statement="k Momentums loses without the timescales below .5, and gains little by ten in place of six.",
+        statement="k Momentums loses without the timescales below .5, and gains little from ten instead of six.",
         setup="Timescales from .2 or .5 to .99, each rule meta-trained for 2,000 one-step estimates of four runs on "
         f"images of 8 x 8 pixels (thesis: 28 x 28) with eta_min 1e-3; MlpMnist with eta_min 1e-2, learning rate "
         f"{RATE:g}, {2 * EPOCH} steps (2 epochs; thesis: 50); training loss of the last 50 steps.",
@@ -139,9 +138,9 @@ CLAIMS = (
     Claim(
         id="multiscale-heat-rnn1",
         source=f"{THESIS}, figure 4.7",
-        statement="Over the ten schedules the RNN with one hidden layer is best in six, among the first in the others.",
+        statement="Over the ten schedules the RNN with one hidden layer is best in six, among the best in the others.",
         setup="Meta-trained for 60 steps of two runs in each of three ranges of learning rates, through 20 unrolled "
-        "steps, on MlpMnist with 8 hidden units (thesis: 50,000 steps with 20 units for each schedule); else as "
+        "steps, on MlpMnist with 8 hidden units (thesis: 50,000 steps with 20 units for each schedule); otherwise as "
         "multiscale-heat.",
         measure=_heat,
         checks=(
@@ -151,12 +150,12 @@ CLAIMS = (
         minutes=10.0,
         quick_minutes=1.0,
         needs=("mnist",),
-        plot=multiscale.draw_heat,
+        plot=multiscale.draw_heat_map,
     ),
     Claim(
         id="multiscale-cifar",
         source=f"{THESIS}, figure 4.12",
-        statement="Meta-trained on a small ConvCifar two layers beat one on a larger, and neither beats the best Adam.",
+        statement="Meta-trained on a small ConvCifar, two layers beat one on a larger; neither beats the best Adam.",
         setup="Meta-trained for 60 steps of one run through 10 unrolled steps at learning rate 5e-4 on a net a quarter "
         "as wide as ConvCifar 1 (thesis: ConvCifar 1); run on ConvCifar 1 (thesis: 0), 60 steps of 128; mean loss of "
         "the last ten.",

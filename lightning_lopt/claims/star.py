@@ -1,24 +1,25 @@
-"""The evidence of the STAR paper (Harrison, Metz, Sohl-Dickstein 2022, arXiv 2209.11208), figures 3, 4 and App.1 to 6.
+"""STAR (Harrison, Metz, Sohl-Dickstein 2022, arXiv 2209.11208), figures 3 and App.1 to App.4.
 
-The paper gives its results as curves without numbers, so that the checks are what its text says of them. Its setting
-takes a GPU for days; here everything is smaller, in the same proportions where that is possible: an 8 x 8 image task in
-place of 28 x 28, inner runs of 200 steps in place of 2,000, and a meta-learning rate thirty times as large, for
-meta-training is some hundred steps long. Architecture, betas, initial weights, truncation, perturbation, clipping, mean
-training loss as the objective and the weight decays are the paper's own.
+The paper shows curves without numbers, so the checks come from its text. Its experiments take a GPU for days; here all
+is smaller, in proportion where possible: images of 8 x 8 pixels instead of 28 x 28, inner runs of 200 steps instead of
+2,000, and a meta-learning rate thirty times as large, since meta-training takes only some hundred steps. Architecture,
+betas, initial weights, truncation, perturbation, clipping, objective (mean training loss) and weight decays are the
+paper's.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from lightning_lopt.claims.base import Check, Claim, Measured, at_most, below
-from lightning_lopt.claims.lab import Lab
+from lightning_lopt.claims.claim import Check, Claim, Measurement, at_most, below
+from lightning_lopt.claims.experiment import Experiment
 from lightning_lopt.claims.plots import Curve, draw_curves
-from lightning_lopt.claims.training import Trained, forget_compiled, meta_train
+from lightning_lopt.claims.training import Checkpoints, meta_train, reset_compiler
 from lightning_lopt.evaluation.compare import fingerprint
 from lightning_lopt.evaluation.runs import Runs, run
 from lightning_lopt.meta.estimators import PES
@@ -36,31 +37,32 @@ RUNS = 4
 
 
 class Variant(NamedTuple):
-    """A rule and the weight decay that it is meta-trained with."""
+    """A rule, and the weight decay of its meta-training."""
 
-    config: tuple[tuple[str, Any], ...]
+    config: dict[str, Any]
     weight_decay: float = 0.0
 
 
-_STAR = (("kind", "star"),)
 VARIANTS = {
-    "STAR wd 0.1": Variant(_STAR, 0.1),
-    "STAR wd 0.5": Variant(_STAR, 0.5),
-    "Blackbox": Variant((("kind", "blackbox"),)),
-    "Hyperparam": Variant((("kind", "hyperparam"),)),
-    "STAR wd 0": Variant(_STAR, 0.0),
-    "STAR wd 1": Variant(_STAR, 1.0),
-    "No Pre.": Variant((*_STAR, ("normalize_blackbox", False)), 0.1),
-    "No Nom.": Variant((*_STAR, ("nominal_stepsize", 0.0), ("nominal_controller", False)), 0.1),
+    "STAR wd 0.1": Variant({"kind": "star"}, 0.1),
+    "STAR wd 0.5": Variant({"kind": "star"}, 0.5),
+    "Blackbox": Variant({"kind": "blackbox"}),
+    "Hyperparam": Variant({"kind": "hyperparam"}),
+    "STAR wd 0": Variant({"kind": "star"}),
+    "STAR wd 1": Variant({"kind": "star"}, 1.0),
+    "No Pre.": Variant({"kind": "star", "normalize_blackbox": False}, 0.1),
+    "No Nom.": Variant({"kind": "star", "nominal_stepsize": 0.0, "nominal_controller": False}, 0.1),
 }
 MAIN = ("STAR wd 0.1", "STAR wd 0.5", "Blackbox", "Hyperparam")
 TASKS = {"mlp": "digits-mlp", "conv": "digits-conv"}
-END, MEAN = "final meta-loss", "meta-loss averaged over meta-training"
-GROWTH, DIVERGED = "loss at 10x / at 1x horizon", "share of runs diverged at 10x"
+END = "final meta-loss"
+MEAN = "meta-loss averaged over meta-training"
+GROWTH = "loss at 10x / at 1x horizon"
+DIVERGED = "share of runs diverged at 10x"
 
 
 class Scale(NamedTuple):
-    """How much is done."""
+    """The size of a measurement."""
 
     horizon: int = 200
     num_steps: int = 300
@@ -69,32 +71,35 @@ class Scale(NamedTuple):
     truncation: int = 50
 
 
-FULL, QUICK = Scale(), Scale(horizon=60, num_steps=40, every=20, pairs=4, truncation=20)
+FULL = Scale()
+QUICK = Scale(horizon=60, num_steps=40, every=20, pairs=4, truncation=20)
 SETUP = (
     f"{{task}} in place of {{paper_task}}; inner runs of {FULL.horizon} steps (paper: 2,000) and of {LONGER} times "
     f"that; {FULL.num_steps} meta-steps of PES with {FULL.pairs} pairs, truncation {FULL.truncation}, std 0.01, AdamW "
     "with lr 3e-3 (paper: 1e-4, far more steps), clipping at norm 1, raw mean training loss. A meta-loss is the mean "
-    f"training loss over an inner run of the rule as it is, mean of {RUNS} runs, each at most twice the initial loss."
+    f"training loss over inner runs of the unperturbed rule: {RUNS} runs, each clamped to twice the initial loss."
 )
 
 
-def train(lab: Lab, names: Sequence[str], task: Task) -> dict[str, tuple[UpdateRule, list[Trained]]]:
-    """Variant -> its rule (of any meta-parameters), and a meta-training per seed."""
-    scale, trained = lab.pick(FULL, QUICK), {}
-    made: dict[Any, UpdateRule] = {}
+def train(experiment: Experiment, names: Sequence[str], task: Task) -> dict[str, tuple[UpdateRule, list[Checkpoints]]]:
+    """Meta-train variants: name -> the rule, with arbitrary meta-parameters, and the checkpoints of each seed."""
+    scale = experiment.pick(FULL, QUICK)
+    trained = {}
+    rules: dict[str, UpdateRule] = {}
     estimator = PES(
         num_pairs=scale.pairs, truncation=scale.truncation, std=0.01, horizon=Horizon(scale.horizon), stagger=True
     )
-    for name in sorted(names, key=lambda name: str(VARIANTS[name].config)):  # what shares a rule, together
+    for name in sorted(names, key=lambda name: str(VARIANTS[name].config)):  # a rule's variants in a row
         config, weight_decay = VARIANTS[name]
-        if config not in made:
-            forget_compiled()
-            made[config] = make(**dict(config))
+        if str(config) not in rules:
+            reset_compiler()
+            rules[str(config)] = make(**config)
+        rule = rules[str(config)]
         rows = [
             meta_train(
-                lab,
+                experiment,
                 f"meta-train {name} seed {seed}",
-                made[config],
+                rule,
                 [task],
                 estimator,
                 num_steps=scale.num_steps,
@@ -107,77 +112,73 @@ def train(lab: Lab, names: Sequence[str], task: Task) -> dict[str, tuple[UpdateR
                 weight_decay=weight_decay,
                 schedule="constant",
             )
-            for seed in lab.seeds
+            for seed in experiment.seeds
         ]
-        trained[name] = made[config], rows
+        trained[name] = rule, rows
     return {name: trained[name] for name in names}
 
 
 def inner_runs(
-    lab: Lab, label: str, rule: UpdateRule, settings: Sequence[dict[str, Tensor]], task: Task, steps: int, runs: int
+    experiment: Experiment,
+    label: str,
+    rule: UpdateRule,
+    settings: Sequence[dict[str, Tensor]],
+    task: Task,
+    steps: int,
+    runs: int,
 ) -> list[Runs]:
-    """Runs of the rule with several sets of meta-parameters, side by side."""
-    marks = []
+    """Run the rule with several sets of meta-parameters side by side."""
+    fingerprints = []
     for meta_params in settings:
         rule.load_state_dict(meta_params)
-        marks.append(fingerprint(rule))
-    key = {"rules": marks, "task": task.name, "size": task.num_params, "steps": steps, "runs": runs}
+        fingerprints.append(fingerprint(rule))
+    key = {"rules": fingerprints, "task": task.name, "size": task.num_params, "steps": steps, "runs": runs}
 
     def compute() -> dict[str, Any]:
-        report = lambda done: lab.progress(label, done, steps)  # noqa: E731
+        report = experiment.reporter(label, steps)
         found = run(rule, settings, task, steps=steps, seeds=runs, tell_length=False, on_step=report)
         return {"runs": [vars(item) for item in found]}
 
-    return [Runs(**row) for row in lab.piece("inner-runs", key, compute)["runs"]]
+    return [Runs(**row) for row in experiment.cached("inner-runs", key, compute)["runs"]]
 
 
-def measure(lab: Lab, names: Sequence[str], task_name: str) -> Measured:
-    """Meta-training curves, and inner runs of ten times the horizon by the final rules."""
-    task, scale = make_task(task_name), lab.pick(FULL, QUICK)
+def measure(experiment: Experiment, names: Sequence[str], task_name: str) -> Measurement:
+    """Measure meta-training curves, and inner runs of the final rules over ten times the horizon."""
+    task = make_task(task_name)
+    scale = experiment.pick(FULL, QUICK)
     numbers: dict[str, list[float]] = {}
-    curves, inner = {}, {}
-    for name, (rule, trained) in train(lab, names, task).items():
+    meta_curves = {}
+    inner_curves = {}
+    for name, (rule, trained) in train(experiment, names, task).items():
         stages = [meta_params for row in trained for meta_params in row.meta_params]
-        scored = inner_runs(lab, f"score {name}", rule, stages, task, scale.horizon, RUNS)
-        losses = [statistics.fmean(item.bounded("mean")) for item in scored]
+        short = inner_runs(experiment, f"meta-loss of {name}", rule, stages, task, scale.horizon, RUNS)
+        losses = [statistics.fmean(runs.clamped("mean")) for runs in short]
         count = len(trained[0].steps)
         rows = [losses[i : i + count] for i in range(0, len(losses), count)]
         last = [row.meta_params[-1] for row in trained]
-        long = inner_runs(lab, f"10x {name}", rule, last, task, LONGER * scale.horizon, RUNS)
+        long = inner_runs(experiment, f"10x {name}", rule, last, task, LONGER * scale.horizon, RUNS)
         numbers[f"{END}, {name}"] = [row[-1] for row in rows]
         numbers[f"{MEAN}, {name}"] = [statistics.fmean(row) for row in rows]
-        numbers[f"{GROWTH}, {name}"] = [_growth(item) for item in long]
-        numbers[f"{DIVERGED}, {name}"] = [statistics.fmean(item.diverged) for item in long]
-        curves[name] = {"steps": trained[0].steps, "seeds": rows}
-        inner[name] = {"steps": middles(long[0]), "seeds": [curve_of(item) for item in long]}
-    return Measured(numbers, {"meta": curves, "inner": inner, "horizon": scale.horizon})
-
-
-def _bounds(runs: Runs, loss: float) -> float:
-    """A loss within the bounds of `Runs.bounded`, with the upper one for NaN."""
-    (found,) = Runs(**{**vars(runs), "final": [loss]}).bounded("final")
-    return found
+        numbers[f"{GROWTH}, {name}"] = [_growth(runs) for runs in long]
+        numbers[f"{DIVERGED}, {name}"] = [statistics.fmean(runs.diverged) for runs in long]
+        meta_curves[name] = {"steps": trained[0].steps, "seeds": rows}
+        inner_curves[name] = {"steps": long[0].curve_steps, "seeds": [mean_curve(runs) for runs in long]}
+    return Measurement(numbers, {"meta": meta_curves, "inner": inner_curves, "horizon": scale.horizon})
 
 
 def _growth(runs: Runs) -> float:
-    """Final loss divided by that around the end of the first tenth, both as means over runs."""
+    """The final loss divided by the loss at the end of the first tenth, both as means over runs."""
     at_horizon = [curve[len(curve) // LONGER - 1] for curve in runs.curve]
-    return statistics.fmean(runs.bounded("final")) / statistics.fmean(_bounds(runs, loss) for loss in at_horizon)
+    return statistics.fmean(runs.clamped("final")) / statistics.fmean(map(runs.clamp, at_horizon))
 
 
-def curve_of(runs: Runs) -> list[float]:
-    """The mean over runs of the loss, within bounds."""
-    return [statistics.fmean(_bounds(runs, loss) for loss in point) for point in zip(*runs.curve, strict=True)]
+def mean_curve(runs: Runs) -> list[float]:
+    """The mean over runs of the clamped loss curves."""
+    return [statistics.fmean(map(runs.clamp, point)) for point in zip(*runs.curve, strict=True)]
 
 
-def middles(runs: Runs) -> list[float]:
-    """The steps in the middle of the stretches that a curve has means of."""
-    count = len(runs.curve[0])
-    return [(i + 0.5) * runs.steps / count for i in range(count)]
-
-
-def plot(measured: Measured, *, each: bool = False) -> Figure:
-    """Meta-training curves above, inner runs below, as in the paper's figures."""
+def plot(measured: Measurement, *, each: bool = False) -> Figure:
+    """Plot meta-training curves above and inner runs below, as in the paper's figures."""
     from matplotlib.figure import Figure
 
     data = measured.data
@@ -194,26 +195,17 @@ def plot(measured: Measured, *, each: bool = False) -> Figure:
     return figure
 
 
-def plot_each(measured: Measured) -> Figure:
-    """The same with a line per seed."""
-    return plot(measured, each=True)
-
-
 def _faster(ours: str, theirs: str) -> Check:
     return below(f"{MEAN}, {ours}", f"{MEAN}, {theirs}", published="trains faster")
 
 
 def _without_worst(ours: str, theirs: str) -> Check:
-    both = f"{END}, {ours}", f"{END}, {theirs}"
+    both = (f"{END}, {ours}", f"{END}, {theirs}")
 
     def holds(a: list[float], b: list[float]) -> bool:
         return statistics.fmean(sorted(a)[:-1] or a) <= statistics.fmean(sorted(b)[:-1] or b)
 
     return Check(f"{both[0]} <= {both[1]}, each without its worst seed", both, holds, "holds if outliers are ignored")
-
-
-def _over_damped() -> Check:
-    return below(f"{END}, STAR wd 0.1", f"{END}, STAR wd 1", published="decay 1.0 over-damps")
 
 
 STARS = ("STAR wd 0.1", "STAR wd 0.5")
@@ -241,7 +233,7 @@ APP_1 = (
 )
 APP_2 = (
     below(f"{GROWTH}, STAR wd 0.5", f"{GROWTH}, STAR wd 0", published="decay stabilizes outside of the horizon"),
-    _over_damped(),
+    below(f"{END}, STAR wd 0.1", f"{END}, STAR wd 1", published="decay 1.0 over-damps"),
     below(f"{END}, STAR wd 0", f"{END}, STAR wd 0.1", factor=1.1, published="low decay does not harm meta-training"),
 )
 APP_3 = (below(f"{END}, STAR wd 0.1", f"{END}, No Pre.", published="better meta-losses with preconditioning"),)
@@ -251,10 +243,10 @@ APP_4 = (
 )
 
 
-class Part(NamedTuple):
-    """What a figure of this kind shows."""
+class PaperFigure(NamedTuple):
+    """A figure of the paper that compares meta-trained variants."""
 
-    figure: str
+    name: str
     statement: str
     variants: tuple[str, ...]
     checks: tuple[Check, ...]
@@ -262,67 +254,68 @@ class Part(NamedTuple):
     quick_minutes: float
 
 
-PARTS = {
-    "fig3": Part(
-        "Figure 3",
-        "STAR meta-trains faster and to better optimizers than a blackbox and a hyperparameter controller, and stays "
-        "stable far beyond its meta-training horizon, where the blackbox diverges.",
-        MAIN,
-        FIGURE_3,
-        9,
-        2,
+FIGURES = {
+    "fig3": PaperFigure(
+        name="Figure 3",
+        statement="STAR meta-trains faster and to better optimizers than a blackbox and a hyperparameter controller, "
+        "and stays stable far beyond its meta-training horizon, where the blackbox diverges.",
+        variants=MAIN,
+        checks=FIGURE_3,
+        minutes=9,
+        quick_minutes=2,
     ),
-    "app1": Part(
-        "Figure App.1",
-        "Seeds that do poorly often do very poorly; what Figure 3 shows holds if outliers are ignored.",
-        MAIN,
-        APP_1,
-        9,
-        2,
+    "app1": PaperFigure(
+        name="Figure App.1",
+        statement="Seeds that do poorly often do very poorly; apart from such outliers the results of Figure 3 hold.",
+        variants=MAIN,
+        checks=APP_1,
+        minutes=9,
+        quick_minutes=2,
     ),
-    "app2": Part(
-        "Figure App.2",
-        "Decays of 0.1 to 0.5 stabilize outside of the horizon without the over-damping that 1.0 brings; without decay "
-        "meta-training itself is typically not harmed.",
-        ("STAR wd 0", "STAR wd 0.1", "STAR wd 0.5", "STAR wd 1"),
-        APP_2,
-        8,
-        2,
+    "app2": PaperFigure(
+        name="Figure App.2",
+        statement="Weight decays of 0.1 to 0.5 stabilize runs beyond the horizon without the over-damping of 1.0; "
+        "meta-training itself is typically not harmed without any.",
+        variants=("STAR wd 0", "STAR wd 0.1", "STAR wd 0.5", "STAR wd 1"),
+        checks=APP_2,
+        minutes=8,
+        quick_minutes=2,
     ),
-    "app3": Part(
-        "Figure App.3",
-        "Meta-losses are better with the preconditioner on the blackbox term than without.",
-        ("STAR wd 0.1", "No Pre."),
-        APP_3,
-        5,
-        1,
+    "app3": PaperFigure(
+        name="Figure App.3",
+        statement="Meta-losses are better with a preconditioned blackbox term than without.",
+        variants=("STAR wd 0.1", "No Pre."),
+        checks=APP_3,
+        minutes=5,
+        quick_minutes=1,
     ),
-    "app4": Part(
-        "Figure App.4",
-        "Without the nominal term meta-training is slower and converges to worse solutions.",
-        ("STAR wd 0.1", "No Nom."),
-        APP_4,
-        5,
-        1,
+    "app4": PaperFigure(
+        name="Figure App.4",
+        statement="Without the nominal term meta-training is slower and converges to worse solutions.",
+        variants=("STAR wd 0.1", "No Nom."),
+        checks=APP_4,
+        minutes=5,
+        quick_minutes=1,
     ),
 }
 
 
 def _claim(key: str, net: str) -> Claim:
-    part, task = PARTS[key], TASKS[net]
+    figure = FIGURES[key]
+    task = TASKS[net]
     paper_task = {"mlp": "an MLP on Fashion-MNIST", "conv": "a conv net on CIFAR-10"}[net]
     times = {"mlp": 1, "conv": 3}[net]
     return Claim(
         id=f"star-{key}-{net}",
-        source=f"{PAPER}, {part.figure}, {paper_task}",
-        statement=part.statement,
+        source=f"{PAPER}, {figure.name}, {paper_task}",
+        statement=figure.statement,
         setup=SETUP.format(task=task, paper_task=paper_task),
-        measure=lambda lab: measure(lab, part.variants, task),
-        checks=part.checks,
-        minutes=part.minutes * times,
-        quick_minutes=part.quick_minutes * times,
-        plot=plot_each if key == "app1" else plot,
+        measure=lambda experiment: measure(experiment, figure.variants, task),
+        checks=figure.checks,
+        minutes=figure.minutes * times,
+        quick_minutes=figure.quick_minutes * times,
+        plot=partial(plot, each=True) if key == "app1" else plot,
     )
 
 
-CLAIMS = tuple(_claim(key, net) for net in TASKS for key in PARTS)
+CLAIMS = tuple(_claim(key, net) for net in TASKS for key in FIGURES)

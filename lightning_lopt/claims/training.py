@@ -1,4 +1,4 @@
-"""Meta-training as a piece of a claim: through MetaTrainer, with the meta-parameters on the way."""
+"""Meta-training for claims: through `MetaTrainer`, cached, with checkpoints of the meta-parameters."""
 
 from __future__ import annotations
 
@@ -13,25 +13,23 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lightning_lopt.claims.lab import Lab, weights
+from lightning_lopt.claims.experiment import Experiment
 from lightning_lopt.evaluation.compare import fingerprint
 from lightning_lopt.meta.estimators import Estimator
 from lightning_lopt.meta.trainer import MetaTrainer
 from lightning_lopt.rules import UpdateRule, make
 from lightning_lopt.tasks import Task
 
-SWITCHED_OFF = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
 
-
-class Trained(NamedTuple):
-    """A meta-training: meta-parameters at its start, every so many steps, and at its end."""
+class Checkpoints(NamedTuple):
+    """Meta-parameters at the start of a meta-training, every so many steps, and at its end."""
 
     steps: list[int]
     meta_params: list[dict[str, Tensor]]
 
 
 def meta_train(
-    lab: Lab,
+    experiment: Experiment,
     label: str,
     rule: UpdateRule,
     tasks: Sequence[Task],
@@ -41,19 +39,19 @@ def meta_train(
     every: int,
     seed: int,
     **options: Any,
-) -> Trained:
-    """Meta-train a rule from fresh meta-parameters, or find that it was done before.
+) -> Checkpoints:
+    """Meta-train a rule from fresh meta-parameters, or read the result from the cache.
 
     Args:
-        lab: keeps the result.
+        experiment: caches the result.
         label: for the progress report.
-        rule: of which kind and configuration. It is what gets trained, after its meta-parameters have been drawn anew:
-            calls that share the rule and the tasks share what torch.compile made of them.
-        tasks: as for `MetaTrainer`.
-        estimator: of the meta-gradient.
-        num_steps: of meta-training.
-        every: steps between two looks at the meta-parameters.
-        seed: everything random follows from it.
+        rule: the rule, whose meta-parameters are drawn anew. It is trained in place, so that calls with the same rule
+            and tasks reuse what torch.compile made of them.
+        tasks: see `MetaTrainer`.
+        estimator: the meta-gradient estimator.
+        num_steps: meta-training steps.
+        every: steps between two checkpoints.
+        seed: determines everything random.
         options: further arguments of `MetaTrainer`.
     """
     with torch.random.fork_rng(devices=[]):
@@ -64,66 +62,82 @@ def meta_train(
     key |= {"estimator": repr(estimator)}
 
     def fit() -> dict[str, Any]:
-        watch = _Watch(lab, label, num_steps)
-        compiled = {"compiled": lab.compiled, **options}
+        recorder = _Recorder(experiment, label, num_steps)
+        compiled = {"compiled": experiment.compiled, **options}
         module = MetaTrainer(rule, list(tasks), estimator, seed=seed, steps_per_epoch=every, **compiled)
-        off: dict[str, Any] = dict.fromkeys(SWITCHED_OFF, False)
-        with _quiet():
+        with _quiet_lightning():
             trainer = L.Trainer(
-                accelerator="cpu", devices=1, max_steps=num_steps, gradient_clip_val=1.0, callbacks=[watch], **off
+                accelerator="cpu",
+                devices=1,
+                max_steps=num_steps,
+                gradient_clip_val=1.0,
+                callbacks=[recorder],
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
             )
             trainer.fit(module)
-        return {"steps": watch.steps, "weights": watch.weights}
+        return {"steps": recorder.steps, "weights": recorder.weights}
 
-    found = lab.piece("meta-train", key, fit)
+    found = experiment.cached("meta-train", key, fit)
     params = [{name: torch.tensor(value) for name, value in row.items()} for row in found["weights"]]
-    return Trained(found["steps"], params)
+    return Checkpoints(found["steps"], params)
 
 
-def trained(
-    lab: Lab, label: str, rule: UpdateRule, tasks: Sequence[Task], estimator: Estimator, steps: int, **options: Any
+def train_rule(
+    experiment: Experiment,
+    label: str,
+    rule: UpdateRule,
+    tasks: Sequence[Task],
+    estimator: Estimator,
+    num_steps: int,
+    **options: Any,
 ) -> UpdateRule:
-    """The rule, meta-trained from fresh meta-parameters: in place, and as `meta_train` has it."""
-    found = meta_train(lab, label, rule, tasks, estimator, num_steps=steps, every=steps, **{"seed": 0, **options})
+    """Meta-train a rule in place from fresh meta-parameters, as `meta_train` does, and return it."""
+    options = {"seed": 0, **options}
+    found = meta_train(experiment, label, rule, tasks, estimator, num_steps=num_steps, every=num_steps, **options)
     rule.load_state_dict(found.meta_params[-1])
     return rule
 
 
-def forget_compiled() -> None:
-    """Drop what torch.compile has made: it compiles a function only a few times in a process, then gives up."""
+def reset_compiler() -> None:
+    """Drop all code that torch.compile has made: it stops compiling a function after a few versions per process."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
 
 
-class _Watch(L.Callback):
-    """Notes the meta-parameters on the way."""
+class _Recorder(L.Callback):
+    """Records the meta-parameters during meta-training."""
 
-    def __init__(self, lab: Lab, label: str, num_steps: int) -> None:
-        self.lab, self.label, self.num_steps = lab, label, num_steps
+    def __init__(self, experiment: Experiment, label: str, num_steps: int) -> None:
+        self.experiment = experiment
+        self.label = label
+        self.num_steps = num_steps
         self.steps: list[int] = []
         self.weights: list[dict[str, Any]] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The fresh ones."""
-        self._note(trainer, pl_module)
+        """Record the fresh meta-parameters."""
+        self._record(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Report."""
-        self.lab.progress(self.label, trainer.global_step, self.num_steps)
+        """Report progress."""
+        self.experiment.progress(self.label, trainer.global_step, self.num_steps)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Those of now."""
-        self._note(trainer, pl_module)
+        """Record the current meta-parameters."""
+        self._record(trainer, pl_module)
 
-    def _note(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def _record(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         assert isinstance(module, MetaTrainer)
         self.steps.append(trainer.global_step)
-        self.weights.append(weights(module.rule))
+        self.weights.append({name: param.detach().tolist() for name, param in module.rule.named_parameters()})
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Lightning's remarks on the machine, which have no place between lines of progress."""
+def _quiet_lightning() -> Iterator[None]:
+    """Silence Lightning's advice on the machine, which would interrupt the progress report."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Comparison of learned rules with tuned hand-designed optimizers: `lopt evaluate`."""
+"""Compare learned rules with tuned hand-designed optimizers: `lopt evaluate`."""
 
 from lightning_lopt.evaluation.compare import Options, evaluate, fingerprint
 from lightning_lopt.evaluation.results import Entry, Results

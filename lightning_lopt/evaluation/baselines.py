@@ -1,8 +1,9 @@
 """Hand-designed optimizers as update rules, for comparison: Adam, AdamW, SGD with momentum, RMSProp, NAdamW.
 
-They are no learned rules and have no kind. Their hyper-parameters stand where a learned rule's meta-parameters do, so
-that a whole grid of them times several seeds is one population of the same inner loop (`meta.unroll`) that runs the
-learned rules. Each follows its class in `torch.optim`, to rounding; arithmetic on hyper-parameters is in float64.
+Their hyper-parameters take the place of a learned rule's meta-parameters. So a grid of settings times several seeds
+runs as one population of the inner loop that runs the learned rules (`meta.unroll`). Each optimizer matches its class
+in `torch.optim` to rounding; arithmetic on hyper-parameters is in float64. Nothing here is learned, so these rules have
+no kind and cannot be saved.
 """
 
 from __future__ import annotations
@@ -23,24 +24,24 @@ SCHEDULES = ("constant", "cosine")
 
 @dataclasses.dataclass(frozen=True)
 class BaselineConfig(RuleConfig):
-    """What is static about a hand-designed optimizer."""
+    """Configuration of a hand-designed optimizer."""
 
     schedule: str = "constant"
-    """"constant", or "cosine": to zero over the run, whose length must then be known. Warm-up comes before either."""
+    """"constant", or "cosine" down to zero, which needs the run's length. Warm-up comes before either."""
 
     def __post_init__(self) -> None:
         self.check(self.schedule in SCHEDULES, "schedule", f"one of {list(SCHEDULES)}")
 
 
 class HandDesigned(UpdateRule):
-    """Base of the hand-designed rules.
+    """Base class of the hand-designed rules.
 
-    All have `lr`, `weight_decay` (decoupled: multiplied by the learning rate, as AdamW does) and `warmup`, the share of
-    the run over which the learning rate rises linearly from 0.
+    All have `lr`, `weight_decay` (decoupled: multiplied by the learning rate, as in AdamW) and `warmup`, the fraction
+    of the run over which the learning rate rises linearly from 0.
 
     Args:
         config: the schedule.
-        hyperparameters: values that differ from the class's `DEFAULTS`.
+        hyperparameters: values that replace those of the class's `DEFAULTS`.
     """
 
     Config = BaselineConfig
@@ -54,10 +55,10 @@ class HandDesigned(UpdateRule):
 
     @classmethod
     def with_defaults(cls, hyperparameters: Mapping[str, float]) -> Hyperparameters:
-        """All hyper-parameters, those that are not given at their defaults.
+        """All hyper-parameters, with defaults for the missing ones.
 
         Raises:
-            ValueError: for a name that the optimizer does not have.
+            ValueError: the optimizer has no such hyper-parameter.
         """
         if unknown := sorted(set(hyperparameters) - set(cls.DEFAULTS)):
             known = sorted(cls.DEFAULTS)
@@ -65,15 +66,18 @@ class HandDesigned(UpdateRule):
         return {**cls.DEFAULTS, **hyperparameters}
 
     def learning_rate(self, hyper: Mapping[str, Tensor], context: StepContext) -> Tensor:
-        """The step's learning rate: () float64.
+        """The step's learning rate, () float64.
 
-        With T steps of which w = warmup T are warm-up, step t from 0: lr min(1, (t + 1) / w), and for "cosine" times
-        (1 + cos(pi (t - w) / (T - w))) / 2 from w on, as torch's `CosineAnnealingLR` with T_max = T - w.
+        A run has T steps, the first w = warmup T of them for warm-up. Step t, counted from 0, has the learning rate
+        lr min(1, (t + 1) / w). From step w on, "cosine" multiplies it by (1 + cos(pi (t - w) / (T - w))) / 2, as
+        torch's `CosineAnnealingLR` does with T_max = T - w.
         """
         step = context.step.double()
         if context.num_steps is None:
             if self.config.schedule == "cosine":
-                raise ValueError("schedule='cosine' needs the run's length (num_steps), which is not known here.")
+                raise ValueError(
+                    "schedule='cosine' needs the run's length; pass num_steps, or use schedule='constant'."
+                )
             return hyper["lr"] * torch.ones_like(step)
         total = torch.as_tensor(context.num_steps, device=step.device).double()
         warmup = hyper["warmup"] * total
@@ -93,13 +97,13 @@ class SGDState(NamedTuple):
 class SGDM(HandDesigned):
     """Stochastic gradient descent with momentum, `torch.optim.SGD` without dampening: b <- mu b + g, p <- p - lr b.
 
-    Weight decay is decoupled here, where torch's is added to the gradient; it is 0 by default and in the search.
+    Weight decay is decoupled, where torch adds it to the gradient. It is 0 by default and in the search.
     """
 
     DEFAULTS = {**HandDesigned.DEFAULTS, "momentum": 0.9}
 
     def init_state(self, param: Tensor) -> SGDState:
-        """A zero buffer."""
+        """A buffer of zeros."""
         return SGDState(torch.zeros_like(param))
 
     def update(
@@ -120,7 +124,7 @@ class AdamState(NamedTuple):
 
 
 class Adam(HandDesigned):
-    """Adam (Kingma & Ba 2014, arXiv 1412.6980); with decay AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101)."""
+    """Adam (Kingma & Ba 2014, arXiv 1412.6980), and AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101) with a decay."""
 
     DEFAULTS = {**HandDesigned.DEFAULTS, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
 
@@ -132,9 +136,9 @@ class Adam(HandDesigned):
         self, meta_params: Mapping[str, Tensor], grad: Tensor, state: AdamState, param: Tensor, context: StepContext
     ) -> tuple[Tensor, AdamState]:
         """One step."""
-        rate, beta1 = self.learning_rate(meta_params, context), meta_params["beta1"]
+        rate = self.learning_rate(meta_params, context)
         state, inverse = _moments(meta_params, grad, state, context)
-        correction = 1 - beta1 ** (context.step.double() + 1)
+        correction = 1 - meta_params["beta1"] ** (context.step.double() + 1)
         delta = -(rate / correction).to(grad) * state.exp_avg * inverse
         return delta - (rate * meta_params["weight_decay"]).to(grad) * param, state
 
@@ -151,15 +155,16 @@ class RMSProp(HandDesigned):
     DEFAULTS = {**HandDesigned.DEFAULTS, "alpha": 0.99, "eps": 1e-8}
 
     def init_state(self, param: Tensor) -> RMSPropState:
-        """A zero average."""
+        """An average of zero."""
         return RMSPropState(torch.zeros_like(param))
 
     def update(
         self, meta_params: Mapping[str, Tensor], grad: Tensor, state: RMSPropState, param: Tensor, context: StepContext
     ) -> tuple[Tensor, RMSPropState]:
         """One step."""
-        rate, of_sq = self.learning_rate(meta_params, context), (1 - meta_params["alpha"]).to(grad)
-        square_avg = (1 - of_sq) * state.square_avg + of_sq * grad * grad
+        rate = self.learning_rate(meta_params, context)
+        square_weight = (1 - meta_params["alpha"]).to(grad)
+        square_avg = (1 - square_weight) * state.square_avg + square_weight * grad * grad
         delta = -rate.to(grad) * grad / (square_avg.sqrt() + meta_params["eps"].to(grad))
         return delta - (rate * meta_params["weight_decay"]).to(grad) * param, RMSPropState(square_avg)
 
@@ -185,26 +190,32 @@ class NAdamW(HandDesigned):
         self, meta_params: Mapping[str, Tensor], grad: Tensor, state: NAdamState, param: Tensor, context: StepContext
     ) -> tuple[Tensor, NAdamState]:
         """One step."""
-        rate, step = self.learning_rate(meta_params, context), context.step.double() + 1
+        rate = self.learning_rate(meta_params, context)
+        step = context.step.double() + 1
         moments, inverse = _moments(meta_params, grad, AdamState(state.exp_avg, state.exp_avg_sq), context)
-        mu, mu_next = (
-            meta_params["beta1"] * (1 - 0.5 * 0.96 ** (meta_params["momentum_decay"] * number))
-            for number in (step, step + 1)
-        )
+        mu = _nadam_momentum(meta_params, step)
+        mu_next = _nadam_momentum(meta_params, step + 1)
         product = state.mu_product.double() * mu
-        of_grad, of_avg = rate * (1 - mu) / (1 - product), rate * mu_next / (1 - product * mu_next)
-        delta = -(of_grad.to(grad) * grad + of_avg.to(grad) * moments.exp_avg) * inverse
+        grad_rate = rate * (1 - mu) / (1 - product)
+        avg_rate = rate * mu_next / (1 - product * mu_next)
+        delta = -(grad_rate.to(grad) * grad + avg_rate.to(grad) * moments.exp_avg) * inverse
         delta = delta - (rate * meta_params["weight_decay"]).to(grad) * param
         return delta, NAdamState(*moments, product.to(state.mu_product))
+
+
+def _nadam_momentum(hyper: Mapping[str, Tensor], step: Tensor) -> Tensor:
+    """NAdam's momentum, which rises to beta1; steps count from 1."""
+    return hyper["beta1"] * (1 - 0.5 * 0.96 ** (hyper["momentum_decay"] * step))
 
 
 def _moments(
     hyper: Mapping[str, Tensor], grad: Tensor, state: AdamState, context: StepContext
 ) -> tuple[AdamState, Tensor]:
     """The new moments, and 1 / (sqrt(bias-corrected second moment) + eps)."""
-    of_avg, of_sq = ((1 - hyper[name]).to(grad) for name in ("beta1", "beta2"))
-    exp_avg = state.exp_avg + of_avg * (grad - state.exp_avg)
-    exp_avg_sq = (1 - of_sq) * state.exp_avg_sq + of_sq * grad * grad
+    grad_weight = (1 - hyper["beta1"]).to(grad)
+    square_weight = (1 - hyper["beta2"]).to(grad)
+    exp_avg = state.exp_avg + grad_weight * (grad - state.exp_avg)
+    exp_avg_sq = (1 - square_weight) * state.exp_avg_sq + square_weight * grad * grad
     correction = 1 - hyper["beta2"] ** (context.step.double() + 1)
     inverse = 1 / (exp_avg_sq.sqrt() * correction.rsqrt().to(grad) + hyper["eps"].to(grad))
     return AdamState(exp_avg, exp_avg_sq), inverse

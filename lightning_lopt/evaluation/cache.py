@@ -1,4 +1,4 @@
-"""Results on disk, one small JSON file each, so that a sweep can be interrupted and taken up again."""
+"""Results on disk, one small JSON file each, so that an interrupted sweep resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 PROTOCOL = 1
-"""Part of every key: to be raised when the same settings would give other numbers."""
+"""Part of every key. Raise it when a change of the code makes the same settings give other numbers."""
 
 
 class Cache:
-    """A folder of results by key.
+    """A folder of results, found by their keys.
 
     Args:
-        directory: made when the first result is written; None keeps nothing.
+        directory: created with the first result; None stores nothing.
 
     Example:
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -32,7 +32,7 @@ class Cache:
         self.directory = None if directory is None else Path(directory)
 
     def get(self, group: str, key: dict[str, Any]) -> dict[str, Any] | None:
-        """What was put there, or None; a file that cannot be read counts as none."""
+        """The stored result, or None if there is none or its file cannot be read."""
         if self.directory is None:
             return None
         try:
@@ -43,7 +43,7 @@ class Cache:
         return found
 
     def put(self, group: str, key: dict[str, Any], value: dict[str, Any]) -> dict[str, Any]:
-        """Write a result, all of it or nothing, and return it as `get` will: rounded."""
+        """Store a result and return it as `get` will: rounded. An interrupted write leaves no file."""
         encoded = encode(value)
         if self.directory is not None:
             self._write(self._path(group, key), json.dumps({"key": _plain(key), "value": encoded}, allow_nan=False))
@@ -68,29 +68,25 @@ class Cache:
 
 
 def encode(value: Any) -> Any:
-    """As JSON has it: dicts, lists, floats of six digits, and None for floats that are not finite."""
-    return _map(value, _encoded)
+    """The value as JSON: dicts, lists, floats of six digits, and None for floats that are not finite."""
+    return _map(value, _encode_leaf)
 
 
 def decode(value: Any) -> Any:
-    """What `encode` made, with NaN for None."""
-    return _map(value, _decoded)
+    """The inverse of `encode`, with NaN for None."""
+    return _map(value, lambda leaf: math.nan if leaf is None else leaf)
 
 
 def _plain(key: dict[str, Any]) -> Any:
-    """The key as JSON gives it back."""
+    """The key as it comes back from JSON."""
     return json.loads(json.dumps({"protocol": PROTOCOL, **key}, sort_keys=True))
 
 
-def _encoded(number: Any) -> Any:
-    # Six digits are more than a table shows. Losses that are not finite are all alike to it.
-    if isinstance(number, float):
-        return float(f"{number:.6g}") if math.isfinite(number) else None
-    return number
-
-
-def _decoded(value: Any) -> Any:
-    return math.nan if value is None else value
+def _encode_leaf(leaf: Any) -> Any:
+    # Tables show fewer than six digits, and treat all losses that are not finite alike.
+    if isinstance(leaf, float):
+        return float(f"{leaf:.6g}") if math.isfinite(leaf) else None
+    return leaf
 
 
 def _map(value: Any, function: Any) -> Any:

@@ -1,9 +1,8 @@
-"""Learned rules against tuned hand-designed optimizers, on the same starts and batches.
+"""Compare learned rules with tuned hand-designed optimizers.
 
-Every optimizer gets the same random numbers: the same initial parameters and the same batches, seed by seed. The
-baselines are tuned on the very task and seeds that they are compared on, for the final and for the mean training loss
-apart, which favors them; the learned rules are run as they are. Beside the rules stands the nominal term alone
-(`hyperparam`): what a learned rule does better than it is what has been learned.
+All optimizers get the same initial parameters and the same batches, seed by seed. The baselines are tuned on the task
+and seeds of the comparison, separately for the final and the mean training loss, which favors them; learned rules run
+untuned. The nominal term alone (`hyperparam`) is always among the rules: a rule's lead over it is what was learned.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from lightning_lopt.evaluation.cache import Cache
 from lightning_lopt.evaluation.results import DEFAULT_ADAM, Entry, Results
 from lightning_lopt.evaluation.runs import Runs, initial_losses, run, step_seconds
 from lightning_lopt.evaluation.suites import Case
-from lightning_lopt.evaluation.tuning import BASELINES, MEASURES, Baseline, RandomSearch, Trial, Tuned
+from lightning_lopt.evaluation.tuning import BASELINES, SELECTED_BY, Baseline, RandomSearch, SearchResult, Trial
 from lightning_lopt.hub import load_rule
 from lightning_lopt.meta.unroll import Unroll
 from lightning_lopt.rules import UpdateRule
@@ -34,23 +33,23 @@ from lightning_lopt.tasks.base import check_choice, check_positive
 NOMINAL = "hyperparam"
 MAX_ELEMENTS = 4_000_000
 Progress = Callable[[str, int, int], None]
-"""Called with what is being run, the steps done, and the steps to do."""
+"""Called with what is running, the steps done, and the total number of steps."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How runs are made."""
+    """Options of an evaluation."""
 
     seeds: int = 3
     """Runs per setting."""
     tell_length: bool = True
-    """Tell the learned rules how long the run is. The baselines with a schedule always know it."""
+    """Tell the learned rules how long the run is. Baselines with a schedule always know it."""
     samples: int = 50
-    """Settings that a random search tries (`nadamw`)."""
+    """Number of settings that a random search tries (`nadamw`)."""
     max_population: int = 15
-    """Most runs at once; fewer where their parameters would take much memory."""
+    """Most runs side by side; fewer if their parameters would take too much memory."""
     cache_dir: str | Path | None = Path("runs/evaluate")
-    """Where results are kept, and found again; None keeps none."""
+    """Folder of cached results; None disables the cache."""
 
     def __post_init__(self) -> None:
         for name in ("seeds", "samples", "max_population"):
@@ -69,13 +68,13 @@ def evaluate(
 
     Args:
         rules: one or several, as names or paths for `load_rule`, or as rules.
-        cases: tasks by name, each with the number of steps; see `suites`.
+        cases: task names with the number of steps of each; see `suites`.
         baselines: names from `tuning.BASELINES`.
-        options: how runs are made.
-        progress: told what is going on.
+        options: seeds, cache and the like (default: `Options()`).
+        progress: called as the runs proceed.
 
     Raises:
-        ValueError: unknown name of a rule, task or baseline, or a number that is not allowed.
+        ValueError: a name of a rule, task or baseline is unknown, or a number is not allowed.
 
     Example:
         >>> results = evaluate(
@@ -88,29 +87,31 @@ def evaluate(
     for name in baselines:
         check_choice("baseline", name, BASELINES)
     learned = _load(rules)
-    # All is checked before anything is run, which may take hours.
-    benches = [_Bench(Case(*case), options, progress) for case in cases]
-    if not benches:
+    # Check all arguments before the first run: runs may take hours.
+    evaluators = [_CaseEvaluator(Case(*case), options, progress) for case in cases]
+    if not evaluators:
         raise ValueError("cases is empty; give at least one task with its number of steps.")
-    prints, entries = {label: fingerprint(rule) for label, rule in learned.items()}, []
-    for bench in benches:
-        entries += [bench.tuned(name, BASELINES[name]) for name in baselines]
-        entries.append(bench.default_adam())
-        entries += [bench.learned(label, rule, prints[label]) for label, rule in learned.items()]
+    fingerprints = {label: fingerprint(rule) for label, rule in learned.items()}
+    entries: list[Entry] = []
+    for evaluator in evaluators:
+        entries += [evaluator.baseline(name, BASELINES[name]) for name in baselines]
+        entries.append(evaluator.default_adam())
+        entries += [evaluator.learned_rule(label, rule, fingerprints[label]) for label, rule in learned.items()]
     return Results(options.seeds, entries)
 
 
 def fingerprint(rule: UpdateRule) -> str:
-    """A hash of what a rule is and does: kind, configuration, meta-parameters, and its first steps on a small task.
+    """A hash of a rule: its kind, configuration, meta-parameters, and its first steps on a small task.
 
-    The steps make it change when the code of the rule does.
+    The steps make the hash change when the rule's code changes its behavior.
     """
-    unroll, generator = Unroll(rule, make_task("synthetic-mlp", hidden=(8,)), "raw"), torch.Generator().manual_seed(0)
+    unroll = Unroll(rule, make_task("synthetic-mlp", hidden=(8,)), "raw")
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         inner = unroll.start(generator, torch.tensor([5]))
         for _ in range(5):
             inner, record, _ = unroll.slot(rule.meta_params(), inner, generator, lambda n: torch.full((n,), 5))
-    # Three digits: what is beyond depends on the machine.
+    # Three digits: later ones depend on the machine.
     response = [f"{float(param.double().norm()):.2e}" for param in (*inner.params.values(), record.losses)]
     digest = hashlib.sha256(json.dumps([rule.kind, rule.config.to_dict(), response]).encode())
     for name, param in rule.named_parameters():
@@ -119,88 +120,93 @@ def fingerprint(rule: UpdateRule) -> str:
 
 
 def _load(rules: str | Path | UpdateRule | Sequence[str | Path | UpdateRule]) -> dict[str, UpdateRule]:
-    """Label -> rule, with the nominal term at the end unless it is among them."""
+    """Label -> rule, with the nominal term appended unless it is among them."""
     given = [rules] if isinstance(rules, (str, Path, UpdateRule)) else list(rules)
     learned: dict[str, UpdateRule] = {}
     for item in given:
         label = (item.kind or type(item).__name__) if isinstance(item, UpdateRule) else str(item).rstrip("/")
         if label in (*learned, *BASELINES, DEFAULT_ADAM):
-            raise ValueError(f"The name {label!r} comes twice; give each rule once, or its directory another name.")
+            raise ValueError(f"The name {label!r} is used twice; give each rule once, or rename its directory.")
         learned[label] = item if isinstance(item, UpdateRule) else load_rule(item)
     if NOMINAL not in learned:
         learned[NOMINAL] = load_rule(NOMINAL)
-    # In the tasks' precision, whatever that of their files, as RuleOptimizer has them.
+    # Tasks are float32; RuleOptimizer casts a rule to its parameters' precision likewise.
     return {label: copy.deepcopy(rule).float() for label, rule in learned.items()}
 
 
-class _Bench:
-    """One case: what is run on it, or was before."""
+class _CaseEvaluator:
+    """Evaluates optimizers on one case, or finds their results in the cache."""
 
     def __init__(self, case: Case, options: Options, progress: Progress | None) -> None:
         check_positive("steps", case.steps)
-        self.case, self.options, self.progress = case, options, progress
+        self.case = case
+        self.options = options
+        self.progress = progress
         self.cache = Cache(options.cache_dir)
         self._task: Task | None = None
         if case.task not in catalog.REGISTRY:
-            make_task(case.task)  # raises, with a hint
+            make_task(case.task)  # raises, and suggests similar names
         dataset = catalog.dataset_of(case.task)
         if isinstance(dataset, str) and not datasets.is_available(dataset):
-            datasets.load(dataset)  # downloads it or raises
+            datasets.load(dataset)  # downloads it, or raises
 
     @property
     def task(self) -> Task:
-        """Made when it is needed, so that a suite's data are not all in memory."""
+        """The task, built on first use so that a suite does not hold all its data in memory at once."""
         if self._task is None:
             self._task = make_task(self.case.task)
             self.initial = initial_losses(self._task, self.options.seeds)
         return self._task
 
-    def tuned(self, name: str, baseline: Baseline) -> Entry:
+    def baseline(self, name: str, baseline: Baseline) -> Entry:
         """A baseline at its best settings."""
-        search, rule = baseline.search, baseline.make()
+        search = baseline.search
         if isinstance(search, RandomSearch):
             search = dataclasses.replace(search, num=self.options.samples)
+        rule = baseline.make()
 
-        def measure(settings: list[dict[str, float]]) -> list[Runs]:
-            return self._measure(name, rule, [_key(baseline, setting) for setting in settings], settings)
+        def run_settings(settings: list[dict[str, float]]) -> list[Runs]:
+            return self._runs(name, rule, [_key(baseline, setting) for setting in settings], settings)
 
-        tuned = search.search(measure)
-        return self._entry(name, baseline.label, rule, _key(baseline, {}), tuned)
+        return self._entry(name, baseline.label, rule, _key(baseline, {}), search.search(run_settings))
 
     def default_adam(self) -> Entry:
-        """Adam as it comes."""
-        baseline, setting = BASELINES["adam"], {"lr": 1e-3}
-        rule, key = baseline.make(), _key(baseline, setting)
-        trial = Trial(setting, self._measure("adam", rule, [key], [setting])[0])
-        return self._entry(DEFAULT_ADAM, "Adam 1e-3", rule, key, Tuned(dict.fromkeys(MEASURES, trial), [trial]))
+        """Adam at its default learning rate."""
+        adam = BASELINES["adam"]
+        return self._untuned(DEFAULT_ADAM, "Adam 1e-3", adam.make(), _key(adam, {"lr": 1e-3}), {"lr": 1e-3})
 
-    def learned(self, label: str, rule: UpdateRule, mark: str) -> Entry:
-        """A learned rule; `mark` is its fingerprint."""
+    def learned_rule(self, label: str, rule: UpdateRule, mark: str) -> Entry:
+        """A learned rule, untuned; `mark` is its fingerprint."""
         key = {"rule": rule.kind, "fingerprint": mark, "tell_length": self.options.tell_length}
-        trial = Trial({}, self._measure(label, rule, [key], [{}])[0])
-        text = "nominal term" if label == NOMINAL else label
-        return self._entry(label, text, rule, key, Tuned(dict.fromkeys(MEASURES, trial), [trial]))
+        return self._untuned(label, "nominal term" if label == NOMINAL else label, rule, key, {})
 
-    def _entry(self, name: str, label: str, rule: UpdateRule, key: dict[str, Any], tuned: Tuned) -> Entry:
+    def _untuned(
+        self, name: str, label: str, rule: UpdateRule, key: dict[str, Any], setting: dict[str, float]
+    ) -> Entry:
+        """The entry of an optimizer at a single setting, the best by all measures."""
+        (runs,) = self._runs(name, rule, [key], [setting])
+        best = dict.fromkeys(SELECTED_BY, Trial(setting, runs))
+        return self._entry(name, label, rule, key, SearchResult(best, num_trials=1))
+
+    def _entry(self, name: str, label: str, rule: UpdateRule, key: dict[str, Any], result: SearchResult) -> Entry:
         key = {"what": "step seconds", "task": _describe(self.case.task), **key}
         found = self.cache.get(str(self.case), key)
         if found is None:
             seconds = step_seconds(rule, rule.meta_params(), self.task)
             found = self.cache.put(str(self.case), key, {"seconds": seconds})
-        return Entry(self.case, name, label, tuned.best, len(tuned.trials), found["seconds"])
+        return Entry(self.case, name, label, result.best, result.num_trials, found["seconds"])
 
-    def _measure(
+    def _runs(
         self, name: str, rule: UpdateRule, keys: list[dict[str, Any]], settings: list[dict[str, float]]
     ) -> list[Runs]:
-        """Runs of several settings, those that are in the cache from there."""
+        """The runs of several settings, from the cache where it has them."""
         fixed: dict[str, Any] = {"what": "runs", "task": _describe(self.case.task)}
         fixed |= {"steps": self.case.steps, "seeds": self.options.seeds}
         keys = [{**fixed, **key} for key in keys]
         results = [self._recall(key) for key in keys]
         missing = [i for i, runs in enumerate(results) if runs is None]
-        for some in _chunks(missing, self._chunk_size() if missing else 1):
-            report = self._reporter(name, len(some))
-            meta_params = [{**rule.meta_params(), **_tensors(settings[i])} for i in some]
+        for chunk in _chunks(missing, self._chunk_size() if missing else 1):
+            meta_params = [{**rule.meta_params(), **_tensors(settings[i])} for i in chunk]
             runs = run(
                 rule,
                 meta_params,
@@ -208,14 +214,14 @@ class _Bench:
                 steps=self.case.steps,
                 seeds=self.options.seeds,
                 tell_length=keys[0].get("tell_length", True),
-                on_step=report,
+                on_step=self._reporter(name, len(chunk)),
             )
-            for i, found in zip(some, runs, strict=True):
+            for i, found in zip(chunk, runs, strict=True):
                 results[i] = Runs(**self.cache.put(str(self.case), keys[i], dataclasses.asdict(found)))
         return [runs for runs in results if runs is not None]
 
     def _recall(self, key: dict[str, Any]) -> Runs | None:
-        """A result from the cache, unless the task's start has changed since it was put there."""
+        """A result from the cache, unless the task's initial losses have changed since it was stored."""
         if (found := self.cache.get(str(self.case), key)) is None:
             return None
         runs = Runs(**found)
@@ -224,14 +230,15 @@ class _Bench:
         return runs if same else None
 
     def _chunk_size(self) -> int:
-        """Settings in one population."""
+        """Number of settings in one population."""
         members = min(self.options.max_population, MAX_ELEMENTS // max(self.task.num_params, 1))
         return max(members // self.options.seeds, 1)
 
     def _reporter(self, name: str, num: int) -> Callable[[int], None] | None:
         if self.progress is None:
             return None
-        progress, total = self.progress, self.case.steps
+        progress = self.progress
+        total = self.case.steps
         text = f"{self.case} {name}" + (f", {num} settings" if num > 1 else "")
         every = max(total // 100, 1)
 
@@ -248,7 +255,7 @@ def _key(baseline: Baseline, setting: dict[str, float]) -> dict[str, Any]:
 
 
 def _describe(task: str) -> dict[str, Any]:
-    """A task as part of a key: what it is registered with."""
+    """A task's part of a cache key: its builder and options in the catalog."""
     builder, options = catalog.REGISTRY[task]
     return {"name": task, "builder": builder.__qualname__, "options": {k: repr(v) for k, v in options.items()}}
 

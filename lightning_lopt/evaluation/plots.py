@@ -1,4 +1,4 @@
-"""Plots of an evaluation: loss curves task by task, and ratios of losses. Matplotlib is imported when it is used."""
+"""Plots of an evaluation: loss curves by task, and ratios of losses. Matplotlib is imported on first use."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import math
 import statistics
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lightning_lopt.evaluation.report import TUNED, labels, main_reference
-from lightning_lopt.evaluation.results import DEFAULT_ADAM, REFERENCES, Results
+from lightning_lopt.evaluation.results import DEFAULT_ADAM, REFERENCES, TUNED, Results
 from lightning_lopt.evaluation.suites import Case
 
 if TYPE_CHECKING:
@@ -15,8 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class Look(NamedTuple):
-    """How an optimizer is drawn: never by color alone."""
+class LineStyle(NamedTuple):
+    """How an optimizer is drawn. Lines differ in more than color, for color-blind readers."""
 
     color: str
     line: str
@@ -24,41 +23,41 @@ class Look(NamedTuple):
     marker: str
 
 
-# Okabe and Ito's colors, which stay apart for color-blind eyes.
-BASELINE_LOOKS = {
-    "adam": Look("#E69F00", (0, (1, 1)), 1.8, "s"),  # type: ignore[arg-type]
-    "adamw": Look("#009E73", "--", 1.6, "^"),
-    "sgdm": Look("#999999", "-.", 1.2, "v"),
-    "nadamw": Look("#CC79A7", "-.", 1.4, "D"),
-    "rmsprop": Look("#882255", ":", 1.6, "<"),
-    DEFAULT_ADAM: Look("#999999", ":", 1.2, "x"),
-    "hyperparam": Look("#56B4E9", "--", 1.4, "P"),
+# Okabe and Ito's palette, which color-blind readers can tell apart.
+BASELINE_STYLES = {
+    "adam": LineStyle("#E69F00", (0, (1, 1)), 1.8, "s"),  # type: ignore[arg-type]
+    "adamw": LineStyle("#009E73", "--", 1.6, "^"),
+    "sgdm": LineStyle("#999999", "-.", 1.2, "v"),
+    "nadamw": LineStyle("#CC79A7", "-.", 1.4, "D"),
+    "rmsprop": LineStyle("#882255", ":", 1.6, "<"),
+    DEFAULT_ADAM: LineStyle("#999999", ":", 1.2, "x"),
+    "hyperparam": LineStyle("#56B4E9", "--", 1.4, "P"),
 }
-RULE_LOOKS = (
-    Look("#0072B2", "-", 2.2, "o"),
-    Look("#D55E00", "-", 2.2, "o"),
-    Look("#000000", "-", 1.8, "o"),
-    Look("#CC79A7", "-", 1.8, "o"),
+RULE_STYLES = (
+    LineStyle("#0072B2", "-", 2.2, "o"),
+    LineStyle("#D55E00", "-", 2.2, "o"),
+    LineStyle("#000000", "-", 1.8, "o"),
+    LineStyle("#CC79A7", "-", 1.8, "o"),
 )
 CURVES = ("adam", "adamw", "nadamw")
-"""Baselines whose curves are drawn; the others would only crowd the panels."""
+"""The baselines whose curves are drawn; more would crowd the panels."""
 
 
-def looks(results: Results) -> dict[str, Look]:
-    """Optimizer -> its look."""
-    rules = [name for name in results.optimizers if name not in BASELINE_LOOKS]
-    return BASELINE_LOOKS | {name: RULE_LOOKS[i % len(RULE_LOOKS)] for i, name in enumerate(rules)}
+def line_styles(results: Results) -> dict[str, LineStyle]:
+    """Optimizer -> how it is drawn."""
+    rules = [name for name in results.optimizers if name not in BASELINE_STYLES]
+    return BASELINE_STYLES | {name: RULE_STYLES[i % len(RULE_STYLES)] for i, name in enumerate(rules)}
 
 
 def curves(results: Results) -> Figure:
-    """A panel per task: training loss over steps, mean and range over seeds, at the settings of the best final loss."""
+    """Training loss over steps, a panel per task: mean and range over seeds, at the best setting for the final loss."""
     from matplotlib.figure import Figure
 
-    rules = [name for name in results.optimizers if name not in BASELINE_LOOKS]
+    rules = [name for name in results.optimizers if name not in BASELINE_STYLES]
     wanted = [*rules, "hyperparam", *CURVES]
     if not set(CURVES) & set(results.optimizers):
         wanted.append(DEFAULT_ADAM)
-    # Baselines first, so that the rules lie on top.
+    # Baselines first, so that the rules are drawn on top.
     drawn = [name for name in reversed(wanted) if name in results.optimizers]
     columns = min(4, math.ceil(math.sqrt(len(results.cases))))
     rows = math.ceil(len(results.cases) / columns)
@@ -76,20 +75,21 @@ def curves(results: Results) -> Figure:
 
 
 def _curve_panel(panel: Axes, results: Results, case: Case, drawn: list[str]) -> None:
-    styles, names = looks(results), labels(results)
+    styles = line_styles(results)
     for name in drawn:
-        runs, look = results.entry(case, name).best["final"].runs, styles[name]
-        seeds = [_smooth(curve) for curve in runs.curve]
-        points = list(zip(*seeds, strict=True))
-        middles = [(i + 0.5) * runs.steps / len(points) for i in range(len(points))]
-        # The nominal term on top and thin: at first a rule is hardly different from it.
+        runs = results.entry(case, name).best["final"].runs
+        look = styles[name]
+        points = list(zip(*map(_smooth, runs.curve), strict=True))
+        # The nominal term is thin and on top: at first a rule's curve hardly differs from it.
         order = 4 if name == "hyperparam" else 3
         style: dict[str, Any] = {"color": look.color, "linestyle": look.line, "linewidth": look.width, "zorder": order}
-        panel.plot(middles, [statistics.fmean(point) for point in points], label=names[name], **style)
-        low, high = [min(point) for point in points], [max(point) for point in points]
-        panel.fill_between(middles, low, high, color=look.color, alpha=0.12, linewidth=0)
+        panel.plot(runs.curve_steps, [statistics.fmean(point) for point in points], label=results.labels[name], **style)
+        panel.fill_between(
+            runs.curve_steps, list(map(min, points)), list(map(max, points)), color=look.color, alpha=0.12, linewidth=0
+        )
     panel.set_yscale("log")
-    top, bottom = results.entry(case, drawn[0]).best["final"].runs.scale, panel.get_ylim()[0]
+    top = results.entry(case, drawn[0]).best["final"].runs.scale
+    bottom, _ = panel.get_ylim()
     panel.set_ylim(bottom, top * max(top / bottom, 1.1) ** 0.08)
     _number_axis(panel.yaxis, panel.get_ylim())
     panel.set_xlim(0, case.steps)
@@ -100,7 +100,7 @@ def _curve_panel(panel: Axes, results: Results, case: Case, drawn: list[str]) ->
 
 
 def _smooth(curve: list[float], reach: int = 2) -> list[float]:
-    """A moving mean over up to `reach` neighbors on both sides, fewer at the start, where losses fall steeply."""
+    """A moving mean over `reach` neighbors on both sides, fewer at the start, where losses fall steeply."""
     return [statistics.fmean(curve[i - min(i, reach) : i + min(i, reach) + 1]) for i in range(len(curve))]
 
 
@@ -111,8 +111,8 @@ def _ticker() -> Any:
 
 
 def _number_axis(axis: Any, limits: tuple[float, float], least: int = 3) -> None:
-    """Plain numbers at round places of a logarithmic axis: as few as there can be, but so many at least."""
-    digits: list[tuple[float, ...]] = [(1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)]
+    """Label a logarithmic axis with plain, round numbers: as few as possible, but at least `least`."""
+    digits: list[tuple[float, ...]] = [(1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)]  # ever finer
     digits += [(1, 1.1, 1.2, 1.4, 1.6, 1.8, 2, 2.3, 2.6, 3, 4, 5, 6, 7, 8, 9), tuple(i / 10 for i in range(10, 100))]
     for some in digits:
         values = [digit * 10.0**power for power in range(-12, 12) for digit in some]
@@ -126,10 +126,10 @@ def _number_axis(axis: Any, limits: tuple[float, float], least: int = 3) -> None
 
 
 def ratios(results: Results) -> Figure:
-    """A row per task: the optimizers' final and mean loss divided by the reference's, and the geometric means."""
+    """Ratios of final and mean loss to the reference's, a row per task, with the geometric means below."""
     from matplotlib.figure import Figure
 
-    reference = main_reference(results)
+    reference = results.main_reference
     drawn = [name for name in results.optimizers if name not in (reference, DEFAULT_ADAM)]
     height = 0.34 * (len(results.cases) + 2) + 1.5
     figure = Figure(figsize=(11.5, max(height, 3.2)), layout="constrained")
@@ -142,11 +142,12 @@ def ratios(results: Results) -> Figure:
 
 
 def _ratio_panel(panel: Axes, results: Results, measure: str, reference: str, drawn: list[str]) -> None:
-    styles, names, cases = looks(results), labels(results), results.cases
+    styles = line_styles(results)
+    cases = results.cases
     means = {summary.optimizer: summary.ratios[measure, reference].value for summary in results.summary()}
     for number, name in enumerate(drawn):
         look = styles[name]
-        # Beside each other, so that equal values do not hide each other.
+        # Shifted, so that equal values do not hide each other.
         shift = 0.5 * (number / max(len(drawn) - 1, 1) - 0.5)
         rows = [i + shift for i in range(len(cases))] + [len(cases) + 0.5 + shift]
         found = [results.ratio(case, name, reference, measure) for case in cases]
@@ -162,7 +163,7 @@ def _ratio_panel(panel: Axes, results: Results, measure: str, reference: str, dr
             color=look.color,
             markersize=5,
             elinewidth=1,
-            label=names[name],
+            label=results.labels[name],
         )
     panel.axvline(1.0, color="black", linewidth=1)
     panel.axhline(len(cases) - 0.25, color="0.6", linewidth=0.8)
@@ -175,7 +176,7 @@ def _ratio_panel(panel: Axes, results: Results, measure: str, reference: str, dr
 
 
 def tidy(panel: Axes) -> None:
-    """Take away what is not needed."""
+    """Remove the box and draw a light grid."""
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(True, which="major", color="0.9", linewidth=0.6)
     panel.set_axisbelow(True)

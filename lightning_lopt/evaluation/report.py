@@ -1,9 +1,8 @@
-"""An evaluation as CSV files, as tables on the terminal, and as plots."""
+"""Report an evaluation: CSV files, tables for the terminal, and plots."""
 
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import math
 import statistics
@@ -11,64 +10,44 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_lopt.evaluation.results import DEFAULT_ADAM, MEASURES, REFERENCES, Entry, Ratio, Results
+from lightning_lopt.evaluation import plots
+from lightning_lopt.evaluation.results import DEFAULT_ADAM, MEASURES, REFERENCES, TUNED, Entry, Ratio, Results
+from lightning_lopt.evaluation.suites import Case
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-TUNED = ("final", "mean")  # what settings are chosen for
 LOSSES = {"final": "final training loss", "mean": "mean training loss", "test": "test loss"}
-NEEDS = ("matplotlib", "rich")
-
-
-def check_installed() -> None:
-    """Raise a ModuleNotFoundError if the libraries that reports need are not there."""
-    for name in NEEDS:
-        if importlib.util.find_spec(name) is None:
-            raise ModuleNotFoundError(
-                f"A report needs {name}, which is not installed: pip install 'lightning_lopt[plot]'."
-            )
 
 
 def write(results: Results, directory: str | Path) -> list[Path]:
     """Write `table.csv` (a row per optimizer and task), `summary.csv`, `curves.png` and `ratios.png`.
 
     Args:
-        results: of `evaluate`.
-        directory: made if it does not exist; files of these names are replaced.
+        results: the results of `evaluate`.
+        directory: created if it does not exist; existing files of these names are replaced.
 
     Returns:
-        The files.
+        The paths of the files.
     """
-    from lightning_lopt.evaluation import plots
-
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / name for name in ("table.csv", "summary.csv", "curves.png", "ratios.png")]
-    _write_csv(files[0], [_row(results, entry) for entry in results.entries])
-    _write_csv(files[1], _summary_rows(results))
+    write_csv(files[0], [_row(results, entry) for entry in results.entries])
+    write_csv(files[1], _summary_rows(results))
     plots.curves(results).savefig(files[2], dpi=150)
     plots.ratios(results).savefig(files[3], dpi=150)
     return files
 
 
 def tables(results: Results) -> list[Table]:
-    """Ratios task by task, for the final and for the mean loss, and the summary, for rich to print."""
+    """Tables of ratios by task, for the final and the mean loss, and a summary, for rich to print."""
     return [*(_ratio_table(results, measure) for measure in TUNED), _summary_table(results)]
 
 
-def labels(results: Results) -> dict[str, str]:
-    """Optimizer -> what it is called in tables and plots; of a path, the last part where that is unambiguous."""
-    found = {entry.optimizer: entry.label for entry in results.entries}
-    short = {name: label.rsplit("/", 1)[-1] for name, label in found.items()}
-    taken = list(short.values())
-    return {name: short[name] if taken.count(short[name]) == 1 else label for name, label in found.items()}
-
-
 def _row(results: Results, entry: Entry) -> dict[str, Any]:
-    """One line of the table; losses are means over seeds, with the standard deviation over seeds."""
-    trials = entry.best
-    runs = trials["final"].runs
+    """A row of `table.csv`; losses are means over seeds, with their standard deviation."""
+    runs = entry.best["final"].runs
     row: dict[str, Any] = {
         "task": entry.case.task,
         "steps": entry.case.steps,
@@ -77,12 +56,12 @@ def _row(results: Results, entry: Entry) -> dict[str, Any]:
         "initial_loss": runs.scale,
     }
     for measure in TUNED:
-        losses = getattr(trials[measure].runs, measure)
+        losses = getattr(entry.best[measure].runs, measure)
         row[f"{measure}_loss"] = statistics.fmean(losses)
         row[f"{measure}_loss_std"] = statistics.stdev(losses) if len(losses) > 1 else math.nan
     row |= {"test_loss": runs.average("test_loss"), "test_accuracy": runs.average("accuracy")}
     row |= {"diverged_runs": sum(runs.diverged), "settings_tried": entry.num_settings}
-    row |= {f"setting_for_{m}": json.dumps(trials[m].hyperparameters) for m in TUNED}
+    row |= {f"setting_for_{m}": json.dumps(entry.best[m].hyperparameters) for m in TUNED}
     row["step_time_vs_adam"] = results.step_time(entry.case, entry.optimizer)
     for measure in MEASURES:
         for reference in results.references:
@@ -102,9 +81,10 @@ def _summary_rows(results: Results) -> list[dict[str, Any]]:
     return rows
 
 
-def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+def write_csv(path: Path, rows: Sequence[dict[str, Any]], columns: Sequence[str] | None = None) -> None:
+    """Write some columns of the rows (default: all); floats have five digits, NaN is an empty cell."""
     with path.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(stream, columns or list(rows[0]), extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows({k: _number(v) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
 
@@ -113,15 +93,11 @@ def _number(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.5g}"
 
 
-def main_reference(results: Results) -> str:
-    """What tables and plots take ratios to: tuned Adam where it was run."""
-    return "adam" if "adam" in results.references else DEFAULT_ADAM
-
-
 def _ratio_table(results: Results, measure: str) -> Table:
     from rich.table import Table
 
-    reference, names = main_reference(results), labels(results)
+    reference = results.main_reference
+    names = results.labels
     others = [optimizer for optimizer in results.optimizers if optimizer != reference]
     table = Table(title=f"{measure.capitalize()} training loss / that of {REFERENCES[reference]} (lower is better)")
     table.add_column("task", no_wrap=True)
@@ -137,7 +113,7 @@ def _ratio_table(results: Results, measure: str) -> Table:
     return table
 
 
-def _cell(results: Results, case: Any, optimizer: str, reference: str, measure: str) -> str:
+def _cell(results: Results, case: Case, optimizer: str, reference: str, measure: str) -> str:
     text = f"{results.ratio(case, optimizer, reference, measure).value:.3f}"
     diverged = sum(results.entry(case, optimizer).best[measure].runs.diverged)
     return f"{text} ({diverged} diverged)" if diverged else text
@@ -146,14 +122,12 @@ def _cell(results: Results, case: Any, optimizer: str, reference: str, measure: 
 def _summary_table(results: Results) -> Table:
     from rich.table import Table
 
-    tasks, seeds = (
-        f"{n} {word}{'s' if n > 1 else ''}" for n, word in ((len(results.cases), "task"), (results.seeds, "seed"))
-    )
-    table = Table(title=f"Geometric means over {tasks}, {seeds} each")
+    tasks = _count(len(results.cases), "task")
+    table = Table(title=f"Geometric means over {tasks}, {_count(results.seeds, 'seed')} each")
     table.add_column("", no_wrap=True)
-    rows, names = results.summary(), labels(results)
+    rows = results.summary()
     for row in rows:
-        table.add_column(names[row.optimizer], justify="right")
+        table.add_column(results.labels[row.optimizer], justify="right")
     for measure in MEASURES:
         for reference in results.references:
             cells = [_with_spread(row.ratios[measure, reference]) for row in rows]
@@ -167,6 +141,10 @@ def _summary_table(results: Results) -> Table:
     return table
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("s" if number > 1 else "")
+
+
 def _with_spread(ratio: Ratio) -> str:
-    """The ratio and, over seeds, its standard error."""
+    """The ratio and its standard error over seeds."""
     return f"{ratio.value:.3f}" + ("" if math.isnan(ratio.spread) else f" ± {ratio.value * ratio.spread:.3f}")

@@ -1,4 +1,4 @@
-"""Runs of optimizers on a task: several settings times several seeds as one population, and what is kept of them."""
+"""Run optimizers on a task, several settings times several seeds as one population, and summarize the losses."""
 
 from __future__ import annotations
 
@@ -20,52 +20,62 @@ MetaParams = Mapping[str, Tensor]
 SEED = 0
 CURVE_POINTS = 100
 FLOOR, CEILING = 1e-3, 2.0
-"""A loss counts as at least and at most these multiples of the task's initial loss before anything is divided."""
+"""Losses are clamped to these multiples of the task's initial loss before they are divided."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Runs:
-    """One optimizer with one setting on one task: lists have one number per seed, NaN where there is none."""
+    """Runs of one optimizer with one setting on one task. Lists have one number per seed; NaN: not available."""
 
     steps: int
     initial: list[float]
     """Training loss before the first update."""
     final: list[float]
-    """Training loss, mean over the last 5 % of the steps, or the last 50 where that is more."""
+    """Mean training loss over the last 5 % of the steps, or the last 50 steps if that is more."""
     tail: list[float]
-    """Training loss, mean over the last tenth, or the last 50 steps: smoother, what settings are chosen by."""
+    """Mean training loss over the last 10 %, or the last 50 steps if that is more: smoother, for choosing settings."""
     mean: list[float]
-    """Training loss, mean over all steps."""
+    """Mean training loss over all steps."""
     test_loss: list[float]
-    """Loss on the test part after the last update."""
+    """Loss on the test data after the last update."""
     accuracy: list[float]
-    """Accuracy there; NaN for tasks without."""
+    """Accuracy on the test data; NaN for tasks without an accuracy."""
     curve: list[list[float]]
-    """Training loss as means over up to `CURVE_POINTS` equal stretches of the run, for each seed."""
+    """Per seed, the mean training loss over each of up to `CURVE_POINTS` equal intervals of the run."""
 
     @property
     def scale(self) -> float:
-        """The task's initial loss: the mean over seeds, the same for every optimizer."""
+        """The task's initial loss, mean over seeds: the same for every optimizer."""
         return statistics.fmean(self.initial)
 
     @property
+    def curve_steps(self) -> list[float]:
+        """The steps in the middle of the intervals of `curve`."""
+        points = len(self.curve[0])
+        return [(i + 0.5) * self.steps / points for i in range(points)]
+
+    @property
     def diverged(self) -> list[bool]:
-        """Per seed: a loss was not finite, or the final one is more than twice the initial."""
+        """Per seed, whether a loss was not finite or the final loss is more than twice the initial one."""
         rows = zip(self.final, self.mean, self.test_loss, strict=True)
         return [not math.isfinite(sum(row)) or row[0] > CEILING * self.scale for row in rows]
 
-    def score(self, measure: str) -> float:
-        """What a search minimizes: the mean over seeds of `measure`, infinite if a seed diverged."""
-        return math.inf if any(self.diverged) else self.average(measure)
+    def tuning_loss(self, field: str) -> float:
+        """What a search minimizes: the mean over seeds of a field, or infinity if any seed diverged."""
+        return math.inf if any(self.diverged) else self.average(field)
 
-    def average(self, measure: str) -> float:
+    def average(self, field: str) -> float:
         """The mean over seeds of a field."""
-        return statistics.fmean(getattr(self, measure))
+        return statistics.fmean(getattr(self, field))
 
-    def bounded(self, measure: str) -> list[float]:
-        """Per seed, the field between `FLOOR` and `CEILING` times the initial loss; NaN counts as the latter."""
-        low, high = FLOOR * self.scale, CEILING * self.scale
-        return [high if math.isnan(loss) else min(max(loss, low), high) for loss in getattr(self, measure)]
+    def clamped(self, field: str) -> list[float]:
+        """Per seed, the field's loss, clamped as `clamp` does."""
+        return [self.clamp(loss) for loss in getattr(self, field)]
+
+    def clamp(self, loss: float) -> float:
+        """The loss within `FLOOR` and `CEILING` times the initial loss; NaN becomes the upper bound."""
+        ceiling = CEILING * self.scale
+        return ceiling if math.isnan(loss) else min(max(loss, FLOOR * self.scale), ceiling)
 
 
 def run(
@@ -78,37 +88,77 @@ def run(
     tell_length: bool = True,
     on_step: Callable[[int], None] | None = None,
 ) -> list[Runs]:
-    """Run every setting from the same starts on the same batches, whatever the optimizer: common random numbers.
+    """Run every setting from the same starting points on the same batches, whatever the optimizer.
 
     Args:
         rule: the update rule.
         meta_params: its meta-parameters, one set per setting.
-        task: what it is run on.
+        task: the task to train on.
         steps: length of the runs.
-        seeds: runs per setting. Which starts and batches they get depends on this number too.
-        tell_length: give the rule the runs' length.
-        on_step: called with the number of steps done, after each.
+        seeds: runs per setting. Their starting points and batches depend on this number too.
+        tell_length: tell the rule how long the runs are.
+        on_step: called after each step with the number of steps done.
 
     Returns:
         A `Runs` per setting.
     """
-    generator, unroll = torch.Generator().manual_seed(SEED), Unroll(rule, task, "raw", tell_horizon=tell_length)
+    generator = torch.Generator().manual_seed(SEED)
+    unroll = Unroll(rule, task, "raw", tell_horizon=tell_length)
+    losses, inner = run_population(
+        unroll, meta_params, generator, steps=steps, seeds=seeds, batched=len(meta_params) > 1, on_step=on_step
+    )
+    with torch.no_grad():
+        tests = [_test(task, inner, member) for member in range(losses.shape[1])]
+    return [_summarize(losses[:, i : i + seeds], tests[i : i + seeds]) for i in range(0, losses.shape[1], seeds)]
+
+
+def run_population(
+    unroll: Unroll,
+    meta_params: Sequence[MetaParams],
+    generator: torch.Generator,
+    *,
+    steps: int,
+    seeds: int,
+    batched: bool,
+    on_step: Callable[[int], None] | None = None,
+) -> tuple[Tensor, Inner]:
+    """Run several sets of meta-parameters, each with several seeds, as one population.
+
+    Args:
+        unroll: the rule on its task.
+        meta_params: the sets of meta-parameters.
+        generator: draws starting points and batches.
+        steps: length of the runs.
+        seeds: runs per set, with different starting points and batches.
+        batched: give every run its own copy of its meta-parameters. With a single set, all runs can do without.
+        on_step: called after each step with the number of steps done.
+
+    Returns:
+        Training losses before each update, (steps, sets * seeds) float64, and the runs after the last update.
+    """
     sides = len(meta_params)
-    population = _stack(meta_params, seeds)
+    population = stack(meta_params, seeds, batched=batched)
     losses = torch.empty(steps, sides * seeds, dtype=torch.float64)
     with torch.no_grad():
         inner = unroll.start(generator, torch.full((seeds,), steps), sides=sides)
         for step in range(steps):
-            inner, record, _ = unroll.slot(population, inner, generator, _no_reset, sides=sides, batched=sides > 1)
+            inner, record, _ = unroll.slot(population, inner, generator, _no_reset, sides=sides, batched=batched)
             losses[step] = record.losses
             if on_step:
                 on_step(step + 1)
-        tests = [_test(task, inner, member) for member in range(sides * seeds)]
-    return [_summarize(losses[:, i : i + seeds], tests[i : i + seeds]) for i in range(0, sides * seeds, seeds)]
+    return losses, inner
+
+
+def stack(meta_params: Sequence[MetaParams], seeds: int, *, batched: bool) -> dict[str, Tensor]:
+    """Sets of meta-parameters along a leading axis, each repeated for every seed; not `batched`, the one set alone."""
+    if not batched:
+        return {name: value.detach() for name, value in meta_params[0].items()}
+    stacked = {name: torch.stack([each[name].detach() for each in meta_params]) for name in meta_params[0]}
+    return {name: values.repeat_interleave(seeds, 0) for name, values in stacked.items()}
 
 
 def initial_losses(task: Task, seeds: int) -> list[float]:
-    """The losses before the first update that `run` will see."""
+    """The losses before the first update in `run`, one per seed."""
     generator = torch.Generator().manual_seed(SEED)
     start = task.init(generator, seeds)
     losses: Tensor = torch.func.vmap(task.loss)(start.params, task.batch(generator, start.constants, seeds))
@@ -116,11 +166,12 @@ def initial_losses(task: Task, seeds: int) -> list[float]:
 
 
 def step_seconds(rule: UpdateRule, meta_params: MetaParams, task: Task, *, num: int = 10) -> float:
-    """CPU seconds of one training step of one run: the fastest of `num`, after two that warm up.
+    """CPU seconds of one training step of one run: the fastest of `num` steps, after two for warm-up.
 
-    It is the reference implementation that is timed, with the task's gradient; a fused backend is quicker.
+    Times the task's gradient and the rule's reference implementation; a fused backend is faster.
     """
-    generator, unroll = torch.Generator().manual_seed(SEED), Unroll(rule, task, "raw")
+    generator = torch.Generator().manual_seed(SEED)
+    unroll = Unroll(rule, task, "raw")
     times = []
     with torch.no_grad():
         inner = unroll.start(generator, torch.full((1,), 1000))
@@ -131,21 +182,12 @@ def step_seconds(rule: UpdateRule, meta_params: MetaParams, task: Task, *, num: 
     return min(times[2:])
 
 
-def _stack(meta_params: Sequence[MetaParams], seeds: int) -> dict[str, Tensor]:
-    """One set as it is; several with a leading axis: each once per seed."""
-    if len(meta_params) == 1:
-        return {name: value.detach() for name, value in meta_params[0].items()}
-    names = meta_params[0]
-    stacked = {name: torch.stack([setting[name].detach() for setting in meta_params]) for name in names}
-    return {name: values.repeat_interleave(seeds, 0) for name, values in stacked.items()}
-
-
 def _no_reset(num: int) -> Tensor:
     raise AssertionError("A run ended before its last step.")
 
 
 def _test(task: Task, inner: Inner, member: int) -> tuple[float, float]:
-    """Test loss and accuracy of one member; one at a time, since a population times the test part is much memory."""
+    """Test loss and accuracy of one member. A whole population at once would take too much memory."""
     params, constants = tree_map(lambda leaf: leaf[member], (inner.params, inner.constants))
     batch = task.eval_batch("test", constants)
     accuracy = task.metrics(params, batch).get("accuracy", torch.tensor(math.nan))
@@ -155,9 +197,9 @@ def _test(task: Task, inner: Inner, member: int) -> tuple[float, float]:
 def _summarize(losses: Tensor, tests: list[tuple[float, float]]) -> Runs:
     """`losses`: (steps, seeds)."""
     steps = len(losses)
-    last, tail = (min(max(50, round(share * steps)), steps) for share in (0.05, 0.1))
-    stretches = losses.tensor_split(min(CURVE_POINTS, steps))
-    curve = torch.stack([stretch.mean(0) for stretch in stretches], 1)
+    last, tail = (min(max(50, round(fraction * steps)), steps) for fraction in (0.05, 0.1))
+    intervals = losses.tensor_split(min(CURVE_POINTS, steps))
+    curve = torch.stack([interval.mean(0) for interval in intervals], 1)
     return Runs(
         steps=steps,
         initial=losses[0].tolist(),

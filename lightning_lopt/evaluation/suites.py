@@ -1,4 +1,4 @@
-"""Named sets of runs to compare optimizers on."""
+"""Named sets of tasks and run lengths on which optimizers are compared."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ HELDOUT = (
     Case("shakespeare-small-transformer", 500),
     Case("digits-mlp", 20_000),
 )
-"""Never to be used in meta-training, nor to choose a checkpoint: what a rule is judged by.
+"""The held-out cases that judge a rule. Never use them for meta-training, nor to choose a checkpoint.
 
-Fifteen tasks unlike those that rules are meta-trained on (small MLPs, conv nets and transformers on digits, 8 x 8 MNIST
-and Fashion-MNIST, small tables, made-up data): other data or resolutions, eight-layer and six-layer nets, LayerNorm and
-BatchNorm, residual connections, attention, recurrence, reconstruction, batches of 8, and runs of 200 to 20,000 steps.
-`digits-mlp` alone is a task that rules see; what is held out there is the length, ten times the longest of a fit.
-All of it with three seeds takes a learned rule about half an hour on one core.
+They differ from the tasks of meta-training (small MLPs, conv nets and transformers on digits, 8 x 8 MNIST and
+Fashion-MNIST, small tables, synthetic data) in data or resolution and in architecture: six and eight layers, LayerNorm
+and BatchNorm, residual connections, attention, recurrence, reconstruction, batches of 8, and runs of 200 to 20,000
+steps. `digits-mlp` is the one task that rules do see; its length is held out, ten times the longest of meta-training.
+With three seeds, a learned rule takes about half an hour for all of them on one core.
 """
 
 UNSEEN = tuple(case for case in HELDOUT if case.task != "digits-mlp")
-"""Those of `HELDOUT` that no rule has seen at any length."""
+"""The cases of `HELDOUT` whose tasks no rule has seen at any length."""
 
 SUITES = {"heldout": HELDOUT, "unseen": UNSEEN}
-"""The sets by name."""
+"""Suites by name, for `lopt evaluate --suite`."""

@@ -1,7 +1,7 @@
-"""The search for a hand-designed optimizer's best settings on one task, and which optimizers are searched.
+"""Tuning of hand-designed optimizers on one task: the searches, and the optimizers that are tuned.
 
-A search is good when the best setting lies inside what was tried: a grid is extended until every neighbour of the best
-has been tried, so that its edge never wins.
+The best setting must not lie at the edge of what was tried, so a grid grows until all neighbors of the best have been
+tried too.
 """
 
 from __future__ import annotations
@@ -24,33 +24,37 @@ from lightning_lopt.evaluation.baselines import (
 )
 from lightning_lopt.evaluation.runs import Runs
 
-MEASURES = {"final": "tail", "mean": "mean"}
-"""What a table reports -> the field of `Runs` that the setting for it is chosen by."""
-Measure = Callable[[list[Hyperparameters]], Sequence[Runs]]
+SELECTED_BY = {"final": "tail", "mean": "mean"}
+"""Measure in a table -> field of `Runs` by which its setting is selected."""
+RunSettings = Callable[[list[Hyperparameters]], Sequence[Runs]]
+"""Runs the settings, and returns the runs of each."""
+LIMIT = 24
+"""A search gives up this many half-decades away from a learning rate of 1."""
 Point = tuple[int, int]
+"""A place in a grid: the numbers of the learning rate and of the weight decay."""
 Key = TypeVar("Key", int, Point)
 
 
 class Trial(NamedTuple):
-    """A setting and what came of it."""
+    """A setting and its runs."""
 
     hyperparameters: Hyperparameters
     runs: Runs
 
 
-class Tuned(NamedTuple):
+class SearchResult(NamedTuple):
     """The result of a search."""
 
-    best: dict[str, Trial]  # "final" and "mean", see `MEASURES`
-    trials: list[Trial]  # all
+    best: dict[str, Trial]  # by measure, see `SELECTED_BY`
+    num_trials: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """Half-decades of the learning rate, and for optimizers with weight decay some decades of that.
+    """A grid over the learning rate in half-decades and, if asked for, over the weight decay in decades.
 
-    All rates are tried without decay, then all decays at the best rates and their neighbours. Rates are 1 and 3 times
-    the powers of ten, numbered so that 0 is 1, 1 is 3, -1 is 0.3; decays are 0, 1e-4, 1e-3 ... from 0 on.
+    The search first tries all rates without decay, then all decays at the best rates and their neighbors. Rates are
+    numbered 0: 1, 1: 3, 2: 10, ... and -1: 0.3, -2: 0.1, ...; decays are numbered 0: 0, 1: 1e-4, 2: 1e-3, ...
 
     Example:
         >>> [Grid().setting((rate, 0))["lr"] for rate in (-9, -6, -1, 0)], Grid(decays=4).setting((-6, 2))
@@ -60,48 +64,47 @@ class Grid:
     lowest: int = -9
     highest: int = 0
     decays: int = 0
-    """How many decays; 0: none is tried but 0."""
-    limit: int = 24
-    """A search that gets this many half-decades away from 1 gives up."""
+    """Number of decays; 0 leaves the weight decay at its default."""
 
     def setting(self, point: Point) -> Hyperparameters:
-        """The hyper-parameters at (number of the rate, number of the decay)."""
+        """The hyper-parameters at a point of the grid."""
         rate, decay = point
         lr = float(f"{3 if rate % 2 else 1}e{rate // 2}")
         if not self.decays:
             return {"lr": lr}
         return {"lr": lr, "weight_decay": float(f"1e{decay - 5}") if decay else 0.0}
 
-    def search(self, measure: Measure) -> Tuned:
-        """Try settings until the best by either measure has no untried neighbour.
+    def search(self, run: RunSettings) -> SearchResult:
+        """Try settings until the best by either measure has no untried neighbor.
 
         Args:
-            measure: runs settings, and gives what came of each.
+            run: runs settings.
 
         Raises:
-            RuntimeError: the best is still at the edge at `limit`.
+            RuntimeError: losses still improve at `LIMIT`.
         """
         seen: dict[Point, Trial] = {}
-        self._extend(seen, [(rate, 0) for rate in range(self.lowest, self.highest + 1)], measure, across=False)
+        self._extend(seen, [(rate, 0) for rate in range(self.lowest, self.highest + 1)], run, vary_decay=False)
         if self.decays:
             rates = {rate + near for rate, _ in _best(seen) for near in (-1, 0, 1)}
-            self._extend(seen, sorted(itertools.product(rates, range(self.decays))), measure, across=True)
-        best = {name: seen[point] for name, point in zip(MEASURES, _best(seen), strict=True)}
-        return Tuned(best, list(seen.values()))
+            self._extend(seen, sorted(itertools.product(rates, range(self.decays))), run, vary_decay=True)
+        return _result(seen)
 
-    def _extend(self, seen: dict[Point, Trial], points: list[Point], measure: Measure, *, across: bool) -> None:
-        """Try the points, then the neighbours of the best until there are no new ones; `across`: of decays too."""
+    def _extend(self, seen: dict[Point, Trial], points: list[Point], run: RunSettings, *, vary_decay: bool) -> None:
+        """Try the points, then the neighbors of the best until none of them is new."""
         while new := [point for point in points if point not in seen]:
             settings = [self.setting(point) for point in new]
-            seen.update(zip(new, map(Trial, settings, measure(settings)), strict=True))
-            points = sorted({near for point in _best(seen) for near in _neighbours(point, across)})
-            if any(abs(rate) > self.limit or decay > self.limit for rate, decay in points):
-                raise RuntimeError(f"No setting down or up to {settings[-1]} is the best: losses improve to the edge.")
+            seen.update(zip(new, map(Trial, settings, run(settings)), strict=True))
+            points = sorted({near for point in _best(seen) for near in _neighbors(point, vary_decay)})
+            if any(abs(rate) > LIMIT or decay > LIMIT for rate, decay in points):
+                raise RuntimeError(
+                    f"The search reached {settings[-1]} and losses still improve to the edge; check the task."
+                )
 
 
 @dataclasses.dataclass(frozen=True)
 class RandomSearch:
-    """Settings drawn log-uniformly from a box, the same for every task.
+    """A random search over a box, log-uniform, with the same settings on every task.
 
     Example:
         >>> first, second = RandomSearch({"lr": (1e-4, 1e-1)}, num=2).settings()
@@ -110,43 +113,46 @@ class RandomSearch:
     """
 
     box: dict[str, tuple[float, float]]
-    """Name -> (lowest, highest); "beta1" and "beta2" are drawn as 1 minus what the box says."""
+    """Hyper-parameter -> (lowest, highest); for "beta1" and "beta2", the bounds of 1 - beta."""
     num: int = 50
 
     def settings(self) -> list[Hyperparameters]:
-        """The settings; the first ones are the same whatever `num` is."""
+        """The settings; a larger `num` only appends to them."""
         generator = torch.Generator().manual_seed(0)
         rows = []
         for _ in range(self.num):
-            shares = torch.rand(len(self.box), generator=generator, dtype=torch.float64).tolist()
-            drawn = {n: low * (high / low) ** u for (n, (low, high)), u in zip(self.box.items(), shares, strict=True)}
+            uniform = torch.rand(len(self.box), generator=generator, dtype=torch.float64).tolist()
+            drawn = {n: low * (high / low) ** u for (n, (low, high)), u in zip(self.box.items(), uniform, strict=True)}
             rows.append({n: float(f"{1 - v if n.startswith('beta') else v:.6g}") for n, v in drawn.items()})
         return rows
 
-    def search(self, measure: Measure) -> Tuned:
+    def search(self, run: RunSettings) -> SearchResult:
         """Try all settings."""
         settings = self.settings()
-        seen = dict(enumerate(map(Trial, settings, measure(settings))))
-        best = {name: seen[number] for name, number in zip(MEASURES, _best(seen), strict=True)}
-        return Tuned(best, list(seen.values()))
+        return _result(dict(enumerate(map(Trial, settings, run(settings)))))
+
+
+def _result(seen: dict[Key, Trial]) -> SearchResult:
+    return SearchResult({name: seen[key] for name, key in zip(SELECTED_BY, _best(seen), strict=True)}, len(seen))
 
 
 def _best(seen: dict[Key, Trial]) -> list[Key]:
-    """The best by each measure; between equals, the lowest key: the lowest rate."""
-    return [min((trial.runs.score(field), key) for key, trial in seen.items())[1] for field in MEASURES.values()]
+    """The keys of the best trials, one per measure. Ties go to the lowest key, that is, the lowest rate."""
+    losses = ({key: trial.runs.tuning_loss(field) for key, trial in seen.items()} for field in SELECTED_BY.values())
+    return [min((loss, key) for key, loss in each.items())[1] for each in losses]
 
 
-def _neighbours(point: Point, across: bool) -> list[Point]:
+def _neighbors(point: Point, vary_decay: bool) -> list[Point]:
     rate, decay = point
     near = [(rate - 1, decay), (rate + 1, decay)]
-    if across:  # below no decay there is nothing
+    if vary_decay:
         near += [(rate, decay + step) for step in (-1, 1) if decay + step >= 0]
     return near
 
 
 @dataclasses.dataclass(frozen=True)
 class Baseline:
-    """A hand-designed optimizer with its search."""
+    """A hand-designed optimizer with its search space."""
 
     label: str
     rule: type[HandDesigned]
@@ -154,11 +160,11 @@ class Baseline:
     schedule: str = "constant"
 
     def make(self, **hyperparameters: float) -> HandDesigned:
-        """The rule with some of its hyper-parameters set."""
+        """The rule with these hyper-parameters, and defaults for the others."""
         return self.rule(BaselineConfig(schedule=self.schedule), **hyperparameters)
 
 
-_NADAMW = {  # an order of magnitude or more around what is common
+_NADAMW = {  # at least an order of magnitude around common values
     "lr": (1e-4, 1e-1),
     "weight_decay": (1e-5, 1e-1),
     "warmup": (1e-2, 2e-1),
@@ -173,4 +179,4 @@ BASELINES = {
     "rmsprop": Baseline("tuned RMSProp", RMSProp, Grid()),
     "nadamw": Baseline("searched NAdamW + cosine", NAdamW, RandomSearch(_NADAMW), "cosine"),
 }
-"""The optimizers that rules are compared with, by name."""
+"""The optimizers that learned rules are compared with, by name."""

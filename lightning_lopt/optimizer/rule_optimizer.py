@@ -103,6 +103,7 @@ class RuleOptimizer(Optimizer):
         rule: UpdateRule,
         *,
         lr: str = "ignore",
+        reference_lr: float | None = None,
         weight_decay: str = "ignore",
         **arguments: Any,
     ) -> RuleOptimizer:
@@ -111,8 +112,8 @@ class RuleOptimizer(Optimizer):
         Args:
             optimizer: any torch optimizer; it is left as it is.
             rule: the update rule.
-            lr: "ignore", the groups' lr is only logged; "scale", the update is multiplied by lr / reference, the
-                reference being the largest initial lr (or, under a OneCycleLR or CyclicLR, max_lr) of the groups.
+            lr: "ignore", the groups' lr is only logged; "scale", the update is multiplied by lr / reference_lr.
+            reference_lr: default: the largest initial lr (or, under a OneCycleLR or CyclicLR, max_lr) of the groups.
             weight_decay: "ignore", or "decoupled": the groups' own decay with their own lr, as AdamW does.
             arguments: further arguments of `RuleOptimizer`.
 
@@ -124,7 +125,7 @@ class RuleOptimizer(Optimizer):
         """
         groups = [{"params": group["params"], **_kept(group)} for group in optimizer.param_groups]
         new = cls([dict(group) for group in groups], rule, **arguments)
-        reference = max((_reference_lr(group) for group in groups), default=0.0)
+        reference = reference_lr or max((_reference_lr(group) for group in groups), default=0.0)
         own = {"lopt_base_lr": (reference or 1.0) if lr == "scale" else None, "lopt_decay": weight_decay == "decoupled"}
         new.defaults.update({**_kept(optimizer.defaults), **own})
         for group in new.param_groups:
@@ -473,4 +474,4 @@ def _scalar(value: float | Tensor) -> float | Tensor:
 
 
 def _reference_lr(group: dict[str, Any]) -> float:
-    return next((float(group[key]) for key in _LR_KEYS if key in group), 1.0)
+    return next((float(group[key]) for key in _LR_KEYS if group.get(key) is not None), 1.0)

@@ -1,1 +1,1 @@
-"""The Lightning plugin: the `LearnedOptimizer` callback, strategies by name, and `StabilityMonitor`."""
+"""The Lightning plugin: the `LearnedOptimizer` callback, strategies that add it by name, and `StabilityMonitor`."""

@@ -1,19 +1,16 @@
 """LearnedOptimizer: the one line that has a learned optimizer train an ordinary LightningModule.
 
-Lightning has no hook for it. While a fit lasts, the callback therefore wraps two methods of the Trainer's strategy
-object: `setup_optimizers`, after which the user's optimizers, schedulers and parameter groups are parsed and validated
-and each optimizer is replaced by a `RuleOptimizer` over the same groups, and `backward`, the one place that sees every
-loss unscaled. The user's module is never touched, and both methods are put back when the fit ends, also by an
-exception.
+Lightning has no hook for replacing optimizers. While a fit lasts, the callback therefore wraps two methods of the
+Trainer's strategy object: `setup_optimizers`, after which the user's optimizers, schedulers and parameter groups are
+parsed and validated and each optimizer is replaced by a `RuleOptimizer` over the same groups, and `backward`, the one
+place that sees every loss unscaled. The user's module is never touched, and both methods are put back when the fit
+ends, also by an exception.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import importlib
-import importlib.util
-import json
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -23,13 +20,17 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_lopt import kernels
 from lightning_lopt.hub import load_rule
 from lightning_lopt.optimizer import RuleOptimizer, checkpoints
-from lightning_lopt.plugin import disk_errors
-from lightning_lopt.plugin.strategy_hooks import LossRecorder, StrategyHooks, rebind
-from lightning_lopt.rules import UpdateRule, compute_dtype
+from lightning_lopt.plugin import announcement, disk_errors, rule_record, run_length
+from lightning_lopt.plugin.arguments import NumSteps, Selectors, check_arguments
+from lightning_lopt.plugin.fit_checks import FitChecks
+from lightning_lopt.plugin.replacement import Replacement, is_mock, replace_optimizers
+from lightning_lopt.plugin.strategy_hooks import LossRecorder, StrategyHooks
+from lightning_lopt.rules import UpdateRule
 
 _REFUSED_STRATEGIES = {
     "DeepSpeedStrategy": "DeepSpeed owns the optimizer and flattens the parameters; "
@@ -39,40 +40,65 @@ _REFUSED_STRATEGIES = {
 }
 
 
-def _also_of() -> tuple[type, ...]:
-    """The Callback of pytorch_lightning before 2.6, whose Trainer takes no callbacks of another class than its own."""
-    major, minor = metadata.version("lightning").split(".")[:2]
-    if (int(major), int(minor)) >= (2, 6) or importlib.util.find_spec("pytorch_lightning") is None:
+def _pytorch_lightnings_callback() -> tuple[type, ...]:
+    """The Callback of a `pytorch_lightning` of 2.0 to 2.5, whose Trainer takes only callbacks of its own class.
+
+    Its version is not that of `lightning`: packages that build on it pin it on their own.
+    """
+    try:
+        major, minor = metadata.version("pytorch-lightning").split(".")[:2]
+    except metadata.PackageNotFoundError:
+        return ()
+    if not (2, 0) <= (int(major), int(minor)) < (2, 6):
         return ()
     return (importlib.import_module("pytorch_lightning").Callback,)
 
 
-class LearnedOptimizer(Callback, *_also_of()):  # type: ignore[misc]
+class _Fit:
+    """What the callback keeps of one running fit."""
+
+    def __init__(self) -> None:
+        self.hooks: StrategyHooks | None = None
+        self.replacement = Replacement([], [])
+        self.checks = FitChecks([], scales=False)
+        self.fallen_back: set[int] = set()  # positions of the optimizers whose fallback has been announced
+
+    def rule_optimizers(self) -> list[RuleOptimizer]:
+        return [pair.new for pair in self.replacement.replaced]
+
+
+class LearnedOptimizer(Callback, *_pytorch_lightnings_callback()):  # type: ignore[misc]
     """Trains the module by a learned update rule in place of the optimizers that its `configure_optimizers` returns.
 
-    Everything else stays the user's: parameter groups, schedulers (they go on ticking and being logged), checkpoints
-    and resume, accumulation, clipping, precision, manual optimization. A module must define `configure_optimizers`, as
-    Lightning demands. Logs `lopt/update_rms` (root mean square change of the parameters), `lopt/nominal_share` (the
-    nominal term's part of the update, 0 to 1) and `lopt/skipped` (updates skipped by the safeguard) every
-    `log_every_n_steps`.
+    Everything else works as before: parameter groups, schedulers (they keep stepping and being logged), checkpoints and
+    resume, accumulation, clipping, precision, manual optimization. The module must define `configure_optimizers`, as
+    Lightning requires. Every `log_every_n_steps` steps the callback logs `lopt/update_rms` (root mean square change of
+    the parameters), `lopt/nominal_share` (the nominal term's fraction of the update, 0 to 1) and `lopt/skipped`
+    (updates skipped by the safeguard).
 
     Args:
-        rule: the update rule; the callback keeps a copy of its own. `lightning_lopt.load_rule` and `rules.make` give
-            one.
-        lr: "ignore", the module's learning rate is logged and changes nothing; "scale", the update is multiplied by
-            lr / its reference (the largest initial lr of the groups; max_lr under OneCycleLR and CyclicLR), so that
-            schedules act.
-        weight_decay: "ignore", or "decoupled": the groups' own weight decay, as AdamW applies it.
-        safeguard: never let a non-finite gradient or update reach a parameter or its state; skip, count, log, and stop
-            with a RuntimeError after 20 steps in a row. "fallback": besides, take the rule's nominal term alone while
-            the loss is outside its trust band (see `optimizer.trust_band`), and log that as `lopt/fallback`.
-        backend: "auto", "reference" or "fused", see `RuleOptimizer`.
+        rule: the update rule (the callback copies it), or a name or path for `lightning_lopt.load_rule`.
+        lr: "ignore" (default): the module's learning rate is logged and has no effect. "scale": the update is
+            multiplied by lr / reference_lr, so schedules take effect.
+        reference_lr: for lr="scale": the learning rate at which the update has its full size. Default: the largest
+            initial lr of the groups (max_lr under OneCycleLR and CyclicLR). For a schedule that climbs, pass its peak.
+        weight_decay: "ignore" (default), or "decoupled": apply the groups' own weight decay, as AdamW does.
+        num_steps: the run's length in steps of each optimizer; rules with a schedule anneal over it. "auto" (default):
+            taken from the Trainer, or unknown where it cannot be known (manual optimization, a Timer, EarlyStopping
+            with Lightning's default max_epochs, reloaded dataloaders). None: unknown.
+        only: replace only these optimizers, given as positions in what `configure_optimizers` returns or as exact
+            classes. Default: all.
+        skip: do not replace these optimizers, given likewise. SparseAdam is never replaced.
+        safeguard: True (default): skip, count and log steps with a non-finite gradient or update, and stop with a
+            RuntimeError after 20 in a row. "fallback": in addition, apply only the rule's nominal term while the loss
+            is outside its trust band (see `optimizer.trust_band`), logged as `lopt/fallback`.
+        backend: "auto" (default), "reference" or "fused", see `RuleOptimizer`.
 
     Raises:
-        TypeError: if `rule` is no `UpdateRule`.
+        TypeError: if `rule` is neither an `UpdateRule` nor a name.
         ValueError: for values of the other arguments that are not allowed.
-        MisconfigurationException: in `Trainer.fit`, with strategies that own or flatten the parameters, or a checkpoint
-            of another rule.
+        MisconfigurationException: in `Trainer.fit`, with strategies that own or flatten the parameters, optimizers that
+            cannot be replaced without loss, or a checkpoint of another rule.
 
     Example:
         >>> import lightning_lopt as lopt
@@ -83,31 +109,47 @@ class LearnedOptimizer(Callback, *_also_of()):  # type: ignore[misc]
 
     def __init__(
         self,
-        rule: UpdateRule,
+        rule: UpdateRule | str | Path,
         *,
         lr: str = "ignore",
+        reference_lr: float | None = None,
         weight_decay: str = "ignore",
+        num_steps: NumSteps = "auto",
+        only: Selectors | None = None,
+        skip: Selectors | None = None,
         safeguard: bool | Literal["fallback"] = True,
         backend: str = "auto",
     ) -> None:
+        if isinstance(rule, str | Path):
+            rule = load_rule(rule)
         if not isinstance(rule, UpdateRule):
             raise TypeError(
-                f"rule must be an UpdateRule, got {type(rule).__name__}. For a name use "
-                "LearnedOptimizer.from_pretrained(name), for a fresh rule lightning_lopt.rules.make(kind)."
+                f"rule must be an UpdateRule or the name of one, got {type(rule).__name__}. For a fresh rule use "
+                "lightning_lopt.rules.make(kind)."
             )
-        _check_choice("lr", lr, ("ignore", "scale"))
-        _check_choice("weight_decay", weight_decay, ("ignore", "decoupled"))
-        # What does not go together fails here, not in the middle of a fit.
-        # Whether there is a kernel for the parameters' device is seen when that is known, at the start of a fit.
+        check_arguments(
+            lr=lr,
+            reference_lr=reference_lr,
+            weight_decay=weight_decay,
+            num_steps=num_steps,
+            only=only,
+            skip=skip,
+        )
+        # Combinations that cannot work fail here, not in the middle of a fit. Whether there is a kernel for the
+        # parameters' device is only known at the start of a fit.
         at_once = "auto" if backend == "fused" and kernels.exists(rule) else backend
         RuleOptimizer([torch.zeros(1)], rule, backend=at_once, safeguard=safeguard)
         self.rule = copy.deepcopy(rule).requires_grad_(False)
         self.lr = lr
+        self.reference_lr = reference_lr
         self.weight_decay = weight_decay
+        self.num_steps = num_steps
+        self.only = only
+        self.skip = skip
         self.safeguard = safeguard
         self.backend = backend
-        self._fallen_back: set[int] = set()  # optimizers of which it was said
-        self._hooks: StrategyHooks | None = None
+        self._fits: dict[Any, _Fit] = {}  # by Trainer: one callback may serve several at once
+        self._restores = True
 
     @classmethod
     def from_pretrained(
@@ -120,7 +162,11 @@ class LearnedOptimizer(Callback, *_also_of()):  # type: ignore[misc]
         local_files_only: bool = False,
         endpoint: str | None = None,
         lr: str = "ignore",
+        reference_lr: float | None = None,
         weight_decay: str = "ignore",
+        num_steps: NumSteps = "auto",
+        only: Selectors | None = None,
+        skip: Selectors | None = None,
         safeguard: bool | Literal["fallback"] = True,
         backend: str = "auto",
     ) -> LearnedOptimizer:
@@ -131,15 +177,19 @@ class LearnedOptimizer(Callback, *_also_of()):  # type: ignore[misc]
             revision: branch, tag or commit of a Hub id. Pin a tag or commit in work that has to be repeated.
             token: for a private repository; default: what `hf auth login` stored.
             cache_dir: where downloads go.
-            local_files_only: never ask the network.
+            local_files_only: never use the network.
             endpoint: another Hub.
-            lr: see `LearnedOptimizer`.
-            weight_decay: see `LearnedOptimizer`.
-            safeguard: see `LearnedOptimizer`.
-            backend: see `LearnedOptimizer`.
+            lr: see `LearnedOptimizer`, as for all that follow.
+            reference_lr: see there.
+            weight_decay: see there.
+            num_steps: see there.
+            only: see there.
+            skip: see there.
+            safeguard: see there.
+            backend: see there.
 
         Raises:
-            ValueError: for an unknown name, and for files that are not a rule's.
+            ValueError: for an unknown name, and for files that do not hold a rule.
 
         Example:
             >>> import lightning_lopt as lopt
@@ -154,7 +204,17 @@ class LearnedOptimizer(Callback, *_also_of()):  # type: ignore[misc]
             local_files_only=local_files_only,
             endpoint=endpoint,
         )
-        return cls(rule, lr=lr, weight_decay=weight_decay, safeguard=safeguard, backend=backend)
+        return cls(  # named one by one, because LightningCLI reads the signature
+            rule,
+            lr=lr,
+            reference_lr=reference_lr,
+            weight_decay=weight_decay,
+            num_steps=num_steps,
+            only=only,
+            skip=skip,
+            safeguard=safeguard,
+            backend=backend,
+        )
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Wrap the strategy for this fit."""
@@ -166,35 +226,52 @@ class LearnedOptimizer(Callback, *_also_of()):  # type: ignore[misc]
             )
         if self.lr == "ignore" and any(type(c).__name__ == "LearningRateFinder" for c in trainer.callbacks):
             rank_zero_warn(
-                "The learning-rate finder has nothing to find: LearnedOptimizer ignores lr. Drop it, or use "
+                "The learning-rate finder has nothing to find: LearnedOptimizer ignores lr. Remove the finder, or use "
                 "LearnedOptimizer(lr='scale')."
             )
-        self._detach()
-        self._hooks = StrategyHooks(trainer, self._replace)
+        # Lightning stops calling on_exception hooks at the first one that raises, and ours has to undo the wraps. So it
+        # comes first. The list is a new one, because Lightning is iterating over the old one.
+        trainer.callbacks = [self, *(callback for callback in trainer.callbacks if callback is not self)]
+        self._end(trainer)
+        self._fits[trainer] = _Fit()
+        self._fits[trainer].hooks = StrategyHooks(trainer, self._replace)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Check that the swap took place, and say what runs."""
-        real = [optimizer for optimizer in trainer.strategy.optimizers if not _is_mock(optimizer)]
-        if not real:
-            rank_zero_warn("configure_optimizers returned None: there is no optimizer for LearnedOptimizer to replace.")
-        for optimizer in real:
-            if not isinstance(optimizer, RuleOptimizer):
+        """Check that the strategy let us replace its optimizers."""
+        optimizers = [optimizer for optimizer in trainer.strategy.optimizers if not is_mock(optimizer)]
+        fit = self._fits[trainer]
+        for optimizer in optimizers:
+            if not isinstance(optimizer, RuleOptimizer) and optimizer not in fit.replacement.left_alone:
                 raise MisconfigurationException(
                     f"LearnedOptimizer could not replace {type(optimizer).__name__} under "
                     f"{type(trainer.strategy).__name__}: the strategy sets up optimizers in its own way. Use "
                     "single-device, 'ddp' or ModelParallelStrategy."
                 )
-        if real:
-            rank_zero_info(self._describe(real))
+        if not optimizers:
+            rank_zero_warn("configure_optimizers returned None: there is no optimizer for LearnedOptimizer to replace.")
+        elif not any(isinstance(optimizer, RuleOptimizer) for optimizer in optimizers):
+            names = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
+            rank_zero_warn(f"LearnedOptimizer replaces no optimizer: all of them are left alone ({names}).")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Tell the optimizers how long the run is, now that the data is set up; look where checkpoints will go."""
+        """Tell the optimizers how long the run is, now that the data is set up, and say what runs."""
         disk_errors.check_writable(trainer)
-        self._share_num_steps(trainer)
+        fit = self._fits[trainer]
+        length = self._tell_num_steps(trainer)
+        if not fit.replacement.replaced:
+            return
+        options = {"lr": self.lr, "weight_decay": self.weight_decay}
+        rank_zero_info(announcement.describe(self.rule, fit.replacement, length, **options))
+        announcement.warn_about_coverage(pl_module, trainer.strategy.optimizers)
+        if self.lr == "ignore":
+            announcement.warn_about_groups(fit.rule_optimizers())
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """Have the steps that will be logged measured."""
-        if _is_logged_step(trainer) and isinstance(optimizer, RuleOptimizer):
+        """Measure the steps that will be logged."""
+        if not isinstance(optimizer, RuleOptimizer):
+            return
+        self._fits[trainer].checks.observe(optimizer)
+        if _is_logged_step(trainer):
             optimizer.measure_next_step()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -205,168 +282,117 @@ class LearnedOptimizer(Callback, *_also_of()):  # type: ignore[misc]
                 suffix = f"-{number}" if number else ""
                 values = {f"lopt/{k}{suffix}": v.float() for k, v in measured._asdict().items() if v is not None}
                 pl_module.log_dict(values, on_step=True, on_epoch=False)
-                self._tell_handover(number, measured.fallback)
+                self._announce_fallback(trainer, number, measured.fallback)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Warn if the first epoch shows that the rule does not train the module."""
+        fit = self._fits[trainer]
+        fit.checks.end_epoch(trainer.current_epoch)
+        # Replaced optimizers hold parameters, which the module may drop in mid-training.
+        fit.replacement = Replacement([], fit.replacement.left_alone)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Say how often the safeguard stepped in."""
+        """Report how often the safeguard intervened."""
         optimizers = [o for o in trainer.strategy.optimizers if isinstance(o, RuleOptimizer)]
         if self.safeguard and (skipped := sum(o.num_skipped() for o in optimizers)):
             rank_zero_warn(
                 f"The safeguard skipped {skipped} tensor updates that were not finite. Look for NaN in data or loss."
             )
-
         if handovers := sum(o.num_handovers() for o in optimizers):
             rank_zero_warn(
-                f"The loss left its trust band {handovers} times, and the nominal term ran alone until it was back."
+                f"The loss left its trust band {handovers} times; only the nominal term was applied until it returned."
             )
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Put the strategy's own methods back."""
-        self._detach()
+        self._end(trainer)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Put the strategy's own methods back; Lightning calls no teardown on exceptions."""
-        self._detach()
+        """Put the strategy's own methods back: Lightning does not call `teardown` after an exception."""
+        self._end(trainer)
         disk_errors.explain(trainer, exception)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Close the gaps in state that was gathered from shards."""
         checkpoint["optimizer_states"] = [checkpoints.without_gaps(state) for state in checkpoint["optimizer_states"]]
 
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Note whether `load_state_dict`, which Lightning calls next, is for a fit or for an evaluation."""
+        self._restores = trainer.state.fn == "fit"
+
     def state_dict(self) -> dict[str, Any]:
         """Which rule this is, where it came from, and its weights (kilobytes), as tensors and plain types."""
-        source = getattr(self.rule, "source", None)
-        return {
-            "kind": self.rule.kind,
-            "config": self.rule.config.to_dict(),
-            "lr": self.lr,
-            "weight_decay": self.weight_decay,
-            "source": source and source.name,
-            "revision": source and source.revision,
-            "sha256": _fingerprint(self.rule),
-            "weights": {name: tensor.detach().cpu().clone() for name, tensor in self.rule.state_dict().items()},
-        }
+        return rule_record.save_record(self.rule, self._group_options())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the weights that the checkpoint was made with.
+        """Restore the weights that the checkpoint was made with; do nothing if the Trainer only evaluates.
 
         Raises:
             MisconfigurationException: if the checkpoint's rule is of another kind or configuration.
         """
-        mine = {"kind": self.rule.kind, "config": self.rule.config.to_dict()}
-        origin = state_dict["source"] or "made in code"
-        for key, value in mine.items():
-            if state_dict[key] != value:
-                raise MisconfigurationException(
-                    f"The checkpoint was made with a rule of {key} {state_dict[key]}, and LearnedOptimizer has {key} "
-                    f"{value}. Pass the rule that was saved ({origin}), or load the model's weights alone."
-                )
-        for key, value in {"lr": self.lr, "weight_decay": self.weight_decay}.items():
-            if state_dict[key] != value:  # it is in the optimizer's groups, which are restored
-                rank_zero_warn(
-                    f"The checkpoint was made with {key}={state_dict[key]!r}, and the run goes on so, not with "
-                    f"{key}={value!r}."
-                )
-        if state_dict["sha256"] != _fingerprint(self.rule):
-            rank_zero_warn(
-                f"The weights of the rule differ from those of the checkpoint ({origin}, sha256 "
-                f"{state_dict['sha256'][:12]}); the run goes on with the checkpoint's."
-            )
-        self.rule.load_state_dict(
-            state_dict["weights"]
-        )  # in place: the optimizers, if they exist already, share the rule
+        if self._restores:
+            rule_record.load_record(state_dict, self.rule, self._group_options())
+        self._restores = True
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_hooks": None}  # copies and pickles do not carry the Trainer along
+        return {**self.__dict__, "_fits": {}}  # copies and pickles leave the Trainers behind
 
-    def _tell_handover(self, number: int, fallback: Tensor | None) -> None:
-        """Say when the nominal term takes over, and when the rule returns; seen at the steps that are logged."""
-        if fallback is not None and bool(fallback) != (number in self._fallen_back):
-            self._fallen_back ^= {number}
-            rank_zero_info(
-                "LearnedOptimizer: the loss has left its trust band; the rule's nominal term goes on alone."
-                if bool(fallback)
-                else "LearnedOptimizer: the loss is back in its trust band; the whole rule goes on."
-            )
+    def _replace(self, trainer: Any, recorder: LossRecorder) -> None:
+        def make(optimizer: Optimizer) -> RuleOptimizer:
+            new = self._make(optimizer)
+            new.set_loss_source(recorder if self.rule.needs_loss or self.safeguard == "fallback" else None)
+            if self.rule.needs_names:
+                new.set_names(trainer.lightning_module.named_parameters())
+            return new
 
-    def _replace(self, trainer: Any, tap: LossRecorder) -> None:
-        strategy, new = trainer.strategy, {}
-        for optimizer in strategy.optimizers:
-            if not _is_mock(optimizer) and not isinstance(optimizer, RuleOptimizer):
-                new[optimizer] = self._make(optimizer, tap)
-                if self.rule.needs_names:
-                    new[optimizer].set_names(trainer.lightning_module.named_parameters())
-        strategy.optimizers = [new.get(optimizer, optimizer) for optimizer in strategy.optimizers]
-        for config in strategy.lr_scheduler_configs:
-            rebind(config.scheduler, new)
+        fit = self._fits[trainer]
+        fit.replacement = replace_optimizers(trainer.strategy, make, only=self.only, skip=self.skip)
+        fit.checks = FitChecks(fit.replacement.replaced, scales=self.lr == "scale")
         if trainer.training and trainer.fit_loop.epoch_loop.batch_progress.total.ready:  # in mid-training, by the user
-            self._share_num_steps(trainer)
+            self._tell_num_steps(trainer)
 
-    def _make(self, optimizer: torch.optim.Optimizer, tap: LossRecorder) -> RuleOptimizer:
-        if self.lr == "scale" and any("max_lr" in group for group in optimizer.param_groups):
+    def _group_options(self) -> dict[str, Any]:
+        """The options that optimizer groups, and so checkpoints, hold."""
+        return {"lr": self.lr, "reference_lr": self.reference_lr, "weight_decay": self.weight_decay}
+
+    def _make(self, optimizer: Optimizer) -> RuleOptimizer:
+        cyclic = any("max_lr" in group for group in optimizer.param_groups)
+        if self.lr == "scale" and self.reference_lr is None and cyclic:
             rank_zero_warn("lr='scale' under OneCycleLR or CyclicLR: the update is multiplied by lr / max_lr.")
-        new = RuleOptimizer.replacing(
+        return RuleOptimizer.replacing(
             optimizer,
             self.rule,
-            lr=self.lr,
-            weight_decay=self.weight_decay,
+            **self._group_options(),
             safeguard=self.safeguard,
             backend=self.backend,
         )
-        new.set_loss_source(tap if self.rule.needs_loss or self.safeguard == "fallback" else None)
-        return new
 
-    def _share_num_steps(self, trainer: Any) -> None:
-        steps = trainer.estimated_stepping_batches
+    def _tell_num_steps(self, trainer: Any) -> run_length.RunLength:
+        """Give the run's length to our optimizers, and to the module's own RuleOptimizers that know none."""
+        length = run_length.find_run_length(trainer, self.num_steps)
+        ours = self._fits[trainer].rule_optimizers()
         for optimizer in trainer.strategy.optimizers:
-            if isinstance(optimizer, RuleOptimizer):
-                optimizer.num_steps = int(steps) if 0 < steps < float("inf") else None
+            if isinstance(optimizer, RuleOptimizer) and (optimizer in ours or optimizer.num_steps is None):
+                optimizer.num_steps = length.steps
+        return length
 
-    def _detach(self) -> None:
-        if self._hooks is not None:
-            self._hooks.undo()
-            self._hooks = None
+    def _announce_fallback(self, trainer: Any, number: int, fallback: Tensor | None) -> None:
+        """Say when the nominal term takes over, and when the rule returns; seen at the steps that are logged."""
+        fallen_back = self._fits[trainer].fallen_back
+        if fallback is not None and bool(fallback) != (number in fallen_back):
+            fallen_back ^= {number}
+            rank_zero_info(
+                "LearnedOptimizer: the loss left its trust band; only the rule's nominal term is applied."
+                if bool(fallback)
+                else "LearnedOptimizer: the loss is back in its trust band; the whole rule is applied again."
+            )
 
-    def _describe(self, optimizers: list[RuleOptimizer]) -> str:
-        params = [p for o in optimizers for group in o.param_groups for p in group["params"]]
-        count = sum(p.numel() for p in params)
-        state_bytes = sum(_state_bytes(self.rule, p) for p in params)
-        source = getattr(self.rule, "source", None)
-        name = f"{source.name!r} " if source else ""
-        revision = f" at {source.revision[:12]}" if source and source.revision else ""
-        use = "multiplies its update" if self.lr == "scale" else "is logged, not used"
-        return (
-            f"LearnedOptimizer: {name}({self.rule.kind}, {self.rule.num_meta_params()} meta-parameters{revision}) "
-            f"trains {count:,} parameters, {optimizers[0].backend} backend; {state_bytes / max(count, 1):.1f} bytes of "
-            "state per parameter. "
-            f"The module's own lr {use}."
-        )
-
-
-def _is_mock(optimizer: Any) -> bool:
-    """Lightning's stand-in for no optimizer; by name, for `pytorch_lightning` has a class of its own."""
-    return type(optimizer).__name__ == "_MockOptimizer"
+    def _end(self, trainer: Any) -> None:
+        if (fit := self._fits.pop(trainer, None)) is not None and fit.hooks is not None:
+            fit.hooks.undo()
 
 
 def _is_logged_step(trainer: Any) -> bool:
     if trainer.barebones or not trainer.log_every_n_steps:
         return False
     return bool((trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % trainer.log_every_n_steps == 0)
-
-
-def _state_bytes(rule: UpdateRule, param: Tensor) -> int:
-    state = rule.init_state(torch.empty(param.shape, dtype=compute_dtype(param.dtype), device="meta"))
-    return sum(t.numel() * t.element_size() for t in state)
-
-
-def _fingerprint(rule: UpdateRule) -> str:
-    """sha256 over kind, configuration and weights."""
-    digest = hashlib.sha256(json.dumps([rule.kind, rule.config.to_dict()], sort_keys=True).encode())
-    for name, tensor in sorted(rule.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r} is not allowed: use one of {list(allowed)}.")

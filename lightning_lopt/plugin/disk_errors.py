@@ -1,4 +1,4 @@
-"""Checkpoints that cannot be written: found before training where that is possible, and explained where it is not."""
+"""Finds checkpoint folders that cannot be written before training starts, and explains write errors that come later."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCE
 
 
 def check_writable(trainer: Any) -> None:
-    """Raise if a local directory of checkpoints is read-only: Lightning leaves such checkpoints out without a word."""
+    """Raise if a local checkpoint directory is read-only: Lightning would silently write no checkpoints there.
+
+    Raises:
+        MisconfigurationException: naming the directory.
+    """
     for saves in trainer.checkpoint_callbacks if trainer.is_global_zero else ():
         directory = getattr(saves, "dirpath", None)
         if directory is None or "://" in str(directory):
@@ -30,20 +34,20 @@ def check_writable(trainer: Any) -> None:
 
 
 def explain(trainer: Any, exception: BaseException) -> None:
-    """Where a file could not be written, tell from where the run goes on."""
+    """If the exception means that a file could not be written, say which checkpoint the run can resume from."""
     if isinstance(exception, OSError) and exception.errno in _UNWRITABLE:
         kept = [path for saves in trainer.checkpoint_callbacks for path in Path(saves.dirpath or "").glob("*.ckpt")]
         newest = max(kept, key=lambda path: path.stat().st_mtime, default=None)
-        todo = f"goes on from {newest}, which is whole" if newest else "has to begin anew: no checkpoint is there"
+        resume = f"resumes from {newest}, which is complete" if newest else "must start over: there is no checkpoint"
         rank_zero_warn(
-            f"Training stopped because a file could not be written ({exception}). Make room, or pass a directory "
-            f"that can be written to. With ckpt_path= the run {todo}."
+            f"Training stopped because a file could not be written ({exception}). Free some space, or pass a writable "
+            f"directory. With ckpt_path= the run {resume}."
         )
 
 
 class ExplainDiskErrors(Callback):
-    """For modules, which are not told of exceptions themselves."""
+    """Calls `explain` for a LightningModule, which has no `on_exception` hook of its own."""
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Explain it."""
+        """Explain write errors."""
         explain(trainer, exception)

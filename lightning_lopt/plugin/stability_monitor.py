@@ -19,20 +19,30 @@ from torch import Tensor
 
 from lightning_lopt.rules import dmd
 
+_BLOCK = 1 << 20  # parameters sketched at a time: bounds the temporary memory, and fits a cache
+
 
 class StabilityMonitor(L.Callback):
     """Logs `lopt/spectral_radius`, the largest |eigenvalue| of the training dynamics, and warns before divergence.
 
-    Works with any optimizer. Costs a pass over the parameters every `every_n_steps` steps, and little memory: `rank`,
-    `window` and `sketch_size` numbers a snapshot. Under FSDP each process watches its own shard.
+    Works with any optimizer. Under FSDP each process watches its own shard.
+
+    What it costs: an estimate looks at the last `window + 1` steps, and each of these reads all parameters once, sums
+    them on their device and copies `sketch_size` numbers to the host, which waits for the device. So with the default
+    `every_n_steps=1` every step pays; with `every_n_steps=1000` and `window=20` only 21 steps in 1000 do, and the
+    others cost nothing. It keeps one byte per trainable parameter on its device, needs some 8 MB there while it sums,
+    and keeps `(window + 1) * sketch_size` numbers on the host.
 
     Args:
         rank: eigenvalues that are looked for. With 1 an oscillation, whose eigenvalues come in pairs, goes unseen.
         window: steps that an estimate looks back on.
-        every_n_steps: how often to estimate.
+        every_n_steps: how often to estimate, in steps since the start of the fit.
         sketch_size: numbers kept of all parameters at a step.
         threshold: the radius above which steps grow.
         patience: estimates above the threshold, one after the other, that make a warning.
+
+    Raises:
+        ValueError: for values that are not allowed.
 
     Example:
         >>> import lightning as L
@@ -60,55 +70,79 @@ class StabilityMonitor(L.Callback):
                 raise ValueError(f"{name}={value!r} is not allowed: it must be an integer of at least {least}.")
         if not threshold >= 1 or math.isinf(threshold):
             raise ValueError(f"threshold={threshold!r} is not allowed: it must be a number of at least 1.")
-        self.rank, self.window, self.every_n_steps = rank, window, every_n_steps
-        self.sketch_size, self.threshold, self.patience = sketch_size, threshold, patience
+        self.rank = rank
+        self.window = window
+        self.every_n_steps = every_n_steps
+        self.sketch_size = sketch_size
+        self.threshold = threshold
+        self.patience = patience
         self.spectral_radius = math.nan
-        self._snapshots: list[Tensor] = []
-        self._buckets: list[tuple[Tensor, Tensor]] = []
-        self._last_step, self._above, self._warned = -1, 0, False
+        self._snapshots: list[Tensor] = []  # of successive steps, the newest last
+        self._signs: list[Tensor] = []  # of each parameter
+        self._steps = 0  # since the start of the fit
+        self._last_global_step = -1
+        self._above = 0  # estimates above the threshold, one after the other
+        self._warned = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forget an earlier run, and take the first snapshot."""
-        self._snapshots, self._buckets = [], []
-        self._above, self._warned = 0, False
-        self._snap(trainer.global_step, pl_module)
+        self._snapshots = []
+        self._signs = []
+        self._steps = 0
+        self._above = 0
+        self._warned = False
+        self._last_global_step = trainer.global_step
+        self._snap(pl_module)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Take a snapshot where an optimizer has stepped; estimate, log, warn."""
-        if trainer.global_step == self._last_step:  # accumulation: nothing has moved
+        """Take a snapshot where an estimate needs one; estimate, log, warn."""
+        if trainer.global_step == self._last_global_step:  # accumulation: nothing has moved
             return
-        self._snap(trainer.global_step, pl_module)
-        if len(self._snapshots) <= self.window or trainer.global_step % self.every_n_steps:
+        # Counted here: Lightning's global step counts the steps of all optimizers.
+        self._last_global_step = trainer.global_step
+        self._steps += 1
+        self._snap(pl_module)
+        if len(self._snapshots) <= self.window or self._steps % self.every_n_steps:
             return
         self.spectral_radius = radius(torch.stack(self._snapshots, 1), self.rank)
         pl_module.log("lopt/spectral_radius", self.spectral_radius)
-        self._watch(trainer.global_step)
+        self._check_growth(trainer.global_step)
 
-    def _snap(self, step: int, pl_module: L.LightningModule) -> None:
-        self._last_step = step
-        sketch = self._sketch([param for param in pl_module.parameters() if param.requires_grad])
-        self._snapshots = [*self._snapshots, sketch][-self.window - 1 :]
+    def _snap(self, pl_module: L.LightningModule) -> None:
+        """Add a snapshot if the next estimate looks at this step, and drop those that none will look at again."""
+        if -self._steps % self.every_n_steps > self.window:
+            self._snapshots = []
+            return
+        snapshot = self._sketch([param for param in pl_module.parameters() if param.requires_grad])
+        self._snapshots = [*self._snapshots, snapshot][-self.window - 1 :]
 
     @torch.no_grad()
     def _sketch(self, params: list[torch.nn.Parameter]) -> Tensor:
-        """(sketch_size,) CountSketch of all parameters, in float64: differences of snapshots are small."""
-        if not self._buckets:
-            generator = torch.Generator().manual_seed(0)
-            for param in params:
-                bucket = torch.randint(self.sketch_size, (_local(param).numel(),), generator=generator)
-                sign = torch.randint(2, (len(bucket),), generator=generator, dtype=torch.int8) * 2 - 1
-                self._buckets.append((bucket.to(param.device), sign.to(param.device)))
-        total = torch.zeros(self.sketch_size, dtype=torch.float64)
-        for param, (bucket, sign) in zip(params, self._buckets, strict=True):
-            values = _local(param).detach().reshape(-1).to(torch.float32) * sign
-            sums = torch.zeros(self.sketch_size, dtype=torch.float64, device=bucket.device)
-            total += sums.index_add_(0, bucket, values.double()).cpu()
-        return total
+        """(sketch_size,) CountSketch of all parameters, in float64, because differences of snapshots are small.
 
-    def _watch(self, step: int) -> None:
-        growing = not self.spectral_radius <= self.threshold  # NaN, of what is not finite, counts as growing
+        Coordinate i of them all, counted through, is added with a random sign to number i mod sketch_size.
+        """
+        values = [_local(param).detach().reshape(-1) for param in params]
+        if [len(signs) for signs in self._signs] != [len(value) for value in values]:
+            self._signs = _random_signs(values)
+        total = torch.zeros(self.sketch_size, dtype=torch.float64, device=values[0].device if values else "cpu")
+        start = 0
+        block = max(_BLOCK // self.sketch_size, 1) * self.sketch_size
+        for value, signs in zip(values, self._signs, strict=True):
+            sums = torch.zeros(self.sketch_size, dtype=torch.float64, device=value.device)
+            for numbers, their_signs in zip(torch.split(value, block), torch.split(signs, block), strict=True):
+                signed = numbers.to(torch.float32) * their_signs
+                rest = len(signed) % self.sketch_size
+                sums += signed[: len(signed) - rest].view(-1, self.sketch_size).sum(0, dtype=torch.float64)
+                sums[:rest] += signed[len(signed) - rest :]
+            total += sums.to(total.device).roll(start)
+            start += len(value)
+        return total.cpu()
+
+    def _check_growth(self, step: int) -> None:
+        growing = not self.spectral_radius <= self.threshold  # NaN, from non-finite snapshots, counts as growing
         self._above = self._above + 1 if growing else 0
         if self._above >= self.patience and not self._warned:
             self._warned = True
@@ -145,6 +179,18 @@ def radius(snapshots: Tensor, rank: int) -> float:
     # A direction in which momentum swings is one row here, and has two eigenvalues: it takes two successive steps.
     pairs = torch.cat([increments[:, 1:], increments[:, :-1]]) / scale
     return float(dmd.eigenvalues(pairs, rank).abs().max())
+
+
+def _random_signs(values: list[Tensor]) -> list[Tensor]:
+    """int8 +-1 for each number of each tensor, the same in every run; torch's global random state is not touched."""
+    generators = {device: torch.Generator(device).manual_seed(0) for device in {value.device for value in values}}
+    return [
+        torch.empty(len(value), dtype=torch.int8, device=value.device)
+        .random_(0, 2, generator=generators[value.device])
+        .mul_(2)
+        .sub_(1)
+        for value in values
+    ]
 
 
 def _local(param: Tensor) -> Tensor:

@@ -7,47 +7,66 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_lopt.optimizer import RuleOptimizer
-
 
 class StrategyHooks:
-    """The two wrapped methods of a strategy object, for as long as a fit lasts.
+    """Wraps two methods of a strategy object while a fit lasts.
 
-    The wrap stays: user code that calls `strategy.setup_optimizers` in mid-training must not silently get AdamW back.
+    The wraps stay for the whole fit: user code that calls `strategy.setup_optimizers` in mid-training must not silently
+    get AdamW back.
+
+    Args:
+        trainer: the Trainer whose strategy is wrapped.
+        replace: called with the Trainer and the `LossRecorder` each time the strategy has set up its optimizers.
     """
 
     def __init__(self, trainer: Any, replace: Callable[[Any, LossRecorder], None]) -> None:
         self.strategy = trainer.strategy
-        self.before = {name: vars(self.strategy).get(name) for name in ("setup_optimizers", "backward")}
-        tap = LossRecorder(self.strategy)
-        setup_optimizers, backward = self.strategy.setup_optimizers, self.strategy.backward
+        self.active = True
+        recorder = LossRecorder(self.strategy)
+        setup_optimizers = self.strategy.setup_optimizers
+        backward = self.strategy.backward
 
         def setup_then_replace(trainer: Any) -> None:
             setup_optimizers(trainer)
-            replace(trainer, tap)
+            if self.active:
+                replace(trainer, recorder)
 
-        def tap_then_backward(closure_loss: Tensor, *args: Any, **kwargs: Any) -> Any:
-            tap.add(closure_loss)
+        def record_then_backward(closure_loss: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self.active:
+                recorder.add(closure_loss)
             return backward(closure_loss, *args, **kwargs)
 
-        self.strategy.setup_optimizers = setup_then_replace
-        self.strategy.backward = tap_then_backward
+        self.wraps = {"setup_optimizers": setup_then_replace, "backward": record_then_backward}
+        # What the object itself held before: somebody else's wrap, or nothing, and then the class has the method.
+        self.before = {name: vars(self.strategy).get(name) for name in self.wraps}
+        for name, wrap in self.wraps.items():
+            setattr(self.strategy, name, wrap)
 
     def undo(self) -> None:
-        """Put the strategy's own methods back."""
-        for name, method in self.before.items():
-            vars(self.strategy).pop(name, None)
-            if method is not None:  # someone else's wrap
+        """Put the strategy's own methods back.
+
+        Where somebody has wrapped ours since, theirs must stay. It goes on calling ours, which then only passes the
+        call through.
+        """
+        self.active = False
+        for name, wrap in self.wraps.items():
+            if vars(self.strategy).get(name) is not wrap:
+                continue
+            delattr(self.strategy, name)
+            if (method := self.before[name]) is not None:
                 setattr(self.strategy, name, method)
 
 
 class LossRecorder:
-    """The training loss of the current optimizer step, for rules that read it.
+    """Records the training loss of the current optimizer step, for rules that read it.
 
-    Not the closure's value: under accumulation that is the last micro-batch's alone, under a GradScaler there is no
-    closure. What reaches `backward` is the unscaled loss divided by the number of micro-batches, so the sum since the
-    last step (or `zero_grad`, where a GradScaler skipped the step) is the mean. It stays until the next `backward`, for
-    several optimizers may read it.
+    The closure's value would be wrong: under accumulation it is the last micro-batch's loss alone, and under a
+    GradScaler there is no closure. What reaches `backward` is the unscaled loss divided by the number of micro-batches,
+    so the sum since the last step (or since `zero_grad`, where a GradScaler skipped the step) is the mean. The value
+    stays until the next `backward`, because several optimizers may read it.
+
+    Args:
+        strategy: the strategy that averages the loss over processes.
     """
 
     def __init__(self, strategy: Any) -> None:
@@ -56,25 +75,17 @@ class LossRecorder:
         self.complete = False
 
     def add(self, loss: Tensor) -> None:
-        """Take what reaches `backward`."""
+        """Add a loss that reaches `backward`."""
         loss = loss.detach()
         self.total = loss if self.total is None or self.complete else self.total + loss
         self.complete = False
 
     def reset(self) -> None:
-        """What comes next begins another step."""
+        """Let the next loss begin a new step."""
         self.complete = True
 
     def __call__(self) -> Tensor | None:
-        """The step's loss, the mean over processes; None where there was none."""
+        """Return the step's loss, averaged over processes; None if there was none."""
         self.complete = True
         # Without the mean over processes the ranks' parameters would silently drift apart. `reduce` works in place.
         return None if self.total is None else self.strategy.reduce(self.total.clone(), reduce_op="mean")
-
-
-def rebind(scheduler: Any, new: dict[Any, RuleOptimizer]) -> None:
-    """Point a scheduler, and those inside it, to the optimizer that took its own's place."""
-    if getattr(scheduler, "optimizer", None) in new:
-        scheduler.optimizer = new[scheduler.optimizer]
-    for inner in getattr(scheduler, "_schedulers", ()):
-        rebind(inner, new)

@@ -1,23 +1,33 @@
-"""The claims about normalized histories and Multiscale Adam: their arithmetic and checks, and the bundled weights."""
+"""Claims about normalized histories and Multiscale Adam: arithmetic, checks, and the bundled weights."""
 
 import pytest
 import torch
 
 import lightning_lopt as lopt
-from lightning_lopt.claims import Lab, Measured, curves, find, history, multiscale, shahid_trained, verdict
+from lightning_lopt.claims import (
+    Experiment,
+    Measurement,
+    find,
+    history,
+    loss_curves,
+    multiscale,
+    shahid_trained,
+    verdict,
+)
+from lightning_lopt.claims.learning_rate import WithLearningRate, at_rate
 from lightning_lopt.evaluation.baselines import Adam
 from lightning_lopt.rules import StepContext, make
 from lightning_lopt.rules.multiscale_adam import linear_weights
 from lightning_lopt.tasks import make as make_task
 
 
-def lab(seeds: int = 2) -> Lab:
-    return Lab(seeds=seeds, quick=True, cache_dir=None)
+def experiment(seeds: int = 2) -> Experiment:
+    return Experiment(seeds=seeds, quick=True, cache_dir=None)
 
 
 def test_losses_are_those_of_a_plain_loop():
     rule = make("mng", eta_min=0.1)
-    (found,) = history.curves(lab(1), history.learned("MNG", rule), "sum-of-squares", 30)["MNG"]
+    (found,) = history.curves(experiment(1), {"MNG": rule}, "sum-of-squares", 30)["MNG"]
     x = 20 * torch.rand(1, 1000, generator=torch.Generator().manual_seed(0))[0] - 10
     param = torch.nn.Parameter(x)
     optimizer, losses = lopt.RuleOptimizer([param], rule, backend="reference"), []
@@ -28,30 +38,29 @@ def test_losses_are_those_of_a_plain_loop():
     torch.testing.assert_close(found, torch.tensor(losses, dtype=torch.float64), rtol=1e-4, atol=1e-6)
 
 
-def test_rules_that_are_the_same_are_run_side_by_side_and_alike():
+def test_candidates_with_one_rule_run_side_by_side_as_they_run_alone():
     both = history.adams({"a": {"lr": 0.1}, "b": {"lr": 0.01}})
-    together = history.curves(lab(), both, "sum-of-squares", 20)
-    alone = history.curves(lab(), {"b": both["b"]}, "sum-of-squares", 20)
+    together = history.curves(experiment(), both, "sum-of-squares", 20)
+    alone = history.curves(experiment(), {"b": both["b"]}, "sum-of-squares", 20)
     for first, second in zip(together["b"], alone["b"], strict=True):
         torch.testing.assert_close(first, second, rtol=1e-5, atol=0)
     assert not torch.allclose(together["a"][0], together["b"][0])
 
 
-def test_a_piece_of_one_rate_is_not_found_for_another(tmp_path):
-    rule = multiscale.Annealed(make("multiscale_adam", mixer="la_b", eta=1.0), "constant")
-    cached = Lab(seeds=1, quick=True, cache_dir=tmp_path)
+def test_cached_losses_are_kept_apart_by_learning_rate(tmp_path):
+    rule = WithLearningRate(make("multiscale_adam", mixer="la_b", eta=1.0), "constant")
+    cached = Experiment(seeds=1, quick=True, cache_dir=tmp_path)
     rows = []
     for rate in (0.1, 0.01, 0.1):
-        setting = {**rule.meta_params(), "lr": torch.tensor(rate, dtype=torch.float64)}
-        rows += history.curves(cached, {"a": (rule, setting)}, "sum-of-squares", 5)["a"]
+        rows += history.curves(cached, {"a": (rule, at_rate(rule, rate))}, "sum-of-squares", 5)["a"]
     assert torch.equal(rows[0], rows[2])
     assert not torch.allclose(rows[0], rows[1])
 
 
 def test_mng_is_below_adam_on_the_sum_of_squares():
-    """From step 50 to 200, and in summed loss over 1,000 steps; three seeds."""
+    """From step 50 to 200, and in the summed loss over 1,000 steps, for three seeds."""
     rules = history.adams({f"{rate:g}": {"lr": rate} for rate in history.RATES})
-    found = history.curves(lab(3), rules | history.learned("MNG", make("mng", eta_min=1e-3)), "sum-of-squares", 1000)
+    found = history.curves(experiment(3), {**rules, "MNG": make("mng", eta_min=1e-3)}, "sum-of-squares", 1000)
     for rate in history.RATES:
         for ours, theirs in zip(found["MNG"], found[f"{rate:g}"], strict=True):
             assert (ours[50:201] < theirs[50:201]).all()
@@ -76,7 +85,7 @@ def test_the_bundled_timesteps_vote():
     assert votes[-1] < -0.9
 
 
-def test_the_bundled_mixer_takes_one_adam_where_all_agree_and_the_extremes_where_none_goes_far():
+def test_the_bundled_mixer_uses_one_adam_for_large_features_and_the_extremes_for_small_ones():
     rule = lopt.load_rule("multiscale-adam")
     assert (rule.kind, rule.config.mixer, rule.config.k) == ("multiscale_adam", "rnn2", 6)
     far, near = rule.mixing_weights(torch.tensor([[-1.0] * 6, [0.0] * 6]).mT).unbind(1)
@@ -86,9 +95,9 @@ def test_the_bundled_mixer_takes_one_adam_where_all_agree_and_the_extremes_where
 
 
 @pytest.mark.parametrize(("schedule", "floor"), [("constant", 0.0), ("cosine", 0.0), ("cosine", 0.1)])
-def test_an_annealed_rule_is_the_rule_under_torchs_scheduler(schedule, floor):
+def test_a_rule_with_a_learning_rate_matches_torchs_scheduler(schedule, floor):
     rule, steps = make("multiscale_adam", mixer="la_b", eta=1.0), 20
-    annealed = multiscale.Annealed(rule, schedule, floor)
+    annealed = WithLearningRate(rule, schedule, floor)
     meta_params = {**{k: v.detach() for k, v in annealed.meta_params().items()}, "lr": torch.tensor(0.1).double()}
     param, state, grads = torch.ones(3), rule.init_state(torch.ones(3)), torch.randn(steps, 3)
     theirs = torch.nn.Parameter(torch.ones(3))
@@ -107,7 +116,7 @@ def test_an_annealed_rule_is_the_rule_under_torchs_scheduler(schedule, floor):
 
 
 def heat_map(best: int) -> dict[str, list[float]]:
-    """A table in which RNN-2 has the lowest loss in the first so many schedules and the third lowest in the others."""
+    """A table in which RNN-2 has the lowest loss in the first `best` schedules and the third lowest in the others."""
     table = {}
     for column, schedule in enumerate(multiscale.SCHEDULES):
         table[f"RNN-2 at {schedule}"] = [0.1 if column < best else 0.35]
@@ -134,14 +143,16 @@ def test_ranks_of_the_heat_map(best, holds):
 def test_the_heat_map_is_drawn_with_the_best_of_a_column_darkest():
     numbers = heat_map(10) | {f"LA at {schedule}": [0.3] for schedule in multiscale.SCHEDULES}
     rows = ["LA", "RNN-2", *(f"Adam {beta:g}" for beta, _ in multiscale.BETAS[6])]
-    figure = multiscale.draw_heat(Measured(numbers, {"optimizers": rows, "schedules": list(multiscale.SCHEDULES)}))
+    figure = multiscale.draw_heat_map(
+        Measurement(numbers, {"optimizers": rows, "schedules": list(multiscale.SCHEDULES)})
+    )
     shades = figure.axes[0].images[0].get_array()
     assert shades.shape == (8, 10)
     assert (shades.argmin(0) == 1).all()
     assert shades.max() == 1
 
 
-def test_table_3_1_holds_of_the_thesis_and_not_of_a_rule_that_does_nothing():
+def test_table_3_1_passes_for_the_thesis_and_fails_for_a_rule_that_does_nothing():
     (claim,) = find(["history-step-map"])
 
     def held(steps):
@@ -153,18 +164,17 @@ def test_table_3_1_holds_of_the_thesis_and_not_of_a_rule_that_does_nothing():
 
 
 def test_adams_of_the_heat_map_are_those_of_the_rule():
-    names = multiscale._singles(5e-4)
+    names = multiscale._single_adams(5e-4)
     betas = [tuple(m[name].item() for name in ("beta1", "beta2")) for _, m in names.values()]
     assert betas == list(multiscale.BETAS[6])
     assert all(isinstance(rule, Adam) for rule, _ in names.values())
 
 
 def test_one_weight_of_the_linear_mixer_is_one_adam():
-    for number, (name, (adam, settings)) in enumerate(multiscale._singles(1e-2).items()):
-        rule = multiscale.Annealed(multiscale.single(number), "constant")
-        rate = {"lr": torch.tensor(1e-2, dtype=torch.float64)}
-        ours = curves.losses(rule, [{**rule.meta_params(), **rate}], "synthetic-mlp", 20, 1, seed=0)
-        theirs = curves.losses(adam, [settings], "synthetic-mlp", 20, 1, seed=0)
+    for number, (name, (adam, settings)) in enumerate(multiscale._single_adams(1e-2).items()):
+        rule = WithLearningRate(multiscale.single_adam(number), "constant")
+        ours = loss_curves.losses(rule, [at_rate(rule, 1e-2)], "synthetic-mlp", 20, 1, seed=0)
+        theirs = loss_curves.losses(adam, [settings], "synthetic-mlp", 20, 1, seed=0)
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=0, msg=name)
 
 
@@ -174,10 +184,10 @@ CURVES = {"history-ranges": 4, "history-cifar": 3, "multiscale-cifar": 8, "multi
 @pytest.mark.parametrize("name", [*CURVES, "multiscale-heat-rnn1"])
 def test_claims_run_on_a_small_task_in_place_of_their_own(name, monkeypatch):
     tiny = make_task("synthetic-mlp", hidden=(4,))
-    for module in (curves, shahid_trained):
+    for module in (loss_curves, shahid_trained):
         monkeypatch.setattr(module, "make_task", lambda *_, **__: tiny)
     (claim,) = find([name])
-    measured = claim.measure(lab(1))
+    measured = claim.measure(experiment(1))
     assert verdict([check(measured.numbers) for check in claim.checks])
     assert all(0 <= value < 10 for values in measured.numbers.values() for value in values)
     panel = claim.plot(measured).axes[0]
@@ -189,12 +199,12 @@ def test_claims_run_on_a_small_task_in_place_of_their_own(name, monkeypatch):
 
 
 def test_k_timesteps_of_several_lengths(monkeypatch):
-    """history-sizes keeps of each k the run with eta_min 1e-4 and the best, which may be the same."""
+    """history-sizes keeps, for each k, the run at eta_min 1e-4 and the best run, which may be the same."""
     tiny = make_task("synthetic-mlp", hidden=(4,))
-    for module in (curves, shahid_trained):
+    for module in (loss_curves, shahid_trained):
         monkeypatch.setattr(module, "make_task", lambda *_, **__: tiny)
     (claim,) = find(["history-sizes"])
-    measured = claim.measure(lab(1))
+    measured = claim.measure(experiment(1))
     for k in shahid_trained.TIMESTEPS:
         tried = [measured.numbers[f"last loss of k={k}, eta_min {eta:g}"][0] for eta in shahid_trained.ETAS]
         assert measured.numbers[f"best last loss of k={k}"] == [min(tried)]

@@ -1,4 +1,4 @@
-"""The claims about the LSTM rules: their arithmetic and checks; their recipes run; the bundled weights."""
+"""Claims about the LSTM rules: arithmetic, checks, recipes, and the bundled weights."""
 
 import math
 import statistics
@@ -9,10 +9,10 @@ import torch
 from lightning_cases import KNOWN_WARNINGS
 
 import lightning_lopt as lopt
-from lightning_lopt.claims import Lab, find, lstm, lstm_quadratic, verdict
+from lightning_lopt.claims import Experiment, find, lstm, lstm_quadratic, verdict
 from lightning_lopt.claims import lstm_eigenvalue as eigenvalue
-from lightning_lopt.claims.curves import losses as losses_of
-from lightning_lopt.claims.together import normalized, train_together
+from lightning_lopt.claims.loss_curves import losses as losses_of
+from lightning_lopt.claims.multi_seed import meta_train_seeds, normalize_by_seed
 from lightning_lopt.cli import main
 from lightning_lopt.meta.estimators import TruncatedBackprop
 from lightning_lopt.meta.schedules import Horizon
@@ -25,13 +25,13 @@ FOLDER = Path(__file__).parents[2] / "examples" / "configs" / "lstm"
 RULES = {"lstm": "lstm", "lstm_dmd": "lstm_dmd"}
 
 
-def lab(path=None, seeds=2):
-    return Lab(seeds=seeds, quick=True, cache_dir=path)
+def experiment(path=None, seeds=2):
+    return Experiment(seeds=seeds, quick=True, cache_dir=path)
 
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """Fresh little rules in place of the bundled ones, and one small task."""
+    """Small fresh rules instead of the bundled ones, and one small task."""
 
     def load(name):
         torch.manual_seed(len(name))
@@ -47,7 +47,7 @@ def tiny(monkeypatch):
 
 
 def as_published(ours=0.2):
-    """Table 1 as it is printed, with our rule at `ours` on each task, and tuned Adam at 0.25."""
+    """Table 1 as published, with our rule at `ours` on each task and tuned Adam at 0.25."""
     numbers = {}
     for label, (plain, dmd, adam) in lstm.PUBLISHED.items():
         row = {"lstm": plain, "lstm-dmd": dmd, "Adam 0.01": adam, "lstm-dmd-robust": ours, "tuned Adam": 0.25}
@@ -55,7 +55,7 @@ def as_published(ours=0.2):
     return numbers
 
 
-def test_table_1_holds_of_what_is_printed_and_of_nothing_less():
+def test_table_1_passes_as_published_and_fails_otherwise():
     checks = find(["dmd-table1"])[0].checks
     assert verdict([check(as_published()) for check in checks]) == "reproduced"
     for name, value in (("MNIST-1L: lstm-dmd", 0.56), ("CIFAR10-1L: lstm-dmd", 2.03), ("MNIST-2L: lstm", 0.1)):
@@ -71,8 +71,8 @@ def test_wins_are_counted_by_medians_or_by_means(wins, holds):
     assert not lstm._wins("lstm-dmd-robust", "tuned Adam", 1, statistics.fmean)(numbers)
 
 
-def test_the_length_is_told_and_the_nominal_term_alone_has_the_scheduler(tiny, monkeypatch):
-    """Its steps are those of the whole rule without the network, and others than of a run of unknown length."""
+def test_the_nominal_term_alone_keeps_the_scheduler_and_the_length(tiny, monkeypatch):
+    """It steps like the full rule with the network switched off, and depends on the length of the run."""
     robust = lstm.load_rule(lstm.ROBUST)
     with torch.no_grad():
         robust.schedule_fraction += torch.linspace(0, -1, 11)
@@ -81,14 +81,14 @@ def test_the_length_is_told_and_the_nominal_term_alone_has_the_scheduler(tiny, m
     monkeypatch.setattr(lstm, "load_rule", lambda name: robust)
     task, ends = make_task("breast-cancer-logreg"), []
     for rule, length in ((silent, 30), (lstm.nominal_alone(), 30), (silent, None)):
-        ((_, make_optimizer),) = lstm.learned(rule, length).items()
-        ends.append(float(lstm.descend(task, 30, 0, make_optimizer)[-1]))
+        ((_, make_optimizer),) = lstm.with_rule(rule, length).items()
+        ends.append(float(lstm.train(task, 30, 0, make_optimizer)[-1]))
     assert ends[0] == pytest.approx(ends[1], rel=1e-5)
     assert abs(ends[2] / ends[0] - 1) > 1e-3
 
 
-def test_adam_is_annealed_at_each_rate():
-    rows = lstm.annealed(20)
+def test_cosine_adams_match_torch_at_each_rate():
+    rows = lstm.cosine_adams(20)
     assert len(rows) == 9
     for rate, make_optimizer in zip(lstm.RATES, rows.values(), strict=True):
         param = torch.nn.Parameter(torch.ones(3))
@@ -105,25 +105,15 @@ def test_adam_is_annealed_at_each_rate():
 
 
 def test_the_papers_window_is_never_learned_from(monkeypatch):
-    """To the letter, m = 100 and runs of 100 steps: the eigenvalue's weights stay as drawn; with m = 20 they do not."""
+    """With the paper's m = 100 and runs of 100 steps, the eigenvalue's weights do not change; with m = 20 they do."""
     monkeypatch.setattr(eigenvalue, "make_task", lambda name, **options: make_task("breast-cancer-logreg"))
-    numbers = eigenvalue._literal(lab(seeds=2)).numbers
+    numbers = eigenvalue._literal(experiment(seeds=2)).numbers
     assert max(numbers[f"{eigenvalue.BY_EIGENVALUE}, m = 100"]) < 1e-5  # weights are kept to six digits
     for name in (f"{eigenvalue.BY_EIGENVALUE}, m = 20", f"{eigenvalue.BY_GRADIENT}, m = 100"):
         assert min(numbers[name]) > 1e-4
     assert [numbers[f"{eigenvalue.FIRST}, m = {m}"] for m in (100, 20)] == [[101], [21]]
     (claim,) = find(["dmd-literal"])
     assert [check(numbers) for check in claim.checks] == [False, True, False, True]
-
-
-def test_a_summary_is_numpys():
-    numpy = pytest.importorskip("numpy")
-    values = [0.3, 0.1, 0.7, 0.2, 2.0]
-    found = lstm.summary(values)
-    low, middle, high = numpy.percentile(values, [25, 50, 75])
-    expected = {"mean": numpy.mean(values), "std": numpy.std(values, ddof=1), "median": middle, "iqr": high - low}
-    assert found == pytest.approx(expected)
-    assert lstm.summary([3.0]) == {"mean": 3.0, "std": 0.0, "median": 3.0, "iqr": 0.0}
 
 
 def test_nag_is_torchs():
@@ -142,7 +132,7 @@ def test_nag_is_torchs():
 
 
 def test_the_table_is_measured_with_adam_at_its_best(tiny, tmp_path):
-    measured = lstm._table(lab(tmp_path))
+    measured = lstm._table(experiment(tmp_path))
     names = {*lstm.LEARNED, lstm.ALONE, lstm.UNTOLD, lstm.COSINE, "Adam 0.01", "tuned Adam", "lr of tuned Adam"}
     assert set(measured.numbers) == {f"A: {name}" for name in names}
     assert all(len(row) == 2 for name, row in measured.numbers.items() if "lr of" not in name)
@@ -151,15 +141,15 @@ def test_the_table_is_measured_with_adam_at_its_best(tiny, tmp_path):
     (rate,) = measured.numbers["A: lr of tuned Adam"]
     task = make_task("breast-cancer-logreg")
     for seed, value in enumerate(adam):
-        losses = lstm.descend(task, 30, seed, lambda params: torch.optim.Adam(params, lr=rate))
+        losses = lstm.train(task, 30, seed, lambda params: torch.optim.Adam(params, lr=rate))
         assert value == pytest.approx(float(losses[-10:].mean()), rel=1e-5)
-    again = Lab(seeds=2, quick=True, cache_dir=tmp_path)
+    again = Experiment(seeds=2, quick=True, cache_dir=tmp_path)
     assert lstm._table(again).numbers == measured.numbers
 
 
 def test_a_run_is_a_plain_loop_and_divergence_is_bounded():
     task = make_task("quadratic", dim=3)
-    losses = lstm.descend(task, 5, 3, lambda params: torch.optim.SGD(params, lr=0.01))
+    losses = lstm.train(task, 5, 3, lambda params: torch.optim.SGD(params, lr=0.01))
     generator = torch.Generator().manual_seed(3)
     start = task.init(generator)
     x, matrix, target = start.params["x"], start.constants["matrix"], start.constants["target"]
@@ -167,12 +157,12 @@ def test_a_run_is_a_plain_loop_and_divergence_is_bounded():
         residual = matrix @ x - target
         torch.testing.assert_close(loss.float(), residual.square().sum())
         x = x - 0.01 * 2 * matrix.T @ residual
-    wild = lstm.descend(task, 200, 3, lambda params: torch.optim.SGD(params, lr=1e9))
+    wild = lstm.train(task, 200, 3, lambda params: torch.optim.SGD(params, lr=1e9))
     assert wild[-1] == 2 * wild[0]
 
 
 def test_long_runs_are_judged_by_their_worst_stretch(tiny):
-    numbers = lstm._long(lab(seeds=1)).numbers
+    numbers = lstm._long(experiment(seeds=1)).numbers
     assert set(numbers) == {f"A: {lstm.WORST}", "A: last loss"}
     assert all(math.isfinite(row[0]) for row in numbers.values())
 
@@ -181,7 +171,7 @@ def test_the_eigenvalue_is_replaced_and_nothing_else():
     rule = make("lstm_dmd", hidden_size=3, num_snapshots=3, snapshots="increments")
     task, shown = make_task("rosenbrock"), {}
     for feature in eigenvalue.FEATURES:
-        altered = eigenvalue.Altered(rule, feature)
+        altered = eigenvalue.ReplacedEigenvalue(rule, feature)
         states = {"x": rule.init_state(torch.zeros(2))}
         for step in range(6):
             param = {"x": torch.tensor([1.0, 2.0]) * 0.5**step}
@@ -191,7 +181,7 @@ def test_the_eigenvalue_is_replaced_and_nothing_else():
         assert int(states["x"].seen) == 6
     assert shown == pytest.approx({"eigenvalue": 0.5, "zero": 0.0, "one": 1.0, "step counter": 0.05})
     unroll, generator = (
-        Unroll(eigenvalue.Altered(rule, "eigenvalue"), task, "raw"),
+        Unroll(eigenvalue.ReplacedEigenvalue(rule, "eigenvalue"), task, "raw"),
         torch.Generator().manual_seed(0),
     )
     plain = Unroll(rule, task, "raw")
@@ -204,8 +194,8 @@ def test_the_eigenvalue_is_replaced_and_nothing_else():
     torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=0)
 
 
-def test_the_papers_window_shows_nothing_in_all_of_meta_training():
-    """(R, m) = (1, 100) and runs of 100 steps: eigenvalues are 0 in each of them, and come with the 101st step."""
+def test_the_papers_window_has_no_eigenvalue_during_meta_training():
+    """With (R, m) = (1, 100) the first nonzero eigenvalue comes at step 101, after the end of runs of 100 steps."""
     rule = make("lstm_dmd")
     states, shown = {"x": rule.init_state(torch.zeros(3))}, []
     for step in range(101):
@@ -220,7 +210,7 @@ def test_the_papers_window_shows_nothing_in_all_of_meta_training():
 
 
 def test_the_quick_quadratic_measures_all(monkeypatch):
-    numbers = lstm_quadratic._quadratic(lab(seeds=1)).numbers
+    numbers = lstm_quadratic._quadratic(experiment(seeds=1)).numbers
     summed = lstm_quadratic.SUMMED
     assert {f"{summed} {name}" for name in ("the LSTM", *lstm_quadratic.HAND_DESIGNED)} < set(numbers)
     assert numbers[f"{summed} NAG"][0] < 300  # 100 steps from a first loss of 10 on average
@@ -228,9 +218,9 @@ def test_the_quick_quadratic_measures_all(monkeypatch):
 
 
 def test_problems_side_by_side_are_runs_of_their_own():
-    """The rule takes each coordinate alone, so that one run of the sum is many runs; the norm, to see gradients mix."""
+    """For a coordinatewise rule, one run on the sum is many runs. Uses the norm, whose gradients mix coordinates."""
     rule = make("lstm", preprocessing="none", hidden_size=4)
-    many = lstm_quadratic.SideBySide(problems=3, dim=4, init_std=1.0, squared=False)
+    many = lstm_quadratic.StackedLeastSquares(problems=3, dim=4, init_std=1.0, squared=False)
     one = make_task("quadratic", dim=4, init_std=1.0, squared=False)
     start = many.init(torch.Generator().manual_seed(0))
     states = [rule.init_state(start.params["x"]), *(rule.init_state(x) for x in start.params["x"])]
@@ -247,17 +237,23 @@ def test_problems_side_by_side_are_runs_of_their_own():
     torch.testing.assert_close(params[0], torch.stack(params[1:]))
 
 
-def test_seeds_that_are_trained_together_are_trained_apart(tmp_path):
-    """Whatever the second meta-seed, the first learns the same, on the same problems; and finds it again."""
+def test_meta_seeds_that_train_side_by_side_are_independent(tmp_path):
+    """What a meta-seed learns does not depend on the other one, and is found in the cache."""
     rule, task = make("lstm", hidden_size=3, preprocessing="none"), make_task("quadratic", dim=3)
     estimator = TruncatedBackprop(2, 4, Horizon(9), stagger=False)
-    options = {"num_steps": 5, "lr": 1e-2, "looks": 2, "schedule": "cosine"}
+    options = {"num_steps": 5, "lr": 1e-2, "num_checkpoints": 2, "schedule": "cosine"}
+
+    def with_seeds(*seeds):
+        found = experiment(tmp_path)
+        found.seeds = seeds
+        return found
+
     for normalize in (False, True, "tensor", "clip"):
         found = [
-            train_together(lab(tmp_path), "", rule, task, estimator, normalize=normalize, seeds=seeds, **options)
+            meta_train_seeds(with_seeds(*seeds), "", rule, task, estimator, normalize=normalize, **options)
             for seeds in ((3, 5), (3, 9), (3, 5))
         ]
-        assert [len(looks) for looks in found] == [2, 2, 2]
+        assert [len(checkpoints) for checkpoints in found] == [2, 2, 2]
         for (mine, my_other), (theirs, their_other), (again, _) in zip(*found, strict=True):
             for name, value in mine.items():
                 assert torch.equal(again[name], value)
@@ -277,13 +273,13 @@ def test_gradients_are_normalized_by_meta_seed():
         "clip": ([0.6, 0.3], [0.8, 0.4]),
     }
     for how, (of_a, of_b) in expected.items():
-        found = normalized(double, how, 2)
+        found = normalize_by_seed(double, how, 2)
         assert found["a"][:, 0].tolist() == pytest.approx(of_a)
         assert found["b"][:, 0].tolist() == pytest.approx(of_b)
 
 
 def test_the_quick_findings_and_windows_measure_all(monkeypatch):
-    quick = lab(seeds=2)
+    quick = experiment(seeds=2)
     monkeypatch.setattr(lstm_quadratic, "RECIPES", {k: lstm_quadratic.RECIPES[k] for k in ("default", "3200 steps")})
     numbers = lstm_quadratic._findings(quick).numbers
     assert len(numbers) == 8
@@ -316,7 +312,7 @@ def test_the_recipes_run(name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", lstm.LEARNED)
 def test_the_bundled_rules_train(name):
-    """A small net in 80 steps; all three go down, and those with eigenvalues see them."""
+    """All three lower the loss of a small net in 80 steps; windows are short enough for eigenvalues to appear."""
     rule = lopt.load_rule(name)
     assert rule.kind == ("lstm" if name == "lstm" else "lstm_dmd")
     (losses,) = losses_of(rule, [rule.meta_params()], "digits-sigmoid-mlp", 80, 2, seed=0)

@@ -1,4 +1,4 @@
-"""The claims about STAR and about estimators: their checks, their arithmetic, and that they measure and draw."""
+"""Claims about STAR and about estimators: checks, arithmetic, measurements and plots."""
 
 import math
 
@@ -6,7 +6,7 @@ import numpy
 import pytest
 from matplotlib.figure import Figure
 
-from lightning_lopt.claims import Lab, Measured, estimators, star, star_general, verdict
+from lightning_lopt.claims import Experiment, Measurement, estimators, star, star_general, verdict
 from lightning_lopt.claims.star import DIVERGED, END, GROWTH, MEAN, Scale
 from lightning_lopt.evaluation import Runs
 
@@ -27,7 +27,7 @@ def held(checks, table):
     return [check(numbers_of(table)) for check in checks]
 
 
-def test_figure_3_holds_of_what_the_paper_shows_and_of_nothing_less():
+def test_figure_3_passes_as_published_and_fails_otherwise():
     assert verdict(held(star.FIGURE_3, AS_PUBLISHED)) == "reproduced"
     for variant, column, value in (
         ("Blackbox", 0, 0.19),
@@ -48,12 +48,12 @@ def runs_with(curve, final, initial=2.0):
 
 
 def test_growth_is_the_final_loss_over_that_at_the_horizon():
-    # A hundred stretches: the tenth ends at the horizon.
+    # A hundred intervals: the tenth ends at the horizon.
     curve = [[3.0] * 9 + [0.5] + [0.1] * 90, [3.0] * 9 + [1.5] + [0.1] * 90]
     assert star._growth(runs_with(curve, [0.2, 0.4])) == pytest.approx(0.3)
     diverged = runs_with(curve, [math.nan, math.nan])
     assert star._growth(diverged) == pytest.approx(4.0)  # twice the initial loss at most
-    assert star.curve_of(diverged)[9] == 1.0
+    assert star.mean_curve(diverged)[9] == 1.0
 
 
 @pytest.fixture
@@ -64,24 +64,24 @@ def tiny(monkeypatch):
 
 
 def test_figures_of_meta_training_are_measured_and_drawn(tiny, tmp_path):
-    lab = Lab(seeds=2, quick=True, cache_dir=tmp_path)
+    experiment = Experiment(seeds=2, quick=True, cache_dir=tmp_path)
     names = ("STAR wd 0.1", "No Nom.")
-    measured = star.measure(lab, names, "digits-mlp")
+    measured = star.measure(experiment, names, "digits-mlp")
     assert {name.split(", ")[1] for name in measured.numbers} == set(names)
     assert all(len(values) == 2 and all(map(math.isfinite, values)) for values in measured.numbers.values())
     curve = measured.data["meta"]["STAR wd 0.1"]
     assert (curve["steps"], [len(row) for row in curve["seeds"]]) == ([0, 1, 2], [3, 3])
     assert curve["seeds"][0] != curve["seeds"][1]  # the meta-seeds differ
     assert isinstance(star.plot(measured), Figure)
-    assert isinstance(star.plot_each(measured), Figure)
-    again = Lab(seeds=2, quick=True, cache_dir=tmp_path, progress=lambda *_: pytest.fail("it was all done before"))
+    assert isinstance(star.plot(measured, each=True), Figure)
+    again = Experiment(seeds=2, quick=True, cache_dir=tmp_path, progress=lambda *_: pytest.fail("it should be cached"))
     assert star.measure(again, names, "digits-mlp").numbers == measured.numbers
 
 
 def test_generalization_is_measured_and_drawn(tiny, monkeypatch):
     monkeypatch.setattr(star_general, "MAIN", ("STAR wd 0.1", "STAR wd 0.5"))
-    target = star_general.Target("wider", "digits-mlp", (("hidden", (40,)),))
-    measured = star_general.measure(Lab(seeds=1, quick=True), [target])
+    target = star_general.Target("wider", "digits-mlp", {"hidden": (40,)})
+    measured = star_general.measure(Experiment(seeds=1, quick=True), [target])
     assert set(measured.numbers) == {
         star_general.quantity(name) for name in ("STAR wd 0.1", "STAR wd 0.5", "tuned Adam", "better STAR")
     }
@@ -108,5 +108,5 @@ def test_variance_of_one_step_is_that_of_its_closed_form():
 
 def test_the_variance_plot():
     rows = {name: [[1.0, 2.0], [2.0, 3.0]] for name in estimators.NAMES}
-    measured = Measured({}, {"horizons": [10, 100], "curves": {"stable": rows, "unstable": rows}})
+    measured = Measurement({}, {"horizons": [10, 100], "curves": {"stable": rows, "unstable": rows}})
     assert len(estimators.plot(measured).axes) == 2

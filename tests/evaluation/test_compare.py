@@ -1,4 +1,4 @@
-"""Comparing rules with tuned baselines: common random numbers, the arithmetic, the cache, the files, the command."""
+"""Comparing rules with tuned baselines: common random numbers, arithmetic, the cache, files, the command."""
 
 import argparse
 import csv
@@ -51,7 +51,7 @@ class Empty(NamedTuple):
 
 
 class Probe(UpdateRule):
-    """Moves only if it knows the run's length, then by that length."""
+    """Moves by the run's length if it is known, else not at all."""
 
     def init_state(self, param):
         return Empty()
@@ -89,7 +89,7 @@ def test_a_run_is_torchs_training_loop():
 
 
 def test_all_optimizers_and_chunks_get_the_same_starts_and_batches():
-    """With a learning rate of 0 the losses show the batches."""
+    """At a learning rate of 0, losses differ only by the batches."""
     task = tasks.make("synthetic-mlp")
     curves = []
     for name in ("adam", "sgdm", "nadamw"):
@@ -139,12 +139,12 @@ def entry(case, name, final, mean=None, seconds=1.0, initial=2.0):
     return Entry(Case(case, 100), name, name, by, 1, seconds)
 
 
-def test_diverged_and_bounded_losses():
+def test_diverged_and_clamped_losses():
     runs = made([4.1, 4.0, 1e-9, math.nan, math.inf, 0.5])
     assert runs.diverged == [True, False, False, True, True, False]
-    assert runs.bounded("final") == [4.0, 4.0, 0.002, 4.0, 4.0, 0.5]
-    assert runs.score("tail") == math.inf
-    assert made([1.0, 3.0]).score("tail") == 2.0
+    assert runs.clamped("final") == [4.0, 4.0, 0.002, 4.0, 4.0, 0.5]
+    assert runs.tuning_loss("tail") == math.inf
+    assert made([1.0, 3.0]).tuning_loss("tail") == 2.0
     assert made([1.0], mean=[math.nan]).diverged == [True]
 
 
@@ -197,7 +197,7 @@ def test_at_most_two_percent_above_the_default(loss, count):
 
 @pytest.fixture
 def populations(monkeypatch):
-    """The sizes of the populations that are run, in settings."""
+    """Records the number of settings of each population that is run."""
     sizes, original = [], runs_module.run
 
     def counted(rule, meta_params, *rest, **options):
@@ -208,7 +208,7 @@ def populations(monkeypatch):
     return sizes
 
 
-def test_what_is_in_the_cache_is_not_run_again_and_is_the_same(options, populations):
+def test_cached_results_are_not_run_again_and_are_equal(options, populations):
     first = evaluate("star", [SMALL], ["adam"], options=options)
     assert [e.optimizer for e in first.entries] == ["adam", DEFAULT_ADAM, "star", "hyperparam"]
     assert sum(populations) == first.entry(SMALL, "adam").num_settings + 2  # the default is one of the grid
@@ -229,7 +229,7 @@ def test_chunks_do_not_change_the_numbers(options):
         assert a.loss("final") == pytest.approx(b.loss("final"), rel=1e-4)
 
 
-def test_an_interrupted_evaluation_goes_on_where_it_was(options, populations):
+def test_an_interrupted_evaluation_resumes(options, populations):
     options = dataclasses.replace(options, max_population=4)
     done = []
 
@@ -260,7 +260,7 @@ def test_a_damaged_file_or_another_start_is_run_again(options, populations, monk
     assert populations == [1] * 6
 
 
-def test_cache_files_are_whole_or_not_there(tmp_path, monkeypatch):
+def test_a_cache_file_is_complete_or_absent(tmp_path, monkeypatch):
     cache = Cache(tmp_path)
     cache.put("a/b", {"x": 1}, {"loss": [1.0, math.nan, math.inf]})
     assert [path.suffix for path in tmp_path.rglob("*") if path.is_file()] == [".json"]
@@ -272,7 +272,7 @@ def test_cache_files_are_whole_or_not_there(tmp_path, monkeypatch):
     assert cache.get("a/b", {"x": 2}) is None
 
 
-def test_a_fingerprint_tells_weights_settings_and_code(monkeypatch):
+def test_a_fingerprint_depends_on_weights_settings_and_code(monkeypatch):
     rule = lopt.load_rule("star")
     mark = fingerprint(rule)
     assert mark == fingerprint(lopt.load_rule("star"))
@@ -306,7 +306,7 @@ def test_rules_of_all_kinds_of_names_and_precisions(options, tmp_path):
         (("star", [SMALL], ["lion"]), "baseline='lion' is not allowed"),
         (("star", [("synthetic-mlp", 0)]), "steps=0 is not allowed"),
         (("star", []), "cases is empty"),
-        ((["star", "star"], [SMALL]), "'star' comes twice"),
+        ((["star", "star"], [SMALL]), "'star' is used twice"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -315,7 +315,7 @@ def test_bad_arguments(arguments, message):
     assert "\n" not in str(caught.value)
 
 
-def test_data_that_are_not_here_are_missed_before_anything_runs(monkeypatch, options, populations):
+def test_missing_data_are_reported_before_anything_runs(monkeypatch, options, populations):
     monkeypatch.delenv("LIGHTNING_LOPT_DATA", raising=False)
     monkeypatch.setattr(tasks.datasets, "is_available", lambda name: name == "synthetic")
     monkeypatch.setattr(tasks.datasets, "load", lambda name: (_ for _ in ()).throw(FileNotFoundError(name)))
@@ -391,7 +391,7 @@ def test_one_seed_one_task_and_no_tuned_adam(tmp_path):
         (["--rule", "star", "--task", "digits-mlp", "--out", __file__], "is a file; name a directory"),
     ],
 )
-def test_bad_words_are_one_line_errors(words, message, tmp_path, monkeypatch):
+def test_bad_arguments_are_one_line_errors(words, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message) as caught:
         cli.run(parse(*words))
@@ -402,7 +402,7 @@ def test_bad_words_are_one_line_errors(words, message, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "words", [["--rule", "star"], ["--task", "digits-mlp"], ["--rule", "a", "--task", "b", "--suite", "c"]]
 )
-def test_missing_words_are_bad_usage(words, capsys):
+def test_missing_arguments_are_bad_usage(words, capsys):
     with pytest.raises(SystemExit) as caught:
         parse(*words)
     assert caught.value.code == 2
@@ -410,5 +410,14 @@ def test_missing_words_are_bad_usage(words, capsys):
 
 def test_a_missing_library_is_named_before_anything_runs(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "rich" else object())
-    with pytest.raises(ModuleNotFoundError, match="needs rich"):
+    with pytest.raises(ModuleNotFoundError, match="Reports need rich"):
         cli.run(parse("--rule", "star", "--task", "synthetic-mlp"))
+
+
+def test_files_are_written_before_anything_is_printed(tmp_path, monkeypatch):
+    """Output that is piped to `head` ends the command at a print."""
+    monkeypatch.setattr(cli.report, "tables", lambda results: (_ for _ in ()).throw(BrokenPipeError))
+    words = ["--rule", "hyperparam", "--baseline", "nadamw", "--samples", "1", "--task", "synthetic-mlp"]
+    with pytest.raises(BrokenPipeError):
+        cli.run(parse(*words, "--steps", "2", "--seeds", "1", "--out", str(tmp_path / "out"), "--cache", str(tmp_path)))
+    assert (tmp_path / "out" / "table.csv").exists()

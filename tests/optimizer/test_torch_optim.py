@@ -242,6 +242,13 @@ def test_scale_under_one_cycle_refers_to_max_lr():
     assert RuleOptimizer.replacing(theirs, SGDRule(), lr="scale").param_groups[0]["lopt_base_lr"] == 0.1
 
 
+def test_a_given_reference_lr_takes_the_place_of_the_initial_lr():
+    param = torch.nn.Parameter(torch.ones(3))
+    theirs = torch.optim.SGD([param], lr=0.1)
+    ours = RuleOptimizer.replacing(theirs, SGDRule(), lr="scale", reference_lr=0.4)
+    assert one_step_change(ours) == pytest.approx(-0.25)
+
+
 def test_changing_initial_lr_later_does_not_move_the_reference():
     param = torch.nn.Parameter(torch.ones(3))
     ours = RuleOptimizer.replacing(torch.optim.SGD([param], lr=0.1), SGDRule(), lr="scale")

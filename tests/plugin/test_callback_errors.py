@@ -1,4 +1,4 @@
-"""Bad input to LearnedOptimizer: one line each, which says what came, what is allowed and what to do."""
+"""Bad input to LearnedOptimizer gives one-line errors: what came, what is allowed, what to do."""
 
 import lightning as L
 import pytest
@@ -17,9 +17,14 @@ pytestmark = KNOWN_WARNINGS
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"rule": "star"}, TypeError, r"rule must be an UpdateRule, got str.*from_pretrained\(name\)"),
+        ({"rule": 3}, TypeError, r"rule must be an UpdateRule or the name of one, got int.*rules.make\(kind\)"),
+        ({"rule": "no_such_rule"}, ValueError, r"no_such_rule"),
         ({"lr": 1e-3}, ValueError, r"lr=0.001 is not allowed: use one of \['ignore', 'scale'\]"),
         ({"weight_decay": 0.1}, ValueError, r"weight_decay=0.1 is not allowed: use one of \['ignore', 'decoupled'\]"),
+        ({"reference_lr": 0.1}, ValueError, r"reference_lr=0.1 has no effect with lr='ignore': use it with lr='scale'"),
+        ({"lr": "scale", "reference_lr": 0.0}, ValueError, r"reference_lr=0.0 .* must be a positive finite number"),
+        ({"only": 0}, ValueError, r"only=0 is not allowed: use a list of positions and optimizer classes"),
+        ({"skip": ["AdamW"]}, ValueError, r"skip=\['AdamW'\] is not allowed: use a list of positions and optimizer"),
         ({"safeguard": "yes"}, ValueError, r"safeguard='yes' is not allowed"),
         ({"backend": "triton"}, ValueError, r"backend='triton' is not allowed"),
     ],

@@ -1,4 +1,4 @@
-"""What LearnedOptimizer says and logs, and its safeguard in a Trainer."""
+"""What LearnedOptimizer announces and logs, and its safeguard in a Trainer."""
 
 import logging
 import math
@@ -32,7 +32,7 @@ def announcements(caplog):
 
 @pytest.fixture
 def said(caplog):
-    """Lightning's messages, which its loggers keep from the root logger."""
+    """Lightning's messages, which do not reach the root logger."""
     names = ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero")
     caplog.set_level(logging.INFO)
     for name in names:
@@ -46,8 +46,9 @@ def test_the_fit_starts_with_which_rule_runs_its_size_and_its_state(tmp_path, sa
     backend = fit(tmp_path).optimizers[0].backend  # depends on whether this machine has a compiler
     # 24 + 25 parameters: 4 floats each, 3 more for rows, columns and vectors.
     assert said() == [
-        f"LearnedOptimizer: (star, 207 meta-parameters) trains 49 parameters, {backend} backend; 24.0 bytes of state "
-        "per parameter. The module's own lr is logged, not used."
+        f"LearnedOptimizer: (star, 207 meta-parameters) trains 49 parameters in place of AdamW, {backend} backend, "
+        "24.0 bytes of state per parameter. Run length: 16 steps (from the Trainer). The module's own lr is logged, "
+        "not used; its weight decay (0.01) is not used."
     ]
 
 
@@ -57,7 +58,7 @@ def test_a_loaded_rule_is_announced_by_name_and_revision(tmp_path, said):
     fit(tmp_path, lopt.LearnedOptimizer(rule, lr="scale"))
     (message,) = said()
     assert message.startswith("LearnedOptimizer: 'me/fast' (star, 207 meta-parameters at 0123456789ab) trains 49")
-    assert message.endswith("The module's own lr multiplies its update.")
+    assert message.endswith("The module's own lr multiplies its update; its weight decay (0.01) is not used.")
 
 
 def test_bytes_of_state_are_what_the_optimizer_keeps(tmp_path, said):
@@ -127,7 +128,7 @@ def test_logging_changes_nothing(tmp_path):
 
 
 class Spoiled(Module):
-    """Some batches have a loss that is not finite; the weights of the second layer alone see it where `partly`."""
+    """Some batches have a non-finite loss; with `partly` it only reaches the last bias."""
 
     def __init__(self, bad, partly=False):
         super().__init__()

@@ -1,4 +1,4 @@
-"""A rule that reads the loss is given the mean raw loss of its step, however Lightning gets there."""
+"""A rule that reads the loss gets the mean unscaled loss of its step under every kind of Lightning training."""
 
 import lightning as L
 import pytest
@@ -25,7 +25,7 @@ def seen(callback, tensors=TENSORS):
 
 
 def windows(losses, length):
-    """Means over accumulation windows; Lightning divides a last one that is shorter by the full length, too."""
+    """Means over accumulation windows. Lightning divides a shorter last window by the full length, too."""
     return [sum(losses[start : start + length]) / length for start in range(0, len(losses), length)]
 
 
@@ -73,7 +73,7 @@ def test_manual_optimization(tmp_path):
 
 
 class Own(ManualModule):
-    """Manual optimization where the user clears gradients in a way of their own."""
+    """Manual optimization that clears gradients without zero_grad."""
 
     def training_step(self, batch, batch_idx):
         loss = self.loss(batch)
@@ -156,4 +156,4 @@ def test_rules_that_need_no_loss_do_not_pay_for_it(tmp_path, monkeypatch):
 
 class Quiet(Module):
     def log(self, *args, **kwargs):
-        """Logging reduces, too."""
+        """Does nothing, because logging also calls `reduce`."""

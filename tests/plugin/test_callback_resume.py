@@ -1,4 +1,4 @@
-"""A run that was stopped and resumed is equal, to the bit, to one that was not."""
+"""A resumed run is bit-identical to an uninterrupted one."""
 
 import copy
 import inspect
@@ -79,7 +79,7 @@ LSTMS = {
 @pytest.mark.parametrize("safeguard", [False, True], ids=["in place", "safeguard"])
 @pytest.mark.parametrize("name", LSTMS)
 def test_lstms_resume_to_the_bit(tmp_path, name, safeguard):
-    """With windows half full at the checkpoint too: m = 20, and 16 steps."""
+    """Also with windows that are only partly full at the checkpoint: m = 20, after 16 steps."""
     kind, config = LSTMS[name]
     torch.manual_seed(0)
     rule = lopt.rules.make(kind, hidden_size=4, **config)
@@ -92,7 +92,7 @@ def test_lstms_resume_to_the_bit(tmp_path, name, safeguard):
 
 
 class Stateful:
-    """A loader that remembers where it was, as Lightning asks of loaders for a resume within an epoch."""
+    """A loader that saves its position, which Lightning needs to resume within an epoch."""
 
     def __init__(self):
         self.batches, self.position = list(data()), 0
@@ -132,7 +132,17 @@ def checkpoint(tmp_path):
 def test_the_checkpoint_says_which_rule_it_was(checkpoint):
     saved = torch.load(checkpoint, weights_only=True)["callbacks"]["LearnedOptimizer"]
     rule = star()
-    assert set(saved) == {"kind", "config", "lr", "weight_decay", "source", "revision", "sha256", "weights"}
+    assert set(saved) == {
+        "kind",
+        "config",
+        "lr",
+        "reference_lr",
+        "weight_decay",
+        "source",
+        "revision",
+        "sha256",
+        "weights",
+    }
     assert saved["kind"] == "star"
     assert saved["config"] == rule.config.to_dict()
     assert saved["source"] is saved["revision"] is None
@@ -156,11 +166,28 @@ def test_the_fingerprint_is_that_of_kind_configuration_and_weights():
     assert len({fingerprint(rule) for rule in (star(), star(seed=1), star(step_mult=0.5))}) == 3
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_rules_of_every_dtype_that_files_hold_reach_a_checkpoint(tmp_path, dtype):
+    def rule():
+        made = star().to(dtype)
+        made.register_buffer("scalar", torch.ones((), dtype=dtype))
+        return made
+
+    def fingerprint(rule):
+        return lopt.LearnedOptimizer(rule).state_dict()["sha256"]
+
+    fit(tmp_path, lopt.LearnedOptimizer(rule()), max_epochs=1).save_checkpoint(tmp_path / "saved.ckpt")
+    fit(tmp_path, lopt.LearnedOptimizer(rule()), ckpt_path=tmp_path / "saved.ckpt")  # warnings are errors
+    other = rule()
+    other.scalar += 1
+    assert fingerprint(rule()) == fingerprint(rule()) != fingerprint(other)
+
+
 def test_other_weights_of_the_same_rule_give_way_to_the_checkpoints(tmp_path, checkpoint):
     whole = fit(tmp_path, ckpt_path=checkpoint)
     other = lopt.LearnedOptimizer(star(seed=5))
     with pytest.warns(
-        UserWarning, match=r"weights of the rule differ.*\(made in code, sha256 .*goes on with the checkpoint's"
+        UserWarning, match=r"weights of the rule differ.*\(made in code, sha256 .*continues with the checkpoint's"
     ):
         resumed = fit(tmp_path, other, ckpt_path=checkpoint)
     assert resumed.optimizers[0].rule is other.rule
@@ -170,7 +197,9 @@ def test_other_weights_of_the_same_rule_give_way_to_the_checkpoints(tmp_path, ch
 @pytest.mark.parametrize("option", [{"lr": "scale"}, {"weight_decay": "decoupled"}], ids=str)
 def test_another_policy_gives_way_to_the_checkpoints_and_is_pointed_out(tmp_path, checkpoint, option):
     (name,) = option
-    with pytest.warns(UserWarning, match=f"made with {name}='ignore', and the run goes on so, not with {name}="):
+    with pytest.warns(
+        UserWarning, match=f"made with {name}='ignore', and the run continues with that, not with {name}="
+    ):
         resumed = fit(tmp_path, learned(**option), ckpt_path=checkpoint)
     assert_equal(everything(resumed), everything(fit(tmp_path, ckpt_path=checkpoint)))
 

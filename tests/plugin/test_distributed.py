@@ -1,4 +1,4 @@
-"""LearnedOptimizer on two processes: as one process with the double batch, and the same on every rank to the bit."""
+"""LearnedOptimizer on two processes equals one process with the double batch; ranks are bit-identical."""
 
 import math
 import subprocess
@@ -79,7 +79,7 @@ def test_resume_is_equal_to_the_bit(tmp_path):
 
 
 class Poisoned(Sharded):
-    """One batch of one rank has a loss that is not a number."""
+    """One batch on one rank has a NaN loss."""
 
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)

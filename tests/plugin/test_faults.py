@@ -21,7 +21,7 @@ FAULT_AT, STEPS = 8, 40
 
 
 class Run:
-    """A rule on a small regression; `optimizer` and `param` may be spoilt between steps."""
+    """A rule on a small regression; tests corrupt `optimizer` and `param` between steps."""
 
     def __init__(self, case, safeguard=True):
         torch.manual_seed(0)
@@ -48,7 +48,7 @@ class Run:
 
 
 def flip_a_bit(run):
-    """The highest bit of an exponent, in the first accumulator that has numbers."""
+    """Flip the highest exponent bit of a number in the first accumulator."""
     state = run.optimizer.state[run.param]
     names = ("exp_avg_sq", "exp_avg", "cell", "hidden", "grads")
     tensor = next(state[name] for name in names if name in state and state[name].numel())
@@ -158,7 +158,7 @@ def test_a_slow_climb_is_seen_and_so_are_losses_that_are_not_finite():
 
 
 class Jumps(Module):
-    """For forty steps the loss is a hundred higher, and its gradient as ever."""
+    """For forty steps the loss is a hundred higher, with an unchanged gradient."""
 
     def training_step(self, batch, batch_idx):
         return super().training_step(batch, batch_idx) + 100.0 * (40 <= self.global_step < 80)
@@ -179,8 +179,8 @@ def test_a_handover_is_counted_and_logged(tmp_path, monkeypatch):
         rows = [row["lopt/fallback"] for row in csv.DictReader(file) if row.get("lopt/fallback")]
     assert [float(row) for row in rows] == [0.0] * 49 + [1.0] * 40 + [0.0] * 31
     told = [text for text in said if "trust band" in text]
-    assert ["nominal term goes on alone" in text for text in told] == [True, False]
-    assert "the whole rule goes on" in told[1]
+    assert ["only the rule's nominal term" in text for text in told] == [True, False]
+    assert "the whole rule is applied again" in told[1]
 
 
 def test_fallen_back_a_step_is_the_nominal_term_to_the_bit_and_inside_the_band_the_whole_rule():

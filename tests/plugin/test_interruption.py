@@ -1,4 +1,4 @@
-"""Training that the disk stops, and checkpoints that are not whole; kills are in examples/soak/interruption.py."""
+"""Full and read-only disks, and truncated checkpoints; killed processes are in examples/soak/interruption.py."""
 
 import errno
 import pickle
@@ -30,7 +30,7 @@ KINDS = pytest.mark.parametrize("run", [run, run_meta], ids=["inner training", "
 
 
 def fill_the_disk(monkeypatch, after):
-    """Every write after so many files breaks off in its middle."""
+    """Cut every write short after `after` files."""
     files, write = [], LocalFileOpener.write
 
     def full(self, data):
@@ -50,7 +50,7 @@ def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(run, tmp_path, monke
     whole = run(tmp_path / "whole")
     with monkeypatch.context() as patch:
         fill_the_disk(patch, after=2)
-        told = r"No space left on device.*ckpt_path= the run goes on from .*epoch=1.ckpt, which is whole"
+        told = r"No space left on device.*ckpt_path= the run resumes from .*epoch=1.ckpt, which is complete"
         with pytest.warns(UserWarning, match=told), pytest.raises(OSError, match="No space left"):
             run(tmp_path)
     assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["epoch=0.ckpt", "epoch=1.ckpt"]
@@ -59,11 +59,11 @@ def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(run, tmp_path, monke
 
 
 @KINDS
-def test_a_disk_that_took_nothing_is_told_apart(run, tmp_path, monkeypatch):
+def test_a_disk_that_was_full_from_the_start(run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         fill_the_disk(patch, after=0)
         with (
-            pytest.warns(UserWarning, match="has to begin anew: no checkpoint is there"),
+            pytest.warns(UserWarning, match="must start over: there is no checkpoint"),
             pytest.raises(OSError, match="space"),
         ):
             run(tmp_path)
@@ -73,7 +73,7 @@ def test_a_disk_that_took_nothing_is_told_apart(run, tmp_path, monkeypatch):
 @KINDS
 @pytest.mark.parametrize("exists", [False, True])
 def test_a_read_only_directory_is_refused_before_training(run, exists, tmp_path, monkeypatch):
-    """Lightning itself leaves such checkpoints out without a word."""
+    """Lightning itself silently writes no checkpoint there."""
     if exists:
         (tmp_path / "saved").mkdir()
     monkeypatch.setattr("os.access", lambda path, mode: not str(path).startswith(str(tmp_path)))
@@ -82,7 +82,7 @@ def test_a_read_only_directory_is_refused_before_training(run, exists, tmp_path,
 
 
 @KINDS
-def test_no_part_of_a_checkpoint_is_taken_for_the_whole(run, tmp_path):
+def test_a_truncated_checkpoint_does_not_load(run, tmp_path):
     run(tmp_path)
     data = (tmp_path / "saved" / "epoch=1.ckpt").read_bytes()
     torch.load(tmp_path / "saved" / "epoch=1.ckpt", weights_only=True)

@@ -1,9 +1,10 @@
 """LearnedOptimizer in LightningCLI: YAML files, flags, from_pretrained by class path, and the strategies by name."""
 
 import pytest
+import torch
 import yaml
 from lightning.pytorch.cli import LightningCLI
-from lightning_cases import KNOWN_WARNINGS, Module, data, fit, learned, weights
+from lightning_cases import KNOWN_WARNINGS, ManualModule, Module, data, fit, learned, weights
 from optimizer_cases import assert_equal, star
 
 import lightning_lopt as lopt
@@ -19,11 +20,21 @@ def _no_deprecation_warnings(monkeypatch):
 
 
 class CLIModule(Module):
-    """What a LightningCLI can build: annotated arguments with defaults, and its own data."""
+    """A module that LightningCLI can build: annotated arguments with defaults, and its own data."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
         self.width = width
+
+    def train_dataloader(self):
+        return data()
+
+
+class TwoOptimizers(ManualModule):
+    """Two optimizers, an AdamW and an SGD, and its own data."""
+
+    def __init__(self) -> None:
+        super().__init__()
 
     def train_dataloader(self):
         return data()
@@ -84,6 +95,16 @@ def test_a_rule_by_class_path(tmp_path):
     entry = {"class_path": "lightning_lopt.LearnedOptimizer", "init_args": {"rule": rule, "lr": "scale"}}
     callback = callback_of(run(tmp_path, {"callbacks": [entry]}))
     assert (callback.rule.kind, callback.rule.config.step_mult, callback.lr) == ("hyperparam", 0.0, "scale")
+
+
+def test_a_rule_by_name(tmp_path):
+    init_args = {"rule": "star", "num_steps": 7, "skip": ["torch.optim.SGD", 1], "lr": "scale", "reference_lr": 0.01}
+    entry = {"class_path": "lightning_lopt.LearnedOptimizer", "init_args": init_args}
+    cli = run(tmp_path, {"callbacks": [entry]}, module=TwoOptimizers)
+    callback = callback_of(cli)
+    assert callback.rule.source.name == "star"
+    assert (callback.num_steps, callback.skip, callback.reference_lr) == (7, [torch.optim.SGD, 1], 0.01)
+    assert [type(o) for o in cli.trainer.optimizers] == [RuleOptimizer, torch.optim.SGD]
 
 
 def test_a_rule_by_make(tmp_path):

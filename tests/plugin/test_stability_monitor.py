@@ -105,6 +105,73 @@ def test_sketches_keep_the_radius_of_a_large_model():
     assert radius(torch.stack(monitor._snapshots, 1), 2) == pytest.approx(0.97, abs=1e-3)
 
 
+@pytest.mark.parametrize(("every", "steps", "estimates"), [(1, 20, 9), (5, 20, 2), (30, 65, 2), (100, 99, 0)])
+def test_only_steps_that_an_estimate_looks_at_cost_anything(monkeypatch, every, steps, estimates):
+    looked, copies, cpu = [], [], torch.Tensor.cpu
+
+    class Counts(StabilityMonitor):
+        def _sketch(self, params):
+            looked.append(self._steps)
+            before = len(copies)
+            monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: (copies.append(1), cpu(tensor))[1])
+            sketch = super()._sketch(params)
+            monkeypatch.setattr(torch.Tensor, "cpu", cpu)
+            assert len(copies) == before + 1  # one for all parameters
+            return sketch
+
+    module, monitor = Quadratic(lr=0.1), Counts(rank=3, window=12, every_n_steps=every)
+    fit(module, monitor, steps=steps)
+    at = [step for step in range(12, steps + 1) if step % every == 0]
+    assert len(at) == estimates
+    upcoming = {step for step in range(steps + 1) if -step % every <= 12}
+    assert set(looked) == upcoming
+    assert len(looked) == len(upcoming)
+    expected = 0.975 if estimates else float("nan")
+    assert monitor.spectral_radius == pytest.approx(expected, abs=2e-3, nan_ok=True)
+
+
+def test_two_bytes_per_parameter_are_enough():
+    monitor, params = StabilityMonitor(), [torch.nn.Parameter(torch.ones(shape)) for shape in (1000, (30, 50), ())]
+    monitor._sketch(params)
+    kept = [t for t in torch.utils._pytree.tree_leaves(vars(monitor)) if isinstance(t, torch.Tensor)]
+    assert sum(t.numel() * t.element_size() for t in kept) <= 2 * sum(p.numel() for p in params)
+
+
+def test_blocks_and_tensors_are_one_sketch(monkeypatch):
+    """However the coordinates are cut, the sketch is linear, and keeps inner products."""
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.randn(2, 50_000, generator=generator)
+    monitor = StabilityMonitor(sketch_size=1024)
+    whole = monitor._sketch([first]), monitor._sketch([second])
+    assert float(whole[0] @ whole[1]) == pytest.approx(float(first @ second), abs=4 * 50_000 / 32)
+    assert float(whole[0] @ whole[0]) == pytest.approx(float(first @ first), rel=0.2)
+    torch.testing.assert_close(monitor._sketch([first + 2 * second]), whole[0] + 2 * whole[1], rtol=1e-4, atol=1e-3)
+    monkeypatch.setattr("lightning_lopt.plugin.stability_monitor._BLOCK", 5000)
+    torch.testing.assert_close(monitor._sketch([first]), whole[0])
+
+
+def test_two_optimizers_that_step_on_every_batch_count_as_one_step():
+    class Two(Quadratic):
+        def __init__(self):
+            super().__init__(0.1)
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            self.logged.append(self.trainer.callback_metrics.get("lopt/spectral_radius"))
+            optimizers = self.optimizers()
+            self.manual_backward(0.5 * (HESSIAN * torch.cat([self.first, self.rest]) ** 2).sum())
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD([param], lr=self.lr) for param in (self.first, self.rest)]
+
+    module, monitor = Two(), StabilityMonitor(rank=3, window=12, every_n_steps=15)
+    fit(module, monitor, steps=40)
+    assert monitor.spectral_radius == pytest.approx(0.975, abs=2e-3)
+
+
 @pytest.mark.parametrize(
     "options", [{"rank": 0}, {"window": 3}, {"sketch_size": 8}, {"threshold": 0.9}, {"patience": 0}, {"rank": 1.5}]
 )

@@ -1,10 +1,15 @@
 """Trainer(strategy="lopt") and "lopt_ddp" do what the callback does."""
 
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
 import lightning as L
 import pytest
 import pytorch_lightning
 import torch
-from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.fabric import Fabric
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_cases import (
@@ -22,9 +27,11 @@ from optimizer_cases import assert_equal, star
 
 import lightning_lopt as lopt
 from lightning_lopt import RuleOptimizer
-from lightning_lopt.plugin.strategies import LearnedDDP, LearnedSingleDevice
+from lightning_lopt.plugin import callback as callback_module
+from lightning_lopt.plugin.strategies import LearnedSingleDevice
 
 pytestmark = KNOWN_WARNINGS
+DDP = ("ddp", "ddp_spawn", "ddp_fork", "ddp_notebook")
 
 
 @pytest.fixture
@@ -34,8 +41,8 @@ def saved_rule(tmp_path):
 
 @pytest.fixture
 def named(saved_rule, monkeypatch):
-    """The names "lopt" and "lopt_ddp" with the saved rule as their default."""
-    for name in ("lopt", "lopt_ddp"):
+    """The name "lopt" with the saved rule as its default."""
+    for name in ("lopt",):
         monkeypatch.setitem(StrategyRegistry[name]["init_params"], "name_or_path", saved_rule)
 
 
@@ -45,8 +52,13 @@ def strategy_fit(path, strategy, module=None, **arguments):
     return runner
 
 
-def test_the_names_are_registered():
-    assert {"lopt", "lopt_ddp"} <= set(StrategyRegistry.available_strategies())
+@pytest.mark.parametrize("registry", [StrategyRegistry, pytorch_lightning.strategies.StrategyRegistry])
+def test_each_ddp_strategy_of_lightning_has_its_counterpart(registry):
+    theirs = [name for name in registry.available_strategies() if name.partition("_find")[0] in DDP]
+    assert len(theirs) == 12
+    for name in theirs:
+        assert registry[f"lopt_{name}"]["init_params"] == registry[name]["init_params"]
+        assert issubclass(registry[f"lopt_{name}"]["strategy"], registry[name]["strategy"])
 
 
 @pytest.mark.usefixtures("named")
@@ -100,9 +112,11 @@ def test_several_devices_are_refused_with_the_way_out(tmp_path):
 
 
 @pytest.mark.usefixtures("named")
-def test_a_callback_beside_the_strategy_is_one_too_many(tmp_path):
+def test_a_callback_beside_the_strategy_is_refused(tmp_path):
     runner = trainer(tmp_path, learned(), strategy="lopt")
-    with pytest.raises(MisconfigurationException, match="one too many; drop the callback or the strategy") as caught:
+    with pytest.raises(
+        MisconfigurationException, match="either the LearnedOptimizer callback or strategy='lopt', not both"
+    ) as caught:
         runner.fit(Module(), data())
     assert "\n" not in str(caught.value)
 
@@ -112,21 +126,33 @@ def test_an_unknown_rule_is_an_error_before_training(tmp_path):
         strategy_fit(tmp_path, LearnedSingleDevice("no_such_rule"))
 
 
-class Outside(LightningEnvironment):
-    """As under torchrun or SLURM, where the processes exist already."""
+REMEMBERS = """
+import sys
+from pathlib import Path
+from lightning_cases import Module, data, trainer
 
-    creates_processes_externally = True
+module, runner = Module(), trainer(sys.argv[1], strategy="lopt_ddp", devices=2)
+runner.fit(module, data())
+names = [type(optimizer).__name__ for optimizer in runner.optimizers]
+Path(sys.argv[1], f"rank{runner.global_rank}.txt").write_text(f"{len(module.losses)} {names}")
+"""
 
 
-@pytest.mark.parametrize(
-    ("environment", "launcher"),
-    [(LightningEnvironment, "_MultiProcessingLauncher"), (Outside, "_SubprocessScriptLauncher")],
-)
-def test_processes_made_by_others_are_not_forked_again(environment, launcher):
-    devices = [torch.device("cpu")] * 2
-    strategy = LearnedDDP(start_method="fork", cluster_environment=environment(), parallel_devices=devices)
-    strategy._configure_launcher()
-    assert type(strategy.launcher).__name__ == launcher
+@pytest.mark.slow
+def test_what_a_module_remembers_in_python_survives_the_fit(tmp_path):
+    folders = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+    imports = f"import sys; sys.path[:0] = {folders!r}; import lightning_lopt\n"
+    (tmp_path / "script.py").write_text(imports + REMEMBERS)
+    subprocess.run([sys.executable, "script.py", str(tmp_path)], cwd=tmp_path, check=True, timeout=280)
+    assert (tmp_path / "rank0.txt").read_text() == "8 ['RuleOptimizer']"  # rank 0 is the process that was started
+
+
+@pytest.mark.parametrize("name", ["lopt", "lopt_ddp"])
+def test_fabric_is_told_what_to_do_instead(name):
+    with pytest.raises(
+        MisconfigurationException, match=r"with Fabric .* Use lightning_lopt.RuleOptimizer\(.*fabric.setup"
+    ):
+        Fabric(accelerator="cpu", strategy=name)
 
 
 def test_a_module_may_bring_the_callback(tmp_path):
@@ -175,6 +201,25 @@ def test_resume_in_a_trainer_of_pytorch_lightning(tmp_path):
     other_fit(tmp_path, learned(), max_epochs=1).save_checkpoint(tmp_path / "saved.ckpt")
     resumed = other_fit(tmp_path, learned(), ckpt_path=tmp_path / "saved.ckpt")
     assert_equal(weights(resumed), weights(other_fit(tmp_path, learned())))
+
+
+def test_the_strategy_by_name_in_a_trainer_of_pytorch_lightning(tmp_path):
+    runner = other_fit(tmp_path, strategy="lopt")
+    assert [type(o) for o in runner.optimizers] == [RuleOptimizer]
+    assert_equal(weights(runner), weights(fit(tmp_path, lopt.LearnedOptimizer("star"))))
+
+
+@pytest.mark.parametrize(
+    ("version", "needed"), [("1.9.5", False), ("2.5.5", True), ("2.6.6", False), ("3.0", False), (None, False)]
+)
+def test_the_callback_is_one_of_pytorch_lightnings_where_its_version_asks_for_that(monkeypatch, version, needed):
+    def installed(name):
+        if version is None:
+            raise metadata.PackageNotFoundError(name)
+        return version if name == "pytorch-lightning" else "2.6.6"
+
+    monkeypatch.setattr(metadata, "version", installed)
+    assert callback_module._pytorch_lightnings_callback() == ((pytorch_lightning.Callback,) if needed else ())
 
 
 def test_no_optimizer_in_a_trainer_of_pytorch_lightning(tmp_path):

@@ -1,4 +1,4 @@
-"""What holds for the callback holds through Trainer(strategy="lopt") and "lopt_ddp", to the bit."""
+"""The callback's behavior through Trainer(strategy="lopt") and "lopt_ddp_fork", bit for bit."""
 
 import lightning as L
 import pytest
@@ -39,9 +39,9 @@ pytestmark = KNOWN_WARNINGS
 
 @pytest.fixture(autouse=True)
 def _named(tmp_path, monkeypatch):
-    """The names "lopt" and "lopt_ddp" with the tests' own rule as their default."""
+    """The names "lopt" and "lopt_ddp_fork" with the tests' own rule as their default."""
     rule = str(lopt.save_rule(star(), tmp_path / "rule"))
-    for name in ("lopt", "lopt_ddp"):
+    for name in ("lopt", "lopt_ddp_fork"):
         monkeypatch.setitem(StrategyRegistry[name]["init_params"], "name_or_path", rule)
 
 
@@ -130,7 +130,7 @@ def two_processes(path, *callbacks, ckpt_path=None, **arguments):
 
 @pytest.mark.parametrize("arguments", [{}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}], ids=str)
 def test_two_processes(tmp_path, arguments):
-    ours = two_processes(tmp_path / "name", strategy="lopt_ddp", **arguments)
+    ours = two_processes(tmp_path / "name", strategy="lopt_ddp_fork", **arguments)
     other = two_processes(tmp_path / "callback", learned(), strategy="ddp_fork", **arguments)
     for rank in range(2):
         assert ours[rank]["optimizers"] == ["RuleOptimizer"]
@@ -139,7 +139,7 @@ def test_two_processes(tmp_path, arguments):
 
 
 def test_two_processes_resume(tmp_path):
-    arguments = {"strategy": "lopt_ddp", "enable_checkpointing": True}
+    arguments = {"strategy": "lopt_ddp_fork", "enable_checkpointing": True}
     saves = [ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1) for _ in range(2)]
     whole = two_processes(tmp_path / "whole", saves[0], **arguments)
     resumed = two_processes(tmp_path / "resumed", saves[1], ckpt_path=tmp_path / "epoch=0.ckpt", **arguments)

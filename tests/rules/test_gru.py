@@ -11,18 +11,18 @@ from torch import nn
 import lightning_lopt as lopt
 from lightning_lopt import cli
 from lightning_lopt.claims import gru as claims_gru
-from lightning_lopt.claims.base import Measured
+from lightning_lopt.claims.claim import Measurement
+from lightning_lopt.claims.experiment import Experiment
 from lightning_lopt.claims.gru import (
     BEST_MOMENTUM,
     TASKS,
     Budget,
     Round,
-    Searched,
+    SearchSpace,
     draw,
     mean_ratios,
     search,
 )
-from lightning_lopt.claims.lab import Lab
 from lightning_lopt.evaluation.baselines import SGDM, Adam
 from lightning_lopt.evaluation.compare import fingerprint
 from lightning_lopt.meta.estimators import FullUnroll
@@ -246,12 +246,12 @@ def test_a_search_finds_the_best_of_a_grid_and_says_whether_it_is_at_its_edge(ro
     every = [SGDM(None, lr=lr, momentum=momentum) for lr in rates for momentum in momenta]
     means = mean_ratios(every[0], [rule.meta_params() for rule in every], task, problems=64, seed=1, steps=60).mean(1)
     best = every[int(means.argmin())]
-    options = {"seed": 7, "members": 320, "tick": lambda *counts: told.append(counts)}
-    found = search(Searched(SGDM, {"lr": rates, "momentum": momenta}), task, rounds, **options)
+    options = {"seed": 7, "members": 320, "report": lambda text, *counts: told.append(counts)}
+    found = search(SearchSpace(SGDM, {"lr": rates, "momentum": momenta}), task, rounds, **options)
     assert fingerprint(found.best) == fingerprint(best)
     assert found.inside
     assert told[-1] == (sum(settings for settings, _, _ in rounds),) * 2
-    edge = search(Searched(SGDM, {"lr": rates[:6], "momentum": momenta}), task, rounds, **options)
+    edge = search(SearchSpace(SGDM, {"lr": rates[:6], "momentum": momenta}), task, rounds, **options)
     assert float(edge.best.lr.detach()) == pytest.approx(rates[5])
     assert not edge.inside
 
@@ -290,7 +290,7 @@ def test_the_bundled_rule_for_mnist_is_ahead_of_tuned_adam_from_the_start():
 def test_figure_17_of_a_dear_task_takes_its_fresh_problems_in_groups(monkeypatch):
     monkeypatch.setitem(claims_gru.BUDGETS, "linear-regression", Budget(rounds=(Round(2, 2, 2),), fresh=32))
     (claim,) = (claim for claim in claims_gru.CLAIMS if claim.id == "gru-quadratic-figure-17")
-    found = claim.measure(Lab(seeds=1, cache_dir=None)).data["each"]["momentum in closed form"]
+    found = claim.measure(Experiment(seeds=1, cache_dir=None)).data["each"]["momentum in closed form"]
     rule, task = SGDM(None, **BEST_MOMENTUM), make_task("linear-regression")
     groups = [mean_ratios(rule, [rule.meta_params()], task, problems=32, seed=seed)[0] for seed in (2_000, 3_000)]
     assert found == pytest.approx(torch.cat(groups).tolist(), rel=1e-5)
@@ -298,7 +298,7 @@ def test_figure_17_of_a_dear_task_takes_its_fresh_problems_in_groups(monkeypatch
 
 def test_figure_17_has_the_mean_of_every_optimizer():
     values = {"ours": [0.01, 0.03], "theirs": [0.1, 0.3]}
-    (panel,) = draw(Measured({}, {"each": values})).axes
+    (panel,) = draw(Measurement({}, {"each": values})).axes
     (means,) = panel.lines
     assert means.get_ydata() == pytest.approx(np.log10([0.02, 0.2]))
     assert [text.get_text() for text in panel.get_xticklabels()] == ["ours\n0.0200", "theirs\n0.2000"]

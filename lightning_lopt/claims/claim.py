@@ -1,12 +1,13 @@
-"""A claim: what a paper says, how it is measured here, and what must hold of the numbers for it to be reproduced.
+"""A claim: a statement of a paper, how it is measured here, and the checks that decide whether it was reproduced.
 
-The verdict is computed. A claim's `measure` returns numbers; its checks are predicates on these numbers alone.
+Verdicts are computed: a claim's `measure` returns numbers, and its checks are predicates on these numbers alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,24 +15,24 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from lightning_lopt.claims.lab import Lab
+    from lightning_lopt.claims.experiment import Experiment
 
 Numbers = Mapping[str, Sequence[float]]
 REPRODUCED, PARTLY, NOT = "reproduced", "partly", "not reproduced"
 
 
-class Measured(NamedTuple):
-    """What a measurement found; all of it goes into a JSON file."""
+class Measurement(NamedTuple):
+    """The result of measuring a claim; all of it is saved in a JSON file."""
 
     numbers: dict[str, list[float]]
-    """Quantity -> its values, usually one per seed, in the seeds' order. All that checks see. NaN: could not be had."""
+    """Quantity -> its values, usually one per seed in the seeds' order; NaN if it could not be measured. For checks."""
     data: dict[str, Any] = {}
-    """Whatever else the plot draws: dicts, lists, numbers and strings."""
+    """Further data for the plot: dicts, lists, numbers and strings."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One thing that must hold.
+    """A condition on the numbers of a measurement.
 
     Example:
         >>> check = below("loss of STAR", "loss of Adam", factor=0.9)
@@ -42,22 +43,22 @@ class Check:
     """
 
     text: str
-    """What must hold, in words."""
+    """The condition in words."""
     quantities: tuple[str, ...]
-    """The quantities that it looks at. It does not hold if one of their values is NaN."""
+    """The quantities that it reads. It does not hold if any of their values is NaN."""
     holds: Callable[..., bool]
-    """Called with the list of values of each quantity, in this order."""
+    """The condition as a function of the quantities' values: one list per quantity, in order."""
     published: str = ""
-    """What the paper says of it: a number where it gives one, else in words."""
+    """The paper's result: a number if it gives one, else its words."""
 
     def __call__(self, numbers: Numbers) -> bool:
-        """Whether it holds of these numbers.
+        """Whether the condition holds.
 
         Raises:
-            ValueError: for a quantity that was not measured: a slip in the claim.
+            ValueError: a quantity was not measured, which is a mistake in the claim.
         """
         if missing := [name for name in self.quantities if not numbers.get(name)]:
-            raise ValueError(f"The check {self.text!r} needs {missing[0]!r}; measured were {sorted(numbers)}.")
+            raise ValueError(f"The check {self.text!r} needs {missing[0]!r}; its claim measured {sorted(numbers)}.")
         values = [list(numbers[name]) for name in self.quantities]
         return not any(math.isnan(value) for row in values for value in row) and bool(self.holds(*values))
 
@@ -83,44 +84,48 @@ def at_least(quantity: str, bound: float, *, published: str = "") -> Check:
 
 
 def near(quantity: str, value: float, *, rtol: float = 0.0, atol: float = 0.0) -> Check:
-    """The median is the published `value`, give or take `atol + rtol |value|`."""
-    room = atol + rtol * abs(value)
-    text = f"{quantity} within {room:.3g} of {value:g}"
-    return Check(text, (quantity,), lambda v: abs(statistics.median(v) - value) <= room, f"{value:g}")
+    """The median is within `atol + rtol |value|` of the published `value`."""
+    tolerance = atol + rtol * abs(value)
+    text = f"{quantity} within {tolerance:.3g} of {value:g}"
+    return Check(text, (quantity,), lambda v: abs(statistics.median(v) - value) <= tolerance, f"{value:g}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """What a paper claims, as data, and how to find out."""
+    """A claim of a paper: what it says, how to measure it, and when it counts as reproduced."""
 
     id: str
-    """A short name for the command line: paper, figure or table."""
+    """Its name for the command line and for files: lower-case letters, digits and single hyphens."""
     source: str
     """The paper with its identifier, and the figure, table or section."""
     statement: str
-    """What is claimed, in a sentence."""
+    """The claim in one sentence."""
     setup: str
-    """How it is measured here, and every way in which that is less than what the paper did."""
-    measure: Callable[[Lab], Measured]
+    """How it is measured here, and every way in which that falls short of the paper's experiment."""
+    measure: Callable[[Experiment], Measurement]
     checks: tuple[Check, ...]
     minutes: float
-    """Measured cost on one core."""
+    """Minutes on one core, as measured."""
     quick_minutes: float
     """The same at the quick scale."""
     seeds: int = 3
     quick_seeds: int = 2
     needs: tuple[str, ...] = ()
-    """Data sets beyond scikit-learn's, as `tasks.datasets.load` names them."""
-    plot: Callable[[Measured], Figure] | None = None
-    """Draws what was measured; by default, the values of all quantities."""
+    """Data sets that do not ship with scikit-learn, by their names for `tasks.datasets.load`."""
+    plot: Callable[[Measurement], Figure] | None = None
+    """Draws a measurement; by default, the values of all quantities."""
+    path: str = ""
+    """The path that it was loaded from; empty for a claim of this package. `lopt reproduce` fills it in."""
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", self.id):
+            raise ValueError(f"The claim id {self.id!r} is not allowed: use words of a-z and 0-9, joined by hyphens.")
         if not self.checks:
-            raise ValueError(f"The claim {self.id!r} has no checks: without one there can be no verdict.")
+            raise ValueError(f"The claim {self.id!r} has no checks; give at least one, which decides the verdict.")
 
 
 def verdict(held: Sequence[bool]) -> str:
-    """All checks hold: reproduced; some: partly; none: not reproduced.
+    """The verdict: "reproduced" if all checks hold, "partly" if some do, else "not reproduced".
 
     Example:
         >>> verdict([True, True]), verdict([True, False]), verdict([False])
