@@ -1,14 +1,14 @@
 """The `lopt` command.
 
-    lopt list                            the bundled rules
-    lopt show NAME                       a rule's card
-    lopt push NAME OWNER/REPO            put a rule on the Hugging Face Hub
+    lopt list                            list the bundled rules
+    lopt show NAME                       print a rule's card
+    lopt push NAME OWNER/REPO            upload a rule to the Hugging Face Hub
     lopt evaluate ...                    compare rules with tuned optimizers
-    lopt analyze NAME                    what a rule has learned
+    lopt analyze NAME                    show what a rule has learned
     lopt meta-train fit --config FILE    meta-train a rule
     lopt reproduce CLAIM|PATH            measure the papers' results, or claims of your own; --list, --all
 
-Exit status 0 on success, and 2 with one line on stderr where the user can put something right.
+The exit status is 0 on success, and 2, with one line on stderr, after a mistake that the user can correct.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 from lightning_lopt import hub
 from lightning_lopt.hub.bundle import find_dir
-from lightning_lopt.hub.files import CARD
+from lightning_lopt.hub.files import CARD, UNDOCUMENTED
 from lightning_lopt.rules import Scheduled
 
 # Command -> its module and its help. The module is imported on use and has add_arguments(parser) and run(arguments).
@@ -32,11 +32,10 @@ DELEGATED = {
     "analyze": ("lightning_lopt.analysis.cli", "What a rule has learned: figures, and a page in plain words."),
     "reproduce": ("lightning_lopt.claims.cli", "Measure what the papers claim: numbers, plots and verdicts."),
 }
-UNSAID = "was not said when it was saved"  # in the card that save_rule writes by itself
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors in one line."""
+    """A parser that reports errors in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {_one_line(message)} (see {self.prog} --help)\n")
@@ -75,17 +74,16 @@ def _parser(command: str) -> _Parser:
         added.set_defaults(run=run)
         return added
 
-    add("list", _list, "The names of the bundled rules.")
-    rule_help = "a bundled name, a directory, or a Hub repo owner/name"
-    show = add("show", _show, "A rule's card; of a scheduled rule also its readable numbers and its schedule.")
-    show.add_argument("name", metavar="NAME", help=rule_help)
+    add("list", _list, "List the bundled rules.")
+    show = add("show", _show, "Print a rule's card; of a scheduled rule also its readable numbers and its schedule.")
+    show.add_argument("name", metavar="NAME", help="a bundled name, a directory (./mine), or a Hub repo owner/name")
     show.add_argument("--plot", type=Path, metavar="FILE", help="save the schedule as a PNG file")
-    push = add("push", _push, "Put a rule on the Hugging Face Hub, with the token of `hf auth login` or HF_TOKEN.")
-    push.add_argument("name", metavar="NAME", help="a bundled name or a directory")
+    push = add("push", _push, "Upload a rule to the Hugging Face Hub, with the token of `hf auth login` or HF_TOKEN.")
+    push.add_argument("name", metavar="NAME", help="a bundled name, or a directory (./mine)")
     push.add_argument("repo_id", metavar="OWNER/REPO")
-    push.add_argument("--private", action="store_true", help="make the repo a private one")
+    push.add_argument("--private", action="store_true", help="create the repo as a private one")
     push.add_argument("--revision", help="branch (default: the main branch)")
-    push.add_argument("--tag", help="name to give to the commit")
+    push.add_argument("--tag", help="tag for the commit")
     for name, (path, text) in DELEGATED.items():
         delegated = add(name, None, text)
         if name == command:
@@ -117,14 +115,14 @@ def _show(arguments: argparse.Namespace) -> None:
 
 def _push(arguments: argparse.Namespace) -> None:
     rule, card = hub.load_rule(arguments.name), _card(arguments.name)
-    if card and UNSAID in card:  # it says where the rule was saved, which is no one else's business
+    if card and UNDOCUMENTED in card:  # save_rule's own card, which has the local path; a new one has the repo id
         card = None
     options = {name: getattr(arguments, name) for name in ("private", "revision", "tag")}
     print(hub.push_to_hub(rule, arguments.repo_id, card=card, **options))
 
 
 def _card(name: str) -> str | None:
-    """The card of a bundled rule or of one in a directory, if it has one."""
+    """The card of a bundled rule or of a rule in a directory, if it has one."""
     directory = find_dir(name)
     path = None if directory is None else directory / CARD
     return path.read_text(encoding="utf-8") if path and path.is_file() else None

@@ -1,4 +1,4 @@
-"""A Hugging Face Hub in memory, on loopback: the routes by which huggingface_hub's client pushes and loads a model."""
+"""An in-memory Hugging Face Hub on loopback, with the routes that huggingface_hub uses to push and load a model."""
 
 import base64
 import hashlib
@@ -26,7 +26,7 @@ class Repo:
     tags: dict[str, str] = field(default_factory=dict)
 
     def commit(self, branch: str, files: Files) -> str:
-        """Add files on top of the branch; as on the real Hub, the first commit makes the branch."""
+        """Commit files to a branch; as on the real Hub, the first commit creates the branch."""
         before = self.commits.get(self.branches.get(branch, ""), {})
         sha = hashlib.sha1(f"{branch} {len(self.commits)}".encode()).hexdigest()
         self.commits[sha] = {**before, **files}
@@ -39,7 +39,7 @@ class Repo:
 
 
 class Hub:
-    """The server's state; tests look into it and change it."""
+    """The state of the server, which tests read and change."""
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
@@ -54,7 +54,7 @@ class Hub:
         self.url = ""
 
     def sent(self, method: str, ending: str) -> int:
-        """How many requests with this method had a path of this ending."""
+        """Count the requests with this method whose path has this ending."""
         return sum(m == method and path.endswith(ending) for m, path, _ in self.requests)
 
     def create(self, repo_id: str, *, private: bool = False) -> Repo:
@@ -88,7 +88,7 @@ class _Server(ThreadingHTTPServer):
             self.server_close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up early is no news."""
+        """Ignore clients that close the connection early."""
 
 
 class _Answer(Exception):
@@ -100,7 +100,7 @@ class _Answer(Exception):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """HTTP/1.0, one request per connection: a stopped server must not live on in a kept connection."""
+    """Serve one request per connection (HTTP/1.0), so that no open connection outlives a stopped server."""
 
     hub: Hub
     _ids = itertools.count()
@@ -264,7 +264,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(302, b"", headers)
         if etag not in self.hub.blobs:
             return self._send(200, data, headers, size)
-        # Another host, as the real Hub's storage is: the client follows redirects on the same host and loses the sha.
+        # Redirect to another host, like the real Hub. On a redirect to the same host the client would lose the sha.
         location = f"{self.hub.url.replace('127.0.0.1', 'localhost')}/_lfs/{etag}"
         linked = {"X-Linked-ETag": f'"{etag}"', "X-Linked-Size": str(size), "Location": location}
         return self._send(302, b"", {**headers, **linked, **lies})

@@ -1,4 +1,4 @@
-"""What the tests of meta-training share: rules of one or two meta-parameters on parabolas of known gradients."""
+"""Helpers for tests of meta-training: rules with one or two meta-parameters on parabolas with known gradients."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Velocity(NamedTuple):
 
 
 class Descent(UpdateRule):
-    """SGD with momentum; both are learned."""
+    """SGD with momentum, whose learning rate and momentum are meta-parameters."""
 
     def __init__(self, log_lr: float = -2.0, momentum: float = 0.5, dtype: torch.dtype = torch.float64) -> None:
         super().__init__(kind="test_descent")
@@ -52,7 +52,7 @@ class Nothing(NamedTuple):
 
 
 class Jump(UpdateRule):
-    """Puts every parameter where its one meta-parameter says."""
+    """Sets every parameter to its only meta-parameter."""
 
     def __init__(self) -> None:
         super().__init__(kind="test_jump")
@@ -68,7 +68,7 @@ class Jump(UpdateRule):
 
 
 class Spy(Jump):
-    """Writes what the context tells it into the parameter."""
+    """Writes a field of the context into the parameter."""
 
     def __init__(self, field: str) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class Spy(Jump):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Parabola(Task):
-    """0.5 sum h (x - xi)^2, or sum h x where it is linear, from x = `start`; xi is noise, drawn at each step."""
+    """0.5 sum h (x - xi)^2, or sum h x if `linear`, from x = `start`, with noise xi drawn at each step."""
 
     name: str = "parabola"
     start: float = 1.0
@@ -130,7 +130,7 @@ def losses_by_hand(theta: Mapping[str, Tensor], num_steps: int, *, first_order: 
     Args:
         theta: log_lr and momentum, which may require gradients.
         num_steps: updates.
-        first_order: take the task's gradients for constants.
+        first_order: treat the task's gradients as constants.
         cut: cut the graph every so many updates, as truncated backpropagation does.
     """
     h = torch.tensor(CURVATURES, dtype=torch.float64)
@@ -146,7 +146,7 @@ def losses_by_hand(theta: Mapping[str, Tensor], num_steps: int, *, first_order: 
 
 
 def gradient(function: Any, theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of a scalar function of the meta-parameters, by autograd."""
+    """The gradient of a scalar function of the meta-parameters, by autograd."""
     leaves = {name: p.clone().requires_grad_() for name, p in theta.items()}
     return dict(zip(leaves, torch.autograd.grad(function(leaves), list(leaves.values())), strict=True))
 
@@ -171,7 +171,7 @@ def meta(rule: Any = None, *, kind: type[lopt.MetaTrainer] = lopt.MetaTrainer, *
 
 
 def fit(path: Path, module: lopt.MetaTrainer, *callbacks: Any, ckpt_path: Path | None = None, **more: Any) -> L.Trainer:
-    """Meta-train for two epochs, quietly."""
+    """Meta-train for two epochs."""
     runner = trainer(path, *callbacks, **{"num_sanity_val_steps": 0, **more})
     runner.fit(module, ckpt_path=ckpt_path)
     return runner
@@ -187,7 +187,7 @@ TWO = {"strategy": "ddp_fork", "devices": 2}
 
 
 class Report(Callback):
-    """Writes what each process ended with."""
+    """Saves the final state of each process."""
 
     def __init__(self, path):
         self.path = path
@@ -203,7 +203,7 @@ class Report(Callback):
 
 
 def run(path, folder, module, *, every=None, ranks=1, callbacks=(), **arguments):
-    """Meta-train for four epochs with a checkpoint after each, or every so many steps; each process's report."""
+    """Meta-train for four epochs with a checkpoint per epoch or every so many steps; return each process's report."""
     (path / folder).mkdir()
     saves = ModelCheckpoint(path, filename="{step}", save_top_k=-1, every_n_train_steps=every)
     report = Report(path / folder)

@@ -109,7 +109,7 @@ def test_push(capsys, folder, monkeypatch):
         (["train"], "lopt", "invalid choice: 'train' .*choose from"),
         (["--version", "x"], "lopt", "unrecognized arguments|required|invalid choice"),
         (["show"], "lopt show", "arguments are required: NAME"),
-        (["show", "nope"], "lopt show", r"Unknown rule 'nope'.* bundled are \[.*'star'"),
+        (["show", "nope"], "lopt show", r"Unknown rule 'nope'.*Pass one of \[.*'star'"),
         (["show", "empty"], "lopt show", r"config\.json: is missing"),
         (["push", "star", "nope"], "lopt push", "'nope' is neither a directory nor a Hub repo id"),
         (["push", "star", "me/it", "--tag", "a b"], "lopt push", "tag='a b' is not allowed"),

@@ -1,13 +1,13 @@
-"""STAR's and the LSTM's steps on a GPU beside AdamW's: time, launches, memory; nothing is timed without a GPU.
+"""Steps of the bundled star on a GPU beside AdamW's: time, launches, memory.
 
     python examples/benchmarks/gpu.py                      # tables on the terminal, and gpu.csv
     python examples/benchmarks/gpu.py --rounds 15 --only gpt2
-    python examples/benchmarks/gpu.py --compile            # for sm_90, without a GPU: registers, spills, wide loads
+    python examples/benchmarks/gpu.py --compile 80 90      # for these architectures, without a GPU: registers, spills
 
 All optimizers of a row run interleaved, round by round, on the same shapes and gradients; a figure is the median over
-rounds, a ratio the median of the rounds' ratios to AdamW (fused). Shapes are those of the networks named, no network is
+rounds, a ratio the median of the rounds' ratios to AdamW (fused). Shapes are those of the networks named; no network is
 built, and nothing is downloaded. Memory is what the allocator counts: state per parameter, and the peak above what is
-held during a step.
+held during a step. Without a GPU nothing is timed.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,10 @@ import torch
 from torch import Tensor
 
 import lightning_lopt as lopt
-from lightning_lopt.kernels import WorkItem
+from lightning_lopt import kernels
 
 Shapes = list[tuple[int, ...]]
+COUNTERS = ("skipped", "skipped_in_row")
 
 
 def mlp() -> Shapes:
@@ -73,21 +75,24 @@ SMALL = ("mlp", "resnet20")  # whose LSTM state is not beyond reason: 320 bytes 
 
 
 class KernelRun:
-    """A kernel by itself, for what an optimizer has no argument for."""
+    """A rule's kernel by itself, without the optimizer around it."""
 
-    def __init__(self, params: list[Tensor], rule: lopt.UpdateRule, **options: Any) -> None:
-        from lightning_lopt.kernels.cuda import lstm as triton_lstm
-        from lightning_lopt.kernels.cuda import star as triton_star
-
-        module = triton_star if isinstance(rule, lopt.rules.STAR) else triton_lstm
-        self.kernel, self.params = module.make(rule, **options), params
+    def __init__(self, params: list[Tensor], rule: lopt.UpdateRule) -> None:
+        found = kernels.find(rule, "cuda")
+        if isinstance(found, str):
+            raise RuntimeError(found)
+        self.kernel = found
         self.meta_params = {name: value.detach() for name, value in rule.meta_params().items()}
-        new = torch.zeros((), device=params[0].device)
-        self.states = [{"step": new.clone(), **rule.init_state(param)._asdict()} for param in params]
+        self.items = []
+        for param in params:
+            counters = {name: torch.zeros((), dtype=torch.int64, device=param.device) for name in COUNTERS}
+            step = torch.zeros((), device=param.device)
+            state = {"step": step, **rule.init_state(param.detach().float())._asdict(), **counters}
+            assert param.grad is not None
+            self.items.append(kernels.WorkItem(param, param.grad, state, 1.0, 0.0, maximize=False))
 
-    def step(self) -> None:
-        parts = [WorkItem(p, p.grad, s, 1.0, 0.0, False) for p, s in zip(self.params, self.states, strict=True)]
-        self.kernel.step(parts, self.meta_params, None, safeguard=False, measure=False)
+    def step(self, *, safeguard: bool = False, measure: bool = False) -> None:
+        self.kernel.step(self.items, self.meta_params, 1000, len(self.items), safeguard=safeguard, measure=measure)
 
 
 class Captured:
@@ -109,22 +114,18 @@ class Captured:
 
 
 def contenders(name: str, params: list[Tensor]) -> Iterator[tuple[str, Callable[[], Any]]]:
-    star = lopt.rules.make("star").to(params[0].device)
+    device = params[0].device
     yield "AdamW (fused)", lambda: torch.optim.AdamW(params, fused=True)
     yield "AdamW (foreach)", lambda: torch.optim.AdamW(params, foreach=True)
     yield "AdamW (for-loop)", lambda: torch.optim.AdamW(params, foreach=False)
     yield "SGD, momentum (fused)", lambda: torch.optim.SGD(params, 1e-3, momentum=0.9, fused=True)
-    yield "STAR, reference", lambda: lopt.RuleOptimizer(params, star, backend="reference")
-    yield "STAR, fused", lambda: lopt.RuleOptimizer(params, star, backend="fused")
-    yield "STAR, fused, safeguard", lambda: lopt.RuleOptimizer(params, star, backend="fused", safeguard=True)
-    yield "STAR, kernel", lambda: KernelRun(params, star)
-    yield "STAR, kernel in a graph", lambda: Captured(KernelRun(params, star))
-    yield "STAR, kernel, bf16 state", lambda: KernelRun(params, star, state_dtype=torch.bfloat16)
-    if name in SMALL:
-        lstm = lopt.rules.make("lstm").to(params[0].device)
-        yield "LSTM, reference", lambda: lopt.RuleOptimizer(params, lstm, backend="reference")
-        yield "LSTM, kernel", lambda: KernelRun(params, lstm)
-        yield "LSTM, kernel, bf16 state", lambda: KernelRun(params, lstm, state_dtype=torch.bfloat16)
+    for label, rule in {"star": lopt.load_rule("star")}.items():
+        own = partial(lopt.RuleOptimizer, params, rule.to(device), num_steps=1000)
+        yield f"{label}, reference", partial(own, backend="reference")
+        yield f"{label}, fused", partial(own, backend="fused")
+        yield f"{label}, fused, safeguard", partial(own, backend="fused", safeguard=True)
+        yield f"{label}, kernel", partial(KernelRun, params, rule)
+        yield f"{label}, kernel in a graph", partial(lambda rule: Captured(KernelRun(params, rule)), rule)
 
 
 def new_params(shapes: Shapes, seed: int) -> list[Tensor]:
@@ -149,7 +150,9 @@ def num_launches(step: Callable[[], Any]) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize()
-    return sum(e.device_type == torch.autograd.DeviceType.CUDA and "mem" not in e.name for e in profile.events())
+    return sum(
+        e.device_type == torch.autograd.DeviceType.CUDA and "mem" not in e.name.lower() for e in profile.events()
+    )
 
 
 def measure(name: str, rounds: int, seed: int) -> list[dict[str, Any]]:
@@ -184,6 +187,33 @@ def measure(name: str, rounds: int, seed: int) -> list[dict[str, Any]]:
     return [{"network": name, "parameters": size, "optimizer": label, **row} for label, row in rows.items()]
 
 
+# What `--compile` has steps taken of, by kernel: dtypes of the parameters, safeguard, measure.
+COMPILED = [
+    ([torch.float32], True, False),
+    ([torch.float32], False, False),
+    ([torch.float32], True, True),
+    ([torch.float32, torch.bfloat16, torch.float16], True, False),
+]
+
+
+class NoDevice:
+    """Has Triton compile for an architecture that is not there."""
+
+    def __init__(self, architecture: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", architecture, 32)
+
+    def get_current_device(self) -> int:
+        return int(self.target.arch)  # Triton keeps what it compiled by the number of the device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+
 def disassembled(binary: bytes, option: str) -> str:
     import triton
 
@@ -194,70 +224,79 @@ def disassembled(binary: bytes, option: str) -> str:
         return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
-def compile_all() -> None:
-    """Each kernel in its usual form for an H100 or H200, by the assembler that comes with Triton; no GPU is needed."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+def compiled(architecture: int, kinds: list[str]) -> Iterator[dict[str, Any]]:
+    """A row for each variant of each kernel that the steps of `COMPILED` would launch; nothing is run."""
+    from triton.runtime import driver
+    from triton.runtime.jit import KernelInterface
 
-    from lightning_lopt.kernels.cuda import lstm as triton_lstm
-    from lightning_lopt.kernels.cuda import star as triton_star
-    from lightning_lopt.kernels.cuda import star_factored as triton_star_factored
-    from lightning_lopt.kernels.cuda import star_step as triton_star_step
+    seen: set[str] = set()
+    found: list[dict[str, Any]] = []
 
-    star, lstm = lopt.rules.make("star"), lopt.rules.make("lstm")
-    usual = {"PARAMS": 0, "GRADS": 0, "BF16": False, "SAFE": False, "CHECK": False, "MEASURE": False}
-    usual |= {"BLACKBOX": True, "NORMALIZE": star.config.normalize_blackbox, "ESTIMATOR": 5, "CONTROL": True}
-    usual |= {"SHRINK": 0, "NETWORK": True}
-    of_lstm = {"SIZE": lstm.config.hidden_size, "UNITS": 32, "LAYERS": 2, "FORM": 1, "ESTIMATOR": 0, "CONTROL": False}
-    of_lstm |= {"NORMALIZE": False, "PRECISION": "tf32x3"}
-    integers = {"addresses": "*i64", "sizes": "*i64", "vectors": "*i64", "tiles": "*i32", "blocks": "*i32"}
-    integers |= {"bad": "*i32", "num_tiles": "i32", "num_blocks": "i32", "num_entries": "i32"}
-    factored, step = triton_star_factored, triton_star_step
-    of_star, plain = (
-        {"num_warps": triton_star.WARPS, "maxnreg": triton_star.REGISTERS},
-        {"num_warps": triton_lstm.WARPS},
-    )
-    todo: list[tuple[Any, dict[str, Any], dict[str, int]]] = [
-        *((getattr(factored, n), {}, of_star) for n in ("gradient_squares", "clip", "vector_sums", "vector_features")),
-        *((getattr(step, n), {}, of_star) for n in ("channel_sums", "effective_weights", "update")),
-        (step.update, {"SAFE": True, "CHECK": True}, of_star),
-        (step.channel_sums, {"BF16": True}, of_star),
-        (step.update, {"BF16": True}, of_star),
-        (triton_lstm.lstm, of_lstm, plain),
-        (triton_lstm.lstm, {**of_lstm, "BF16": True}, plain),
-    ]
-    print(f"Triton {triton.__version__}, sm_90; nothing was run and nothing was timed")
-    print(f"{'kernel':40} warps registers stack  LDG.128  STG.128  instructions  seconds")
-    for kernel, changes, options in todo:
-        constants = {name: value for name, value in {**usual, **changes}.items() if name in kernel.arg_names}
-        types = {n: "constexpr" if n in constants else integers.get(n, "*fp32") for n in kernel.arg_names}
-        aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(types) if types[n].startswith("*")}
+    def compile_launch(kernel: Any, grid: Any, **arguments: Any) -> None:
         start = time.perf_counter()
-        source = ASTSource(kernel, types, constexprs=constants, attrs=aligned)
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        seconds = time.perf_counter() - start
-        usage, code = (disassembled(compiled.asm["cubin"], option) for option in ("-res-usage", "-sass"))
+        result = kernel.warmup(grid=grid, **arguments)
+        if result.hash in seen:
+            return
+        seen.add(result.hash)
+        usage, code = (disassembled(result.asm["cubin"], option) for option in ("-res-usage", "-sass"))
         registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0]
-        counts = [len(re.findall(form, code)) for form in (r"LDG\.E\.128", r"STG\.E\.128", r"/\*[0-9a-f]{4,5}\*/")]
-        label = " ".join([kernel.fn.__name__, *(f"{k}={v}" for k, v in changes.items() if k in usual)])
-        wide = f"{counts[0]:8} {counts[1]:8}"
-        print(
-            f"{label[:40]:40} {options['num_warps']:5} {registers:>9} {stack:>5} {wide} {counts[2]:13} {seconds:8.0f}",
-            flush=True,
-        )
+        constants = [f"{name}={value}" for name, value in arguments.items() if name.isupper()]
+        counts = {"spills": r"\b(?:LDL|STL)", "wide loads": r"LDG\.E\.128", "wide stores": r"STG\.E\.128"}
+        row = {
+            "architecture": architecture,
+            "kernel": kernel.fn.__name__,
+            "variant": " ".join(constants),
+            "registers": int(registers),
+            "stack": int(stack),
+            "64-bit divisions": len(re.findall(r"\b(?:div|rem)\.[su]64", result.asm["ptx"])),
+            **{name: len(re.findall(form, code)) for name, form in counts.items()},
+            "seconds": round(time.perf_counter() - start, 1),
+        }
+        found.append(row)
+
+    driver.set_active(NoDevice(architecture))
+    KernelInterface.__getitem__ = lambda kernel, grid: partial(compile_launch, kernel, grid)
+    for kind in kinds:
+        rule = lopt.load_rule("star") if kind == "scheduled" else lopt.rules.make(kind)
+        for dtypes, safeguard, measure in COMPILED:
+            params = [torch.ones(64, 64, dtype=dtype) for dtype in dtypes]
+            for param in params:
+                param.grad = torch.ones_like(param)
+            KernelRun(params, rule).step(safeguard=safeguard, measure=measure)
+            yield from found
+            found.clear()
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def compile_all(architectures: list[int], kinds: list[str], path: Path) -> None:
+    import triton
+
+    print(f"Triton {triton.__version__}; nothing was run and nothing was timed on a GPU")
+    rows: list[dict[str, Any]] = []
+    for architecture in architectures:
+        for row in compiled(architecture, kinds):
+            rows.append(row)
+            print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+    write(path, rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--compile", action="store_true", help="compile for sm_90 instead; needs no GPU")
+    parser.add_argument("--compile", type=int, nargs="+", metavar="SM", help="compile instead; needs no GPU")
+    parser.add_argument("--kinds", nargs="*", default=["scheduled"], help="of the rules to compile")
     parser.add_argument("--only", choices=list(NETWORKS), nargs="*", help="networks; default all")
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds, at least 5")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--csv", type=Path, default=Path("gpu.csv"))
     options = parser.parse_args()
     if options.compile:
-        return compile_all()
+        return compile_all(options.compile, options.kinds, options.csv)
     if not torch.cuda.is_available():
         print("There is no CUDA device here: nothing was timed, and no figure is given. See --compile.")
         return None
@@ -274,10 +313,7 @@ def main() -> None:
             memory = f"{row['state bytes']:.1f}, {row['peak bytes']:.1f}"
             print(f"{row['optimizer']:28} {row['ms']:8.3f}  {spread:18} {row['launches']:6}  {memory}")
         torch.cuda.empty_cache()
-    with options.csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["device", *rows[0]])
-        writer.writeheader()
-        writer.writerows({"device": torch.cuda.get_device_name(), **row} for row in rows)
+    write(options.csv, [{"device": torch.cuda.get_device_name(), **row} for row in rows])
     return None
 
 

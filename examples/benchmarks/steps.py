@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 import lightning_lopt as lopt
-from lightning_lopt.kernels.eager.star import TorchStar
+from lightning_lopt.kernels import eager
 
 
 def dense(*widths):
@@ -60,18 +60,18 @@ CASES = {
     **{f"grow {n:g}": 8 * [(round((n / 8) ** 0.5),) * 2] for n in (1e4, 1e5, 1e6, 1e7)},
     **{f"split {t}": t * [(round(1e6 / t / 32), 32)] for t in (1, 10, 100, 1000)},
 }
-SLOW = ("STAR torch", "STAR scheduled, torch", "STAR reference")  # a step a round
+SLOW = ("STAR eager", "bundled star, eager", "STAR reference")  # a step a round
 LARGE = {"grow 1e+08": 8 * [(3536, 3536)]}  # 2 GB of memory for each optimizer
 
 
 def contenders(params):
     """name -> a function that makes the optimizer."""
     star = lopt.rules.make("star", nominal_stepsize=1e-2)
-    scheduled = lopt.load_rule("star")  # the nominal term with a scheduler, and no network
+    scheduled = lopt.load_rule("star")  # the flagship: a schedule, and no network
 
-    def in_torch(rule):  # as where there is no compiler
+    def in_eager(rule):  # as where there is no compiler
         optimizer = lopt.RuleOptimizer(params, rule, safeguard=True, num_steps=1000)
-        optimizer._runtime._kernels["cpu"] = TorchStar(rule)
+        optimizer._runtime._kernels["cpu"] = eager.find(rule)
         return optimizer
 
     torch_optimizers = {
@@ -81,9 +81,9 @@ def contenders(params):
         "SGD momentum": lambda: torch.optim.SGD(params, lr=1e-3, momentum=0.9),
         "Adafactor": lambda: torch.optim.Adafactor(params),
         "STAR": lambda: lopt.RuleOptimizer(params, star, safeguard=True),
-        "STAR scheduled": lambda: lopt.RuleOptimizer(params, scheduled, safeguard=True, num_steps=1000),
-        "STAR torch": lambda: in_torch(star),
-        "STAR scheduled, torch": lambda: in_torch(scheduled),
+        "bundled star": lambda: lopt.RuleOptimizer(params, scheduled, safeguard=True, num_steps=1000),
+        "STAR eager": lambda: in_eager(star),
+        "bundled star, eager": lambda: in_eager(scheduled),
         "STAR reference": lambda: lopt.RuleOptimizer(params, star, safeguard=True, backend="reference"),
     }
     if hasattr(torch.optim, "Muon") and all(p.dim() == 2 for p in params):  # Muon takes matrices alone

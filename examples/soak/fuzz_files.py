@@ -44,7 +44,7 @@ def packed(value: Any) -> bytes:
     if isinstance(value, str):
         return bytes([0xA0 + len(value)]) + value.encode()
     if isinstance(value, Tensor):
-        data = value.detach().numpy().tobytes()
+        data = value.detach().reshape(-1).view(torch.uint8).numpy().tobytes()  # numpy has no bfloat16
         array = bytes([0x93, 0x90 + value.dim(), *value.shape]) + packed(str(value.dtype).removeprefix("torch."))
         array += (
             b"\xc4" + struct.pack("B", len(data)) if len(data) < 256 else b"\xc5" + struct.pack(">H", len(data))

@@ -1,7 +1,7 @@
-"""What an optimizer has learned: update functions, fixed points, modes, trajectories; the theory of its stability."""
+"""Analyze what an optimizer has learned: update functions, fixed points, modes, trajectories, and stability theory."""
 
 from lightning_lopt.analysis import nqm
-from lightning_lopt.analysis.cells import Cell
+from lightning_lopt.analysis.coordinate import CoordinateDynamics
 from lightning_lopt.analysis.dynamics import (
     FixedPoints,
     Linearization,
@@ -24,7 +24,7 @@ from lightning_lopt.analysis.trajectories import (
 )
 
 __all__ = [
-    "Cell",
+    "CoordinateDynamics",
     "Clipping",
     "FixedPoints",
     "LinearRule",

@@ -1,6 +1,6 @@
-"""Figures of an analysis, after those of Maheswaranathan et al. 2021 (arXiv 2011.02159), figures 3 to 15.
+"""Figures of an analysis, modeled on figures 3 to 15 of Maheswaranathan et al. 2021 (arXiv 2011.02159).
 
-Each function returns a matplotlib Figure. Matplotlib is imported when it is used.
+Each function returns a matplotlib Figure, or None if the figure does not apply. Matplotlib is imported on use.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from torch import Tensor
 
 from lightning_lopt.analysis import nqm
 from lightning_lopt.analysis.dynamics import Linearization
-from lightning_lopt.analysis.findings import Findings, along, strong_modes, tensor_learning_rates
+from lightning_lopt.analysis.findings import Findings, states_along, strong_modes, tensor_learning_rates
 from lightning_lopt.analysis.response import effective_learning_rate, update_function
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colors, which stay apart for color-blind eyes.
+# The color-blind safe palette of Okabe and Ito, and a gray.
 BLUE, ORANGE, GREEN, RED, PINK, GRAY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#777777"
 CYCLE = (BLUE, ORANGE, GREEN, RED, PINK, "#56B4E9", "#000000", "#F0E442")
 
 
 def trajectories(f: Findings) -> Figure:
-    """Fig. 3a, 8 top: states of real runs in their two main directions, and how their variance goes."""
+    """Fig. 3a, 8 top: states of real runs in their two principal components, and their variance over time."""
     figure, (left, right) = _panels(2)
     paths = f.projection(f.recording.states)
     for index in range(0, paths.shape[1], max(paths.shape[1] // 40, 1)):
@@ -36,28 +36,28 @@ def trajectories(f: Findings) -> Figure:
     for index, point in enumerate(f.projection(f.fixed.states)):
         label = "fixed point" if not index else None
         left.plot(point[0], _second(point), "s", color=RED, markersize=6, label=label, zorder=5)
-    explained = [f"{100 * float(share):.0f} %" for share in f.projection.explained[:2]]
-    _label(left, f"first component ({explained[0]})", f"second ({explained[-1]})", "states of runs")
+    explained = [f"{100 * float(fraction):.0f} %" for fraction in f.projection.explained[:2]]
+    _label(left, f"first component ({explained[0]})", f"second ({explained[-1]})", "states of the runs")
     left.legend(frameon=False, fontsize=8)
     right.semilogy(f.recording.states.var(1).sum(-1).clamp(min=1e-30), color=BLUE)
-    _label(right, "step", "variance over coordinates", "do they come together?")
+    _label(right, "step", "variance over coordinates", "convergence of the states")
     return figure
 
 
 def momentum(f: Findings) -> Figure:
-    """Fig. 3b, 8 middle: update functions along the dominant mode, which momentum shifts up and down."""
+    """Fig. 3b, 8 middle: momentum shifts the update function along the dominant mode up and down."""
     figure, (left, right) = _panels(2)
-    _moved(left, f, f.modes.dominant)
-    left.legend(frameon=False, fontsize=7, title="moved by", title_fontsize=7)
+    _plot_updates_along(left, f, f.modes.dominant)
+    left.legend(frameon=False, fontsize=7, title="distance", title_fontsize=7)
     _label(left, "gradient", "update", "update functions along the dominant mode")
     response = f.modes.response(60)
     right.plot(response, color=BLUE, marker=".", markersize=3)
     right.axhline(0, color="0.7", linewidth=0.8)
-    _label(right, "steps after a unit gradient", "update", "what one gradient does, linearized")
+    _label(right, "steps after a unit gradient", "update", "linearized response to one gradient")
     return figure
 
 
-def eigenvalues(f: Findings, star: tuple[float, float] | None = None) -> Figure:
+def eigenvalues(f: Findings, best_momentum: tuple[float, float] | None = None) -> Figure:
     """Fig. 3c, 8 bottom, 9a, 14c, d: the spectrum at the fixed point, and its modes as momenta with learning rates."""
     figure, (left, right) = _panels(2)
     circle = torch.linspace(0, 2 * torch.pi, 200)
@@ -70,55 +70,59 @@ def eigenvalues(f: Findings, star: tuple[float, float] | None = None) -> Figure:
     figure.colorbar(shown, ax=left, label="|learning rate|", shrink=0.8)
     left.set_aspect("equal")
     _label(left, "real part", "imaginary part", "eigenvalues of the state's Jacobian")
-    _modes_panel(right, f.modes, star)
+    _plot_modes(right, f.modes, best_momentum)
     return figure
 
 
 def directions(f: Findings) -> Figure | None:
-    """Fig. 9b: update functions along each of the modes that matter; None where there is but one, see `momentum`."""
+    """Fig. 9b: update functions along each of the strong modes; None if there is only one, see `momentum`."""
     chosen = strong_modes(f.modes)[:4]
     if len(chosen) < 2:
         return None
     figure, panels = _panels(len(chosen))
     for panel, mode in zip(panels, chosen, strict=True):
-        _moved(panel, f, mode)
-        value, rate = float(f.modes.timescales[mode]), float(f.modes.learning_rates[mode])
+        _plot_updates_along(panel, f, mode)
+        value = float(f.modes.timescales[mode])
+        rate = float(f.modes.learning_rates[mode])
         _label(panel, "gradient", "update", f"momentum {value:.3g}, learning rate {rate:.2g}")
     return figure
 
 
 def manifold(f: Findings) -> Figure | None:
-    """Fig. 13: fixed points without gradients, and the update functions there; None where there are not several."""
+    """Fig. 13: the fixed points without gradients, and the update functions at them; None if there is at most one."""
     if len(f.fixed.states) < 2:
         return None
     figure, (left, right) = _panels(2)
-    rates, points = effective_learning_rate(f.rule, f.fixed.states), f.projection(f.fixed.states)
+    rates = effective_learning_rate(f.rule, f.fixed.states)
+    points = f.projection(f.fixed.states)
     start = f.projection(f.modes.start)
     left.plot(start[0], _second(start), "s", color="black", label="initial state")
     shown = left.scatter(points[:, 0], _second(points), c=rates, cmap="viridis_r", s=24, label="fixed points")
     figure.colorbar(shown, ax=left, label="effective learning rate", shrink=0.8)
     left.legend(frameon=False, fontsize=8)
-    _label(left, "first component", "second", "where the state rests without gradients")
+    _label(left, "first component", "second", "fixed points without gradients")
     grads = torch.linspace(-3, 3, 101, dtype=torch.float64) * f.gradient_scale
     order = rates.argsort()
     for index in order[torch.linspace(0, len(order) - 1, min(len(order), 8)).round().long()].tolist():
         updates = update_function(f.rule, f.fixed.states[index], grads)
         right.plot(grads, updates, color=shown.to_rgba(float(rates[index])), label=f"{float(rates[index]):.2g}")
     right.legend(frameon=False, fontsize=7, title="learning rate", title_fontsize=7)
-    _label(right, "gradient", "update", "update functions there")
+    _label(right, "gradient", "update", "update functions at the fixed points")
     return figure
 
 
 def clipping(f: Findings) -> Figure:
-    """Fig. 4, 10: the first update against the gradient, above the gradients that come."""
+    """Fig. 4, 10: the first update as a function of the gradient, and the distribution of gradients in the runs."""
     figure, (left, right) = _panels(2)
     grads = f.recording.grads.flatten()
     largest = float(grads.abs().max().clamp(min=1e-9))
-    ends = min(3 * f.clipping.threshold, 3 * largest) if f.clipping.threshold < float("inf") else largest
-    at = torch.linspace(-ends, ends, 301, dtype=torch.float64)
-    left.plot(at, update_function(f.rule, f.modes.start, at, step=0.0), color=BLUE)
+    limit = min(3 * f.clipping.threshold, 3 * largest) if f.clipping.threshold < float("inf") else largest
+    at = torch.linspace(-limit, limit, 301, dtype=torch.float64)
+    updates = update_function(f.rule, f.modes.start, at, step=0.0)
+    height = 1.6 * float(updates.abs().max())
+    left.plot(at, updates, color=BLUE)
     left.plot(at, -f.clipping.learning_rate * at, "--", color=GRAY, linewidth=0.8, label="linear")
-    left.set_ylim(*(1.6 * float(update_function(f.rule, f.modes.start, at, step=0.0).abs().max()) * s for s in (-1, 1)))
+    left.set_ylim(-height, height)
     left.legend(frameon=False, fontsize=8)
     _label(left, "gradient", "update", "update function at the initial state")
     sizes = grads.abs()
@@ -132,7 +136,7 @@ def clipping(f: Findings) -> Figure:
 
 
 def schedule(f: Findings) -> Figure:
-    """Fig. 5, 11: where the state goes without gradients, and the effective learning rate on the way."""
+    """Fig. 5, 11: the path of the state without gradients, and the effective learning rate along it."""
     figure, (left, right) = _panels(2)
     path = f.projection(f.schedule.states)
     left.plot(path[:, 0], _second(path), color=BLUE, marker=".", markersize=3)
@@ -141,42 +145,44 @@ def schedule(f: Findings) -> Figure:
     left.legend(frameon=False, fontsize=8)
     _label(left, "first component", "second", "without gradients")
     right.plot(f.schedule.learning_rates, color=BLUE)
-    _label(right, "step", "effective learning rate", "learning-rate schedule of its own")
+    _label(right, "step", "effective learning rate", "autonomous learning-rate schedule")
     return figure
 
 
 def adaptation(f: Findings) -> Figure:
-    """Fig. 6, 12: fixed points under constant gradients (the S-curve), update functions there, their learning rates."""
+    """Fig. 6, 12: fixed points under constant gradients (the S-curve), their update functions and learning rates."""
     figure, (left, middle, right) = _panels(3)
-    points, sizes = f.projection(f.curve.states), f.curve.gradients
+    points = f.projection(f.curve.states)
+    gradients = f.curve.gradients
     for sign, color, label in ((1, GREEN, "positive gradients"), (-1, RED, "negative gradients")):
-        arm = sizes * sign > 0
+        arm = gradients * sign > 0
         left.plot(points[arm, 0], _second(points[arm]), "o-", color=color, markersize=4, linewidth=0.8, label=label)
-        right.plot(sizes[arm].abs(), f.curve.learning_rates[arm], "o-", color=color, markersize=4, label=label)
+        right.plot(gradients[arm].abs(), f.curve.learning_rates[arm], "o-", color=color, markersize=4, label=label)
     left.legend(frameon=False, fontsize=8)
     _label(left, "first component", "second", "fixed points under constant gradients")
     grads = torch.linspace(-3, 3, 101, dtype=torch.float64) * f.gradient_scale
-    chosen = (sizes > 0).nonzero().flatten()[::3]
+    chosen = (gradients > 0).nonzero().flatten()[::3]
     for color, index in zip(CYCLE, chosen.tolist(), strict=False):
         updates = update_function(f.rule, f.curve.states[index], grads)
-        middle.plot(grads, updates - updates[50], color=color, label=f"{float(sizes[index]):.2g}")
+        middle.plot(grads, updates - updates[50], color=color, label=f"{float(gradients[index]):.2g}")
     middle.legend(frameon=False, fontsize=7, title="after g =", title_fontsize=7)
-    _label(middle, "gradient", "update minus that without gradient", "update functions there")
-    if bool((sizes.abs() > 0).any()):
+    _label(middle, "gradient", "update minus update at gradient 0", "update functions at the fixed points")
+    if bool((gradients.abs() > 0).any()):
         right.set_xscale("log")
-    _label(right, "|gradient| held", "effective learning rate", "adaptation")
+    _label(right, "|constant gradient|", "effective learning rate", "adaptation")
     return figure
 
 
 def tensors(f: Findings) -> Figure | None:
-    """Fig. 7: trajectories, effective learning rates and gradients by tensor; None for a task with one tensor."""
+    """Fig. 7: trajectories, effective learning rates and gradients per tensor; None for a task with one tensor."""
     names = list(f.recording.tensors)
     if len(names) < 2:
         return None
     figure, (left, middle, right) = _panels(3)
     rates = tensor_learning_rates(f)
     for index, name in enumerate(names):
-        trajectory, color = f.recording.tensors[name], CYCLE[(index // 2) % len(CYCLE)]
+        trajectory = f.recording.tensors[name]
+        color = CYCLE[(index // 2) % len(CYCLE)]  # a weight and its bias have the same
         line = "--" if name.endswith("bias") else "-"
         path = f.projection(trajectory.states.mean(1))
         left.plot(path[:, 0], _second(path), line, color=color, linewidth=1.2)
@@ -194,7 +200,7 @@ def tensors(f: Findings) -> Figure | None:
 
 
 def losses(f: Findings) -> Figure:
-    """App. B: the rule's loss curve, and that of its linearization run alone."""
+    """App. B: the loss curves of the rule and of its linearization."""
     figure, (panel,) = _panels(1)
     for recording, color, line, label in ((f.recording, BLUE, "-", f.name), (f.linear, ORANGE, "--", "linearized")):
         if recording is not None:
@@ -205,22 +211,22 @@ def losses(f: Findings) -> Figure:
     return figure
 
 
-def history(steps: list[int], modes: list[Linearization], star: tuple[float, float] | None = None) -> Figure:
-    """Fig. 15 (App. B.2): the modes in the course of meta-training; the dominant one's momentum and learning rate."""
+def history(steps: list[int], modes: list[Linearization], best_momentum: tuple[float, float] | None = None) -> Figure:
+    """Fig. 15 (App. B.2): the modes during meta-training, and momentum and learning rate of the dominant one."""
     figure, (left, middle, right) = _panels(3)
     for step, each in zip(steps, modes, strict=True):
-        size = [step / max(steps[-1], 1)] * len(each.timescales)
-        left.scatter(each.timescales, each.learning_rates.abs(), c=size, cmap="viridis_r", vmin=0, vmax=1, s=6)
+        time = [step / max(steps[-1], 1)] * len(each.timescales)
+        left.scatter(each.timescales, each.learning_rates.abs(), c=time, cmap="viridis_r", vmin=0, vmax=1, s=6)
     _label(left, "momentum", "|learning rate|", "modes, later ones darker")
-    tops = [each.dominant for each in modes]
-    middle.plot(steps, [float(each.timescales[top]) for each, top in zip(modes, tops, strict=True)], color=BLUE)
-    right.plot(steps, [float(each.learning_rates[top]) for each, top in zip(modes, tops, strict=True)], color=BLUE)
+    middle.plot(steps, [float(each.timescales[each.dominant]) for each in modes], color=BLUE)
+    right.plot(steps, [float(each.learning_rates[each.dominant]) for each in modes], color=BLUE)
     _label(middle, "meta-training step", "momentum", "dominant mode")
     _label(right, "meta-training step", "learning rate", "dominant mode")
-    if star is not None:
-        left.plot(star[1], star[0], "*", color=RED, markersize=12)
-        middle.axhline(star[1], color="black", linewidth=0.8)
-        right.axhline(star[0], color="black", linewidth=0.8)
+    if best_momentum is not None:
+        learning_rate, beta = best_momentum
+        left.plot(beta, learning_rate, "*", color=RED, markersize=12)
+        middle.axhline(beta, color="black", linewidth=0.8)
+        right.axhline(learning_rate, color="black", linewidth=0.8)
     return figure
 
 
@@ -228,23 +234,23 @@ def history(steps: list[int], modes: list[Linearization], star: tuple[float, flo
 
 
 def stability(hessian: Tensor, P: Tensor) -> Figure:
-    """STAR's Fig. 1: a nominal term moves the eigenvalues of the dynamics into the unit circle, and out of it again."""
+    """STAR's Fig. 1: a nominal term moves the eigenvalues of the dynamics into the unit circle and out of it again."""
     figure, (left, right) = _panels(2)
     sharpest = float(torch.linalg.eigvalsh(hessian)[-1])
-    shares = torch.linspace(0, 1.2, 121, dtype=torch.float64)
-    spectra = torch.stack(
-        [torch.linalg.eigvals(nqm.dynamics_matrix(hessian, P, float(s) * 2 / sharpest)) for s in shares]
-    )
+    fractions = torch.linspace(0, 1.2, 121, dtype=torch.float64)  # alpha as a fraction of 2 / lambda_max(H)
+    alphas = fractions * 2 / sharpest
+    spectra = torch.stack([torch.linalg.eigvals(nqm.dynamics_matrix(hessian, P, float(a))) for a in alphas])
     circle = torch.linspace(0, 2 * torch.pi, 200)
     left.plot(circle.cos(), circle.sin(), color="0.7", linewidth=0.8)
-    for values, share in zip(spectra[::10], shares[::10], strict=True):
-        left.scatter(values.real, values.imag, c=[float(share)] * len(values), cmap="viridis_r", vmin=0, vmax=1.2, s=24)
+    for values, fraction in zip(spectra[::10], fractions[::10], strict=True):
+        color = [float(fraction)] * len(values)
+        left.scatter(values.real, values.imag, c=color, cmap="viridis_r", vmin=0, vmax=1.2, s=24)
     left.set_aspect("equal")
     _label(left, "real part", "imaginary part", "eigenvalues of A, darker for larger alpha")
-    right.plot(shares, spectra.abs().amax(1), color=BLUE)
+    right.plot(fractions, spectra.abs().amax(1), color=BLUE)
     right.axhline(1, color="0.7", linewidth=0.8)
-    margins = nqm.theorem1_margins(hessian.expand(121, -1, -1), P.expand(121, -1, -1), shares * 2 / sharpest)
-    held = shares[margins.hold]
+    margins = nqm.theorem1_margins(hessian.expand(121, -1, -1), P.expand(121, -1, -1), alphas)
+    held = fractions[margins.hold]
     if len(held):
         right.axvspan(float(held[0]), float(held[-1]), color=GREEN, alpha=0.15, label="stable by Theorem 1")
         right.legend(frameon=False, fontsize=8)
@@ -252,27 +258,39 @@ def stability(hessian: Tensor, P: Tensor) -> Figure:
     return figure
 
 
-def gradient_variance(shares: Tensor, horizons: Sequence[int], variances: Tensor) -> Figure:
-    """STAR's Fig. 2a: variances (len(shares), len(horizons)) of the meta-gradient against the nominal term."""
+def gradient_variance(fractions: Tensor, horizons: Sequence[int], variances: Tensor) -> Figure:
+    """STAR's Fig. 2a: variance of the meta-gradient as a function of the nominal term.
+
+    Args:
+        fractions: (n,) alpha as a fraction of 2 / lambda_max(H).
+        horizons: lengths of the runs.
+        variances: (n, len(horizons)).
+    """
+    import matplotlib
+
     figure, (panel,) = _panels(1)
-    colors = _colormap("winter")
+    colors = matplotlib.colormaps["winter"]
     for index, horizon in enumerate(horizons):
-        panel.semilogy(shares, variances[:, index], color=colors(1 - index / len(horizons)), linewidth=1)
+        panel.semilogy(fractions, variances[:, index], color=colors(1 - index / len(horizons)), linewidth=1)
         if horizon in (1, 10, 100, 1000):
-            panel.annotate(f"T = {horizon}", (float(shares[-1]), float(variances[-1, index])), fontsize=7)
-    _label(panel, "alpha lambda_max(H) / 2", "trace of the variance", "variance of the gradient by P")
+            panel.annotate(f"T = {horizon}", (float(fractions[-1]), float(variances[-1, index])), fontsize=7)
+    _label(panel, "alpha lambda_max(H) / 2", "trace of the variance", "variance of the gradient with respect to P")
     return figure
 
 
 def meta_training(runs: dict[float, list[nqm.MetaTraining]]) -> Figure:
-    """STAR's Fig. 2b, c: eigenvalues and meta-loss in meta-training, by nominal term; means over seeds."""
+    """STAR's Fig. 2b, c: eigenvalues and meta-loss during meta-training, means over seeds.
+
+    Args:
+        runs: alpha as a fraction of 2 / lambda_max(H) -> one run per seed.
+    """
     figure, (left, right) = _panels(2)
-    for color, (share, seeds) in zip(CYCLE, runs.items(), strict=False):
+    for color, (fraction, seeds) in zip(CYCLE, runs.items(), strict=False):
         spectra = torch.stack([each.eigenvalues for each in seeds]).mean(0)
         left.plot(spectra[:, 0], ":", color=color)
         left.plot(spectra[:, -1], "-", color=color)
         losses = torch.stack([each.losses for each in seeds]).clamp(max=1e6)
-        right.semilogy(losses.mean(0), color=color, label=f"{share:.1f}")
+        right.semilogy(losses.mean(0), color=color, label=f"{fraction:.1f}")
     right.legend(frameon=False, fontsize=8, title="alpha lambda_max / 2", title_fontsize=8)
     left.axhline(1, color="0.7", linewidth=0.8)
     _label(left, "meta-training step", "|eigenvalue| of A", "larger (dotted) and smaller eigenvalue")
@@ -280,24 +298,25 @@ def meta_training(runs: dict[float, list[nqm.MetaTraining]]) -> Figure:
     return figure
 
 
-# --- parts
+# --- helpers
 
 
-def _moved(panel: Axes, f: Findings, mode: int) -> None:
-    """Update functions where the state is moved along a mode, as far as runs take it."""
+def _plot_updates_along(panel: Axes, f: Findings, mode: int) -> None:
+    """Plot update functions at states along a mode, at up to twice the median distance of the recorded states."""
     away = f.recording.states.flatten(0, 1) - f.modes.state
-    reach = torch.linspace(-2, 2, 5, dtype=torch.float64) * away.norm(dim=1).quantile(0.5).clamp(min=1e-6)
+    distances = torch.linspace(-2, 2, 5, dtype=torch.float64) * away.norm(dim=1).quantile(0.5).clamp(min=1e-6)
     grads = torch.linspace(-3, 3, 101, dtype=torch.float64) * f.gradient_scale
-    for color, state, size in zip(CYCLE, along(f.modes, reach, mode), reach, strict=False):
-        panel.plot(grads, update_function(f.rule, state, grads), color=color, label=f"{float(size):+.2g}")
+    for color, state, distance in zip(CYCLE, states_along(f.modes, distances, mode), distances, strict=False):
+        panel.plot(grads, update_function(f.rule, state, grads), color=color, label=f"{float(distance):+.2g}")
 
 
-def _modes_panel(panel: Axes, modes: Linearization, star: tuple[float, float] | None) -> None:
+def _plot_modes(panel: Axes, modes: Linearization, best_momentum: tuple[float, float] | None) -> None:
     panel.scatter(modes.timescales, modes.learning_rates, color=GRAY, s=14, label="modes")
     strong = strong_modes(modes)
-    panel.scatter(modes.timescales[strong], modes.learning_rates[strong], color=BLUE, s=30, label="those that matter")
-    if star is not None:
-        panel.plot(star[1], star[0], "*", color=RED, markersize=13, label="best momentum for this task")
+    panel.scatter(modes.timescales[strong], modes.learning_rates[strong], color=BLUE, s=30, label="strong modes")
+    if best_momentum is not None:
+        learning_rate, beta = best_momentum
+        panel.plot(beta, learning_rate, "*", color=RED, markersize=13, label="best momentum for this task")
     panel.legend(frameon=False, fontsize=8)
     _label(panel, "momentum |eigenvalue|", "learning rate", "modes as momenta")
 
@@ -318,11 +337,5 @@ def _label(panel: Axes, x: str, y: str, title: str) -> None:
 
 
 def _second(points: Tensor) -> Tensor:
-    """The second component; of states of one number, 0."""
+    """The second component, or 0 if there is only one."""
     return points[..., 1] if points.shape[-1] > 1 else torch.zeros_like(points[..., 0])
-
-
-def _colormap(name: str) -> Any:
-    import matplotlib
-
-    return matplotlib.colormaps[name]

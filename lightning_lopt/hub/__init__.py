@@ -1,8 +1,8 @@
-"""An update rule's files, and the Hugging Face Hub: load, save, push.
+"""Load and save update rules as files, and share them on the Hugging Face Hub.
 
 A rule is three files: `config.json` (kind and configuration), `model.safetensors` (meta-parameters) and `README.md`
-(card). What is wrong with a file or an argument is a `ValueError` of one line; what is wrong with the way to the Hub is
-a built-in `OSError`: `FileNotFoundError`, `PermissionError` or `ConnectionError`.
+(the model card). A bad file or argument raises a `ValueError` with a one-line message. A failure to reach the Hub
+raises a built-in `OSError`: `FileNotFoundError`, `PermissionError` or `ConnectionError`.
 """
 
 from __future__ import annotations
@@ -43,28 +43,29 @@ def load_rule(
     local_files_only: bool = False,
     endpoint: str | None = None,
 ) -> UpdateRule:
-    """Load a rule; `rule.source` tells from where.
+    """Load a rule by name; `rule.source` records where it came from.
 
-    Files of two other formats are read too: PyLO's of small_fc_lopt networks (MetaMLP), and a directory with the
-    `theta.state` of learned_optimization (small_fc_lopt, STAR). What these leave out is taken as their authors have it,
-    with a warning; `save_rule` then keeps it.
+    Two foreign formats are read as well: PyLO's small_fc_lopt networks (MetaMLP), and directories with a `theta.state`
+    of learned_optimization (small_fc_lopt, STAR). Values that these formats leave out are set as their authors use
+    them, with a warning; `save_rule` then stores them.
 
     Args:
-        name_or_path: an existing directory, a bundled name, or a Hub repo id `owner/name`; tried in this order. A
-            `pathlib.Path` is always a directory.
+        name_or_path: a bundled name ("star"), a directory ("./star"), or a Hub repo id ("owner/name"); tried in this
+            order. A bundled name wins over a directory of that name in the working directory, so write "./star" for
+            the directory. A `pathlib.Path` is always a directory.
         revision: branch, tag or commit sha of a Hub repo (default: its main branch). Branches move: pin a tag or a sha.
-        token: Hub token (default: the one of `hf auth login`); False sends none.
+        token: Hub token (default: the one stored by `hf auth login`); False sends none.
         cache_dir: the Hub cache (default: huggingface_hub's own).
-        local_files_only: take the Hub repo from the cache and use no network (default False). Without it too, the
-            cached copy is taken when the Hub cannot be reached.
+        local_files_only: read the Hub repo from the cache, without the network (default False). The cached copy is
+            also used when the Hub cannot be reached.
         endpoint: address of the Hub (default: `HF_ENDPOINT`, or https://huggingface.co).
 
     Returns:
         The rule, in the dtype of its file, on the CPU. The global random state is not touched.
 
     Raises:
-        ValueError: unknown name, a revision for something that is not on the Hub, or a file that is no rule's.
-        FileNotFoundError: the Hub has no such repo, revision or file; or, with `local_files_only`, the cache.
+        ValueError: unknown name, a revision for a rule that is not on the Hub, or a file that is not a rule file.
+        FileNotFoundError: the Hub (with `local_files_only`, the cache) has no such repo, revision or file.
         PermissionError: the Hub refuses the token, or access to the repo.
         ConnectionError: the Hub cannot be reached, and the cache has no copy.
 
@@ -75,13 +76,19 @@ def load_rule(
         ...     lopt.load_rule(path).num_meta_params()
         207
     """
-    name, directory = os.fspath(name_or_path), find_dir(name_or_path)
+    name = os.fspath(name_or_path)
+    directory = find_dir(name_or_path)
     if directory is None:
         check_arguments(name, {"revision": revision}, token, endpoint)
         return _load_from_hub(name, revision, Access(token, cache_dir, local_files_only, endpoint))
     if revision is not None:
         raise ValueError(
             f"revision={show(revision)} is not allowed for {show(name)}: only Hub repos have revisions. Leave it out."
+        )
+    if Path(name, CONFIG).is_file() and not directory.samefile(name):
+        warnings.warn(
+            f"{name!r} is the bundled rule, not the directory of that name. For the directory write {f'./{name}'!r}.",
+            stacklevel=2,
         )
     if not (directory / CONFIG).exists() and (directory / importers.THETA).is_file():
         file = f"{name}/{importers.THETA}"
@@ -94,34 +101,34 @@ def load_rule(
 
 
 def read_theta(path: str | Path) -> dict[str, Tensor]:
-    """The arrays of a `theta.state` of learned_optimization, to be passed to `rules.STAR.from_jax` with its arguments.
+    """Read the arrays of learned_optimization's `theta.state`, to pass to `rules.STAR.from_jax` with its arguments.
 
     Args:
         path: the file.
 
     Raises:
-        ValueError: for a file that is none, or too large.
+        ValueError: if the file is not a `theta.state`, or is too large.
     """
     return files.read_theta(Path(path), os.fspath(path))
 
 
 def save_rule(rule: UpdateRule, directory: str | Path, *, card: str | None = None) -> Path:
-    """Write a rule's three files into `directory`, all or none: after an error there is what was there before.
+    """Write a rule's three files into a directory, all or none: an error leaves the previous files in place.
 
-    Where the process is killed between two renames, `load_rule` refuses the mixture and names the folder in which the
-    files of before are kept.
+    If the process is killed between two renames, `load_rule` refuses the mixed files and names the folder that still
+    holds the previous ones.
 
     Args:
         rule: a rule of a registered kind, with finite floating-point meta-parameters. Their dtype is kept.
-        directory: made if it does not exist; other files in it are left alone, an old card is replaced.
-        card: text of the model card, Markdown (default: kind, configuration and use). With a YAML front matter of its
-            own ("---" first) it is taken as it is, else one is put before it.
+        directory: created if it does not exist. Other files in it are left alone; an old card is replaced.
+        card: text of the model card in Markdown (default: kind, configuration and use). A text that begins with its own
+            YAML front matter ("---") is written as it is; otherwise front matter is added.
 
     Returns:
         The directory.
 
     Raises:
-        ValueError: for a rule that `load_rule` would refuse.
+        ValueError: if `load_rule` would refuse the rule.
 
     Example:
         >>> import tempfile, lightning_lopt as lopt
@@ -146,26 +153,26 @@ def push_to_hub(
     endpoint: str | None = None,
     card: str | None = None,
 ) -> str:
-    """Put a rule's three files into a Hub repo, in one commit; the repo is made if it does not exist.
+    """Upload a rule's three files to a Hub repo in one commit, creating the repo if necessary.
 
     Args:
         rule: as for `save_rule`.
         repo_id: "owner/name".
-        private: make the repo a private one (default False). An existing public repo is then refused.
-        revision: branch, made if it does not exist (default: the main branch).
-        tag: name to give to the commit (default: none), e.g. "v1".
-        token: Hub token with write access (default: the one of `hf auth login`). It is never written to a file.
+        private: create the repo as a private one (default False). An existing public repo is then refused.
+        revision: branch, created if it does not exist (default: the main branch).
+        tag: tag for the commit, e.g. "v1" (default: none).
+        token: Hub token with write access (default: the one stored by `hf auth login`). It is never written to a file.
         endpoint: address of the Hub (default: `HF_ENDPOINT`, or https://huggingface.co).
         card: as for `save_rule`.
 
     Returns:
-        The commit's sha, to be given as `revision` to `load_rule`.
+        The commit's sha, which `load_rule` takes as `revision`.
 
     Raises:
-        ValueError: for a rule that `load_rule` would refuse, a bad argument, or a card that the Hub refuses.
-        PermissionError: without a token that may write there.
-        FileExistsError: the tag is taken; the commit was made, without a tag.
-        ConnectionError: the Hub cannot be reached.
+        ValueError: if `load_rule` would refuse the rule, an argument is invalid, or the Hub refuses the card.
+        PermissionError: if the token may not write to the repo.
+        FileExistsError: if the tag exists; the commit was made, without the tag.
+        ConnectionError: if the Hub cannot be reached.
 
     Example:
         >>> import lightning_lopt as lopt
@@ -178,11 +185,11 @@ def push_to_hub(
     api = HfApi(endpoint=endpoint, token=token, library_name="lightning_lopt", library_version=library_version())
     with tempfile.TemporaryDirectory() as folder:
         contents = {**serialize(rule), CARD: model_card(rule, repo_id, card).encode()}
-        replace_files(Path(folder), contents)  # what is wrong with the rule is found before anything is made on the Hub
+        replace_files(Path(folder), contents)  # an invalid rule is refused here, before the Hub is touched
         with hub_errors(repo_id, revision, api.endpoint):
             api.create_repo(repo_id, private=private, exist_ok=True)
             if private and not api.model_info(repo_id).private:
-                raise ValueError(f"Hub repo {repo_id!r} exists and is public. Take another name, or private=False.")
+                raise ValueError(f"Hub repo {repo_id!r} exists and is public. Use another name, or private=False.")
             if revision is not None and not revision.startswith("refs/"):
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             message = f"{rule.kind} rule, lightning_lopt {library_version()}"
@@ -195,8 +202,8 @@ def push_to_hub(
 
 def _load_from_hub(repo_id: str, revision: str | None, access: Access) -> UpdateRule:
     path = fetch(repo_id, CONFIG, revision, access)
-    sha = path.parent.name  # the cache keeps each commit's files in a folder of its name
+    sha = path.parent.name  # the cache keeps the files of a commit in a folder named by its sha
     label = f"{repo_id}@{sha[:12]}"
     template = read_config(path, f"{label}/{CONFIG}")
-    weights = fetch(repo_id, WEIGHTS, sha, access)  # of that commit, even if the branch has moved meanwhile
+    weights = fetch(repo_id, WEIGHTS, sha, access)  # from the same commit, even if the branch has moved since
     return build(template, weights, f"{label}/{WEIGHTS}", Source(repo_id, sha))

@@ -10,15 +10,16 @@ from lightning_lopt.hub.files import CONFIG
 
 
 def bundled_dir() -> Path:
-    """The folder of the bundled rules: inside the installed package, or beside it in a checkout."""
+    """Return the folder of the bundled rules: inside the installed package, or beside it in a checkout."""
     package = Path(__file__).parent.parent
-    # The checkout is recognised by its pyproject.toml: a folder of that name in site-packages would be someone else's.
+    # pyproject.toml marks a checkout. Without one, a folder "pretrained" beside the package (in site-packages) belongs
+    # to someone else.
     in_checkout = not (package / "pretrained").is_dir() and (package.parent / "pyproject.toml").is_file()
     return (package.parent if in_checkout else package) / "pretrained"
 
 
 def list_pretrained() -> list[str]:
-    """The names of the bundled rules, sorted.
+    """Return the names of the bundled rules, sorted.
 
     Example:
         >>> import lightning_lopt as lopt
@@ -29,19 +30,28 @@ def list_pretrained() -> list[str]:
 
 
 def find_dir(name_or_path: str | Path) -> Path | None:
-    """The directory that is meant, or None for a Hub repo id."""
-    name, bundled = os.fspath(name_or_path), list_pretrained()
+    """Return the directory that a name or path refers to, or None for a Hub repo id.
+
+    A bundled name wins over a directory of the same name, so that a folder that happens to be called "star" in the
+    working directory does not change what `load_rule("star")` loads. "./star" and `Path("star")` mean the directory.
+
+    Raises:
+        ValueError: if it is neither a bundled name, nor a directory, nor something like a Hub repo id.
+    """
+    name = os.fspath(name_or_path)
+    bundled = list_pretrained()
+    is_path = isinstance(name_or_path, Path)
+    if name in bundled and not is_path:
+        return bundled_dir() / name
     if os.path.isdir(name):
-        if name in bundled and not Path(name, CONFIG).exists():
-            raise ValueError(f"The directory {name!r} hides the bundled rule and has no {CONFIG}. Rename it.")
         return Path(name)
-    if isinstance(name_or_path, Path):
-        raise ValueError(f"{show(name)} is no directory. Pass one that save_rule wrote, or a name as str: {bundled}.")
+    if is_path:
+        raise ValueError(
+            f"{show(name)} is not a directory. Pass one that save_rule wrote, or a name as str: {bundled}."
+        )
     if "/" in name:
         return None
-    if name in bundled:
-        return bundled_dir() / name
     raise ValueError(
-        f"Unknown rule {show(name)}: it is no directory, and bundled are {bundled}. Pass one of these, a directory "
-        "that save_rule wrote, or a Hub repo 'owner/name'."
+        f"Unknown rule {show(name)}: it is neither a bundled rule nor a directory. Pass one of {bundled}, a directory "
+        "that save_rule wrote, such as './my-rule', or a Hub repo 'owner/name'."
     )

@@ -1,4 +1,4 @@
-"""What is said of a file that is refused: one printable line, whatever the file holds."""
+"""Error messages about bad files: one short, printable line, whatever bytes the file contains."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import reprlib
 
 
 def refusal(file: str, what: str, todo: str) -> ValueError:
-    """The error to raise: which file, what is wrong with it, what to do."""
+    """Build the error for a bad file: which file, what is wrong with it (`what`), what to do (`todo`)."""
     place = file if len(file) <= 80 else "..." + file[-77:]
     return ValueError(f"{clip(place, 80)}: {clip(what, 140)}. {todo}")
 
 
 def show(value: object) -> str:
-    """A value for an error message: short, on one line."""
+    """Format a value for an error message, short and on one line."""
     return clip(reprlib.repr(value), 60)
 
 
 def clip(text: str, limit: int) -> str:
-    """One printable line of at most `limit` characters: part of it may come from a file or a server."""
+    """Reduce text that may come from a file or a server to one printable line of at most `limit` characters."""
     line = "".join(char if char.isprintable() else " " for char in text)
     return line if len(line) <= limit else line[: limit - 3] + "..."

@@ -1,11 +1,11 @@
-"""A rule's three files: read without trust, written whole or not at all.
+"""Read and write the three files of a rule. Files are untrusted when read, and replaced all or none when written.
 
-Nothing that is read is ever executed: no pickle, and a kind is looked up in `rules.REGISTRY`, never imported. Sizes are
-bounded before anything is parsed, and the header of the weights must name exactly the tensors that the configuration
-asks for before their data are read. What is wrong with a file is a `ValueError` of one line.
+Nothing that is read is ever executed: there is no pickle, and a kind is looked up in `rules.REGISTRY`, never imported.
+Sizes are bounded before anything is parsed, and the header of the weights must list exactly the tensors that the
+configuration requires before their data are read. A bad file raises a `ValueError` with a one-line message.
 
-Three files cannot be renamed at once. A process killed between two renames leaves new weights beside an old
-configuration: config.json therefore names the sha256 of the weights that it belongs to.
+Three files cannot be renamed atomically. A process killed between two renames leaves new weights beside an old
+configuration, so config.json stores the sha256 of the weights that it belongs to.
 """
 
 from __future__ import annotations
@@ -35,51 +35,47 @@ from lightning_lopt.rules import REGISTRY, Source, UpdateRule
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-MAX_BYTES = {
-    CONFIG: 64 << 10,
-    WEIGHTS: 16 << 20,
-    importers.THETA: 4 << 20,
-}  # while it loads a rule takes some five times its weights
+MAX_BYTES = {CONFIG: 64 << 10, WEIGHTS: 16 << 20, importers.THETA: 4 << 20}  # loading needs about 5x the file size
 MAX_HEADER_BYTES = 1 << 20
 DTYPES = ("F16", "BF16", "F32", "F64")
-_STAGING = ".saving-"  # begins the name of the folder in which save_rule lays out its files
+_STAGING = ".saving-"  # prefix of the temporary folder in which save_rule prepares its files
 
 
 class Template(NamedTuple):
-    """What a config.json describes."""
+    """The rule that a config.json describes, without its weights."""
 
-    rule: UpdateRule  # on the meta device: shapes at no memory
-    sha256: str | None  # of the weights that it was saved with; None in files of before there was one
-    names: dict[str, str] | None = None  # meta-parameter -> tensor of a file that is PyLO's, see `foreign`
+    rule: UpdateRule  # on the meta device: shapes without memory
+    sha256: str | None  # of the weights file that belongs to it; None if the file does not say
+    names: dict[str, str] | None = None  # meta-parameter -> tensor name in a PyLO file, see `importers`
 
 
 @functools.cache
 def library_version() -> str:
-    """The installed package's version, which files and requests carry."""
+    """Return the version of the installed package, for files and HTTP requests."""
     try:
         return importlib.metadata.version("lightning_lopt")
-    except importlib.metadata.PackageNotFoundError:  # a checkout on the path, not installed
+    except importlib.metadata.PackageNotFoundError:  # a checkout on sys.path that was never installed
         return "unknown"
 
 
 @contextmanager
 def _open(path: Path, file: str, name: str) -> Iterator[BinaryIO]:
-    if not path.is_file():  # a named pipe would block for ever
+    if not path.is_file():  # opening a named pipe would block forever
         todo = "Only safetensors are read" if name == WEIGHTS else "save_rule writes one"
-        raise refusal(file, "is missing or is no regular file", f"{todo}; check the directory.")
+        raise refusal(file, "is missing or is not a regular file", f"{todo}; check the directory.")
     with path.open("rb") as stream:
         check_size(os.fstat(stream.fileno()).st_size, name, file)
         yield stream
 
 
 def check_size(size: int, name: str, file: str) -> None:
-    """Refuse a file of that name which is larger than a rule's can be."""
+    """Raise a ValueError if a file is larger than a rule file of that name can be."""
     if size > MAX_BYTES[name]:
-        raise refusal(file, f"has {size} bytes; at most {MAX_BYTES[name]} are allowed", "It is no rule's file.")
+        raise refusal(file, f"has {size} bytes; at most {MAX_BYTES[name]} are allowed", "This is not a rule file.")
 
 
 def read_config(path: Path, file: str) -> Template:
-    """What a config.json describes. `file` is its name in errors."""
+    """Read a config.json; `file` is its name in error messages."""
     with _open(path, file, CONFIG) as stream:
         return _parse_config(stream.read(), file)
 
@@ -91,7 +87,7 @@ def _parse_config(data: bytes, file: str) -> Template:
         return Template(rule, None, importers.pylo_names(rule))
     version, kind, values, sha256 = (spec.get(key) for key in ("format_version", "kind", "config", "sha256"))
     if type(version) is not int or version < 1:
-        raise refusal(file, f"format_version={show(version)}; allowed is {FORMAT_VERSION}", "It is no rule's file.")
+        raise refusal(file, f"format_version={show(version)}; allowed is {FORMAT_VERSION}", "This is not a rule file.")
     if version > FORMAT_VERSION:
         what = (
             f"format_version={version} is newer than {FORMAT_VERSION}, which lightning_lopt {library_version()} reads"
@@ -101,9 +97,9 @@ def _parse_config(data: bytes, file: str) -> Template:
         what = f"kind={show(kind)} is unknown; known are {', '.join(sorted(REGISTRY))}"
         raise refusal(file, what, "Upgrade lightning_lopt, or register your own kind first.")
     if not isinstance(values, dict):
-        raise refusal(file, f"config={show(values)}; allowed is an object", "It is no rule's file.")
+        raise refusal(file, f"config={show(values)} is not a JSON object", "This is not a rule file.")
     if sha256 is not None and not (isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256)):
-        raise refusal(file, f"sha256={show(sha256)}; allowed are 64 hexadecimal digits", "Take another copy.")
+        raise refusal(file, f"sha256={show(sha256)} is not 64 hexadecimal digits", "Get another copy.")
     return Template(_described(kind, values, file), sha256)
 
 
@@ -111,12 +107,12 @@ def _described(kind: str, values: dict[str, Any], file: str) -> UpdateRule:
     rule, defaults = REGISTRY[kind]
     try:
         return _make(kind, rule.Config.from_dict({**defaults, **values}), "meta")
-    except Exception as error:  # the values are untrusted: whatever a rule's own checks trip over is the file's fault
+    except Exception as error:  # the values are untrusted: any error that a rule's checks raise is the file's fault
         raise refusal(file, f"config of kind {kind!r}: {error}", "Correct or remove the key.") from error
 
 
 def _make(kind: str, config: Any, device: str) -> UpdateRule:
-    # The initial values are thrown away, so they must not move the user's random state either.
+    # The initial values are discarded, so drawing them must not advance the user's random state.
     with torch.random.fork_rng(devices=[]), torch.device(device):
         return REGISTRY[kind].rule(config, kind=kind)
 
@@ -124,12 +120,12 @@ def _make(kind: str, config: Any, device: str) -> UpdateRule:
 def _parse_json(data: bytes, file: str) -> dict[str, Any]:
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(result := dict(items)) < len(items):
-            raise ValueError("a key comes twice")
+            raise ValueError("a key occurs twice")
         return result
 
     def number(text: str) -> float:
         if not math.isfinite(value := float(text)):
-            raise ValueError(f"{text[:20]} is no finite number")
+            raise ValueError(f"{text[:20]} is not a finite number")
         return value
 
     def integer(text: str) -> int:
@@ -142,22 +138,22 @@ def _parse_json(data: bytes, file: str) -> dict[str, Any]:
             data.decode(), object_pairs_hook=pairs, parse_float=number, parse_constant=number, parse_int=integer
         )
     except (ValueError, RecursionError) as error:
-        raise refusal(file, f"is no valid JSON ({error})", "The file is damaged; take another copy.") from None
+        raise refusal(file, f"is not valid JSON ({error})", "The file is damaged; get another copy.") from None
     if not isinstance(value, dict):
-        raise refusal(file, f"holds {show(value)}; allowed is a JSON object", "It is no rule's file.")
+        raise refusal(file, f"contains {show(value)}, not a JSON object", "This is not a rule file.")
     return value
 
 
 def build(template: Template, weights: Path, file: str, source: Source) -> UpdateRule:
-    """The rule of a template, with the weights of a file that holds exactly its tensors."""
+    """Build the rule that a template describes, with weights from a file that must contain exactly its tensors."""
     with _open(weights, file, WEIGHTS) as stream:
-        data = stream.read(MAX_BYTES[WEIGHTS] + 1)  # not more, even of a file that grows
+        data = stream.read(MAX_BYTES[WEIGHTS] + 1)  # bounded even if the file grows meanwhile
     check_size(len(data), WEIGHTS, file)
     mixed = template.sha256 is not None and hashlib.sha256(data).hexdigest() != template.sha256
-    what = f"is not the file that {CONFIG} was saved with: its sha256 is another"
-    if mixed and (before := _files_of_before(weights.parent)):
-        raise refusal(file, what, f"A save was killed: copy back what lies in {before}, or save again.")
-    tensors = _parse_weights(data, template, file)  # whose own refusals say more than that the file is another
+    what = f"is not the file that {CONFIG} was saved with: its sha256 differs"
+    if mixed and (previous := _previous_files(weights.parent)):
+        raise refusal(file, what, f"A save was killed: copy the files in {previous} back, or save again.")
+    tensors = _parse_weights(data, template, file)  # its errors are more precise than "the sha256 differs"
     if mixed:
         raise refusal(file, what, "Take both files from the same save, or save the rule again.")
     if template.names is not None:
@@ -169,14 +165,14 @@ def build(template: Template, weights: Path, file: str, source: Source) -> Updat
     return rule
 
 
-def _files_of_before(directory: Path) -> str | None:
-    """The folder in which a killed `replace_files` has left what it was about to replace."""
+def _previous_files(directory: Path) -> str | None:
+    """The folder in which a killed `replace_files` left the files that it was about to replace."""
     left = sorted(path.parent for path in directory.glob(f"{_STAGING}*/old/{CONFIG}"))
     return clip(left[-1].relative_to(directory).as_posix(), 60) if left else None
 
 
 def read_theta(path: Path, file: str) -> dict[str, Tensor]:
-    """The arrays of a theta.state of learned_optimization."""
+    """Read the arrays of learned_optimization's theta.state."""
     with _open(path, file, importers.THETA) as stream:
         return importers.parse_theta(stream.read(MAX_BYTES[importers.THETA]), file)
 
@@ -184,26 +180,28 @@ def read_theta(path: Path, file: str) -> dict[str, Tensor]:
 def _parse_weights(data: bytes, template: Template, file: str) -> dict[str, Tensor]:
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > min(MAX_HEADER_BYTES, len(data) - 8):
-        raise refusal(file, "is truncated or no safetensors file", "Only safetensors are read, no pickle, .bin or .pt.")
+        what = "is truncated or not a safetensors file"
+        raise refusal(file, what, "Only safetensors are read, not pickle, .bin or .pt.")
     _check_header(_parse_json(data[8 : 8 + length], file), template, file)
     try:
         tensors = safetensors.torch.load(data)
-    except Exception as error:  # SafetensorError, or what torch makes of the file; the library names no common class
-        raise refusal(file, f"is no valid safetensors file ({error})", "It is damaged; take another copy.") from error
+    except Exception as error:  # SafetensorError or one of torch's; they share no base class
+        what = f"is not a valid safetensors file ({error})"
+        raise refusal(file, what, "It is damaged; get another copy.") from error
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise refusal(
-                file, f"tensor {name!r} holds NaN or infinity", "Its meta-training diverged; take another one."
-            )
+            what = f"tensor {name!r} contains NaN or infinity"
+            raise refusal(file, what, "Its meta-training diverged; use another rule.")
     return tensors
 
 
 def _check_header(header: dict[str, Any], template: Template, file: str) -> None:
-    """Compare kind, names, shapes and dtypes with the rule's."""
-    metadata, kind = header.pop("__metadata__", {}), template.rule.kind
+    """Raise a ValueError unless kind, names, shapes and dtypes are those of the rule."""
+    metadata = header.pop("__metadata__", {})
+    kind = template.rule.kind
     found_kind = metadata.get("lopt_kind", kind) if isinstance(metadata, dict) else metadata
     if found_kind != kind:
-        what = f"is of kind {show(found_kind)}, {CONFIG} of kind {kind!r}"
+        what = f"is of kind {show(found_kind)}, but {CONFIG} is of kind {kind!r}"
         raise refusal(file, what, "Take both files from the same rule.")
     expected = {name: list(tensor.shape) for name, tensor in template.rule.state_dict().items()}
     if template.names is not None:
@@ -218,7 +216,7 @@ def _check_header(header: dict[str, Any], template: Template, file: str) -> None
     for name, shape in expected.items():
         entry = header[name] if isinstance(header[name], dict) else {}
         if entry.get("shape") != shape:
-            what = f"tensor {name!r} has shape {show(entry.get('shape'))}, {CONFIG} asks for {shape}"
+            what = f"tensor {name!r} has shape {show(entry.get('shape'))}, but {CONFIG} requires {shape}"
             raise refusal(file, what, "Take both files from the same rule.")
         if not isinstance(dtype := entry.get("dtype"), str) or dtype not in DTYPES:
             what = f"tensor {name!r} has dtype {show(dtype)}; allowed are {', '.join(DTYPES)}"
@@ -226,7 +224,7 @@ def _check_header(header: dict[str, Any], template: Template, file: str) -> None
 
 
 def serialize(rule: UpdateRule) -> dict[str, bytes]:
-    """The contents of the weights and the configuration, proven to load."""
+    """Encode the weights and the configuration, and verify that they load again."""
     if rule.kind not in REGISTRY or REGISTRY[rule.kind].rule.__qualname__ != type(rule).__qualname__:
         known = ", ".join(sorted(REGISTRY))
         raise ValueError(
@@ -242,11 +240,11 @@ def serialize(rule: UpdateRule) -> dict[str, bytes]:
         config = json.dumps(spec, indent=2, sort_keys=True, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{CONFIG}: the configuration is no JSON ({error}). Use numbers, strings and tuples."
+            f"{CONFIG}: the configuration cannot be written as JSON ({error}). Use numbers, strings and tuples."
         ) from error
     template = _parse_config(config.encode(), CONFIG)
     if template.rule.config != rule.config:
-        raise ValueError(f"{CONFIG}: JSON does not give the configuration back. Use numbers, strings and flat tuples.")
+        raise ValueError(f"{CONFIG}: the configuration does not survive JSON. Use numbers, strings and flat tuples.")
     for name, data in ((CONFIG, config), (WEIGHTS, weights)):
         check_size(len(data), name, name)
     _parse_weights(weights, template, WEIGHTS)
@@ -254,15 +252,15 @@ def serialize(rule: UpdateRule) -> dict[str, bytes]:
 
 
 def _sorted_header(weights: bytes) -> bytes:
-    """The library writes its metadata in random order; one rule is to be the same bytes each time, and one commit."""
+    """Sort the header. The library writes metadata in random order, but saving a rule twice must give equal bytes."""
     end = 8 + int.from_bytes(weights[:8], "little")
     header = json.dumps(json.loads(weights[8:end]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # data are aligned to 8 bytes
+    header += b" " * (-len(header) % 8)  # the data must stay aligned to 8 bytes
     return len(header).to_bytes(8, "little") + header + weights[end:]
 
 
 def replace_files(directory: Path, files: Mapping[str, bytes]) -> None:
-    """Write all files beside their places first, then move them there; put the old ones back if that fails."""
+    """Write all files to a temporary folder, then rename them into place; restore the old ones if that fails."""
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=_STAGING, dir=directory) as staging:
         new, old = Path(staging, "new"), Path(staging, "old")
@@ -299,10 +297,11 @@ tags:
 
 """
 
+UNDOCUMENTED = "The author did not say how it was meta-trained and evaluated."  # marks a card that save_rule wrote
 _BODY = """# A learned optimizer of kind `{kind}`
 
 An update rule of lightning_lopt with {count} meta-parameters, for PyTorch \
-Lightning and for plain PyTorch loops. How it was meta-trained and evaluated was not said when it was saved.
+Lightning and for plain PyTorch loops. {undocumented}
 
 ```python
 import lightning as L
@@ -320,13 +319,16 @@ trainer = L.Trainer(callbacks=[lopt.LearnedOptimizer.from_pretrained({name})])
 
 
 def model_card(rule: UpdateRule, name: str, card: str | None) -> str:
-    """The card with its front matter; `card` as for `save_rule`, `name` how the rule is loaded."""
+    """Return the model card with its front matter; `card` as for `save_rule`, `name` for the card's loading example."""
     if card is not None and card.startswith("---\n"):
         return card
-    config = json.dumps(rule.config.to_dict(), indent=2, sort_keys=True)
-    body = (
-        _BODY.format(kind=rule.kind, count=rule.num_meta_params(), name=json.dumps(name), config=config)
-        if card is None
-        else card
-    )
-    return _FRONT_MATTER.format(kind=rule.kind) + body
+    if card is None:
+        config = json.dumps(rule.config.to_dict(), indent=2, sort_keys=True)
+        card = _BODY.format(
+            kind=rule.kind,
+            count=rule.num_meta_params(),
+            undocumented=UNDOCUMENTED,
+            name=json.dumps(name),
+            config=config,
+        )
+    return _FRONT_MATTER.format(kind=rule.kind) + card

@@ -3,8 +3,8 @@
 A kernel is not a second definition of its rule: each is tested equal to it over at least 50 steps. It moves all tensors
 on a device that it can handle in one call; `RuleOptimizer` moves the others by the rule itself.
 
-`MODULES` names the module with the kernel for a kind of rule and a type of device. The module is imported when it is
-first needed, and must define two functions:
+`MODULES` names the module with the kernel for a kind of rule and a type of device, and `FALLBACKS` one in eager PyTorch
+for where that cannot be had. A module is imported when it is first needed, and must define two functions:
 
 * `supports(rule) -> str | None`: why this rule has no kernel on this machine, None if it has one;
 * `make(rule) -> Kernel`: a new kernel for a rule that `supports` accepts.
@@ -22,14 +22,10 @@ from torch import Tensor
 from lightning_lopt.rules import UpdateRule
 
 MODULES = {
-    ("star", "cpu"): "lightning_lopt.kernels.cpu.star",
-    ("hyperparam", "cpu"): "lightning_lopt.kernels.cpu.star",
-    ("blackbox", "cpu"): "lightning_lopt.kernels.cpu.star",
-    ("star", "cuda"): "lightning_lopt.kernels.cuda.star",
-    ("hyperparam", "cuda"): "lightning_lopt.kernels.cuda.star",
-    ("blackbox", "cuda"): "lightning_lopt.kernels.cuda.star",
-    ("lstm", "cuda"): "lightning_lopt.kernels.cuda.lstm",
+    ("scheduled", "cpu"): "lightning_lopt.kernels.cpu.scheduled",
+    ("scheduled", "cuda"): "lightning_lopt.kernels.cuda.scheduled",
 }
+FALLBACKS = {("scheduled", "cpu"): "lightning_lopt.kernels.eager.scheduled"}
 
 
 class WorkItem(NamedTuple):
@@ -95,6 +91,14 @@ def find(rule: UpdateRule, device_type: str) -> Kernel | str:
         return f"the fused kernel for {device_type!r} {reason}"
     why: str | None = module.supports(rule)
     return why or module.make(rule)
+
+
+def find_fallback(rule: UpdateRule, device_type: str) -> Kernel | None:
+    """A new kernel in eager PyTorch, faster than the rule itself, for where `find` has none; None if there is none."""
+    if (rule.kind, device_type) not in FALLBACKS:
+        return None
+    module = importlib.import_module(FALLBACKS[rule.kind, device_type])
+    return None if module.supports(rule) else module.make(rule)
 
 
 def exists(rule: UpdateRule, device_type: str | None = None) -> bool:

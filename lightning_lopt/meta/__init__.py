@@ -1,1 +1,1 @@
-"""Meta-training: the inner loop, gradient estimators, and the trainer of update rules."""
+"""Meta-training of update rules: the inner loop, estimators of the meta-gradient, and `MetaTrainer`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-# LightningCLI calls what jsonargparse has renamed; users of the command can do nothing about it.
+# LightningCLI uses deprecated names of jsonargparse, which users of the command cannot change.
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
 from jsonargparse import ArgumentError
@@ -16,29 +16,29 @@ from lightning_lopt.meta.trainer import MetaTrainer
 
 
 class UsageError(Exception):
-    """What the user of the command can put right."""
+    """A mistake that the user of the command can correct."""
 
 
 class MetaTrainCLI(LightningCLI):
-    """`fit` and `validate`, with errors that the command reports in one line."""
+    """The subcommands `fit` and `validate`, with errors that the command reports in one line."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """The Trainer's methods that MetaTrainer has a use for, and their arguments that are not the user's."""
+        """Return the Trainer methods that MetaTrainer supports, with those of their arguments that users do not set."""
         return {
             "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
             "validate": {"model", "dataloaders", "datamodule"},
         }
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse the arguments that `run` was given."""
+        """Parse the arguments of `run`."""
         try:
             self.config = parser.parse_args(args)
         except ArgumentError as error:
             raise UsageError(str(error)) from None
 
     def instantiate_classes(self) -> None:
-        """Make the MetaTrainer and the Trainer."""
+        """Build the MetaTrainer and the Trainer."""
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, OSError, ModuleNotFoundError, MisconfigurationException) as error:
@@ -47,18 +47,18 @@ class MetaTrainCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
-        except (
-            FileNotFoundError,
-            MisconfigurationException,
-        ) as error:  # a checkpoint that is not there or does not fit
+        except (FileNotFoundError, MisconfigurationException) as error:  # a missing or incompatible checkpoint
             raise UsageError(str(error)) from error
 
 
 def run(arguments: list[str]) -> None:
-    """Do what the arguments of `lopt meta-train` say.
+    """Run `lopt meta-train`.
+
+    Args:
+        arguments: the command's arguments.
 
     Raises:
-        UsageError: for what the user can put right.
+        UsageError: for a mistake that the user can correct.
     """
     MetaTrainCLI(
         MetaTrainer,

@@ -1,7 +1,8 @@
-"""Updates of a whole population by the rule's kernel, in place: for runs through which nobody backpropagates."""
+"""Update a whole population of inner runs with the rule's kernel, in place; for unrolls that need no gradient."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,36 +14,21 @@ from lightning_lopt.rules import UpdateRule
 
 
 class Fused:
-    """Moves P inner runs by the kernel, which writes where they lie; made anew for each truncation.
+    """Updates P inner runs in place. One object serves one truncation.
+
+    The first call copies the parameters and states that it is given, because the caller may still need them. Later
+    calls get the copies back and update them where they lie. After a reset, which makes new tensors, they are copied
+    again.
 
     Args:
-        each: run by run, its kernel and meta-parameters in float32; a kernel of its own where these differ, for it
-            keeps tables of them.
-        params: name -> (P, *shape), copied.
-        states: name -> the rule's state, of (P, ...) each; copied.
-        step: (P,) updates made so far.
+        run_kernels: for each run, its kernel and its meta-parameters in float32.
     """
 
-    def __init__(
-        self,
-        each: list[tuple[kernels.Kernel, Mapping[str, Tensor]]],
-        params: Mapping[str, Tensor],
-        states: Mapping[str, Any],
-        step: Tensor,
-    ) -> None:
-        self.each = each
-        self._take(params, states, step)
-
-    def _take(self, params: Mapping[str, Tensor], states: Mapping[str, Any], step: Tensor) -> None:
-        self.params = {name: _own(param) for name, param in params.items()}
-        self.states = {name: type(state)(*map(_own, state)) for name, state in states.items()}
-        steps = step.to(torch.float32).repeat(len(params), 1)  # the kernel counts for each tensor
-        self.parts: list[list[kernels.WorkItem]] = [[] for _ in self.each]  # without their gradients
-        for number, (name, param) in enumerate(self.params.items()):
-            fields = {key: value.unbind() for key, value in self.states[name]._asdict().items()}
-            for run, (own, count) in enumerate(zip(param.unbind(), steps[number].unbind(), strict=True)):
-                state = {"step": count, **{key: values[run] for key, values in fields.items()}}
-                self.parts[run].append(kernels.WorkItem(own, own, state, 1.0, 0.0, False))
+    def __init__(self, run_kernels: list[tuple[kernels.Kernel, Mapping[str, Tensor]]]) -> None:
+        self.run_kernels = run_kernels
+        self.params: dict[str, Tensor] | None = None  # name -> (P, *shape), our own copy
+        self.states: dict[str, Any] = {}  # name -> the rule's state of P runs, our own copy
+        self.work_items: list[list[kernels.WorkItem]] = []  # per run and tensor; the gradient is filled in at each call
 
     def __call__(
         self,
@@ -52,49 +38,73 @@ class Fused:
         grads: Mapping[str, Tensor],
         num_steps: Tensor | None,
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """One update of all runs; params and states that are not those of the last call are taken over first."""
+        """Apply one update to all runs.
+
+        Args:
+            params: name -> (P, *shape).
+            states: name -> the rule's state, with a leading axis P.
+            step: (P,) updates made so far.
+            grads: name -> (P, *shape).
+            num_steps: (P,) lengths of the runs, where they are known.
+        """
         if params is not self.params or states is not self.states:
-            self._take(params, states, step)
-        lengths = [None] * len(self.each) if num_steps is None else num_steps.long().tolist()
-        of_runs = zip(*(grads[name].contiguous().unbind() for name in self.params), strict=True)
-        for (kernel, meta_params), parts, own, length in zip(self.each, self.parts, of_runs, lengths, strict=True):
-            moved = [part._replace(grad=grad) for part, grad in zip(parts, own, strict=True)]
-            kernel.step(moved, meta_params, length, len(parts), safeguard=False, measure=False)
+            self._copy(params, states, step)
+        assert self.params is not None
+        lengths = [None] * len(self.run_kernels) if num_steps is None else num_steps.long().tolist()
+        run_grads = zip(*(grads[name].contiguous().unbind() for name in self.params), strict=True)
+        for (kernel, meta_params), items, own_grads, length in zip(
+            self.run_kernels, self.work_items, run_grads, lengths, strict=True
+        ):
+            with_grads = [item._replace(grad=grad) for item, grad in zip(items, own_grads, strict=True)]
+            kernel.step(with_grads, meta_params, length, len(items), safeguard=False, measure=False)
         return self.params, self.states
+
+    def _copy(self, params: Mapping[str, Tensor], states: Mapping[str, Any], step: Tensor) -> None:
+        self.params = {name: _clone(param) for name, param in params.items()}
+        self.states = {name: type(state)(*map(_clone, state)) for name, state in states.items()}
+        # Kernels count the steps of each tensor, the unroll those of each run.
+        counts = step.to(torch.float32).repeat(len(params), 1)
+        self.work_items = [[] for _ in self.run_kernels]
+        for number, (name, param) in enumerate(self.params.items()):
+            fields = {field: values.unbind() for field, values in self.states[name]._asdict().items()}
+            for run, (value, count) in enumerate(zip(param.unbind(), counts[number].unbind(), strict=True)):
+                state = {"step": count, **{field: values[run] for field, values in fields.items()}}
+                self.work_items[run].append(
+                    kernels.WorkItem(param=value, grad=value, state=state, scale=1.0, decay=0.0, maximize=False)
+                )
 
 
 def fused(
     rule: UpdateRule,
     meta_params: Mapping[str, Tensor],
     frozen: Mapping[str, Tensor],
-    batched: bool,
     params: Mapping[str, Tensor],
-    states: Mapping[str, Any],
-    step: Tensor,
+    *,
+    batched: bool,
 ) -> Fused | None:
-    """What moves these runs; None where they are not on the CPU in float32, or it has no kernel for the rule.
+    """Build the fused update of a population; None unless all is float32 on the CPU and the rule has a kernel there.
 
     Args:
-        rule: whose kernel is wanted.
+        rule: the update rule.
         meta_params: of the rule, with a leading axis P if `batched`.
-        frozen: the rule's other meta-parameters, one set for all runs.
-        batched: one set of meta-parameters per run.
-        params: name -> (P, *shape).
-        states: name -> the rule's state.
-        step: (P,) updates made so far.
+        frozen: the rule's other meta-parameters, the same for all runs.
+        params: name -> (P, *shape), the parameters to be updated.
+        batched: each run has its own meta-parameters.
     """
     tensors = [*params.values(), *meta_params.values(), *frozen.values()]
     if any(tensor.device.type != "cpu" or tensor.dtype is not torch.float32 for tensor in tensors):
         return None
-    each: list[tuple[kernels.Kernel, Mapping[str, Tensor]]] = []
-    for run in range(len(step) if batched else 1):
-        kernel = kernels.find(rule, "cpu")
-        if isinstance(kernel, str) or any(kernel.refuses(param[0]) for param in params.values()):
-            return None
-        own = {name: value[run] for name, value in meta_params.items()} if batched else meta_params
-        each.append((kernel, {**frozen, **own}))
-    return Fused(each if batched else each * len(step), params, states, step)
+    kernel = kernels.find(rule, "cpu")
+    if isinstance(kernel, str) or any(kernel.refuses(param[0]) for param in params.values()):
+        return None
+    population = len(next(iter(params.values())))
+    if not batched:
+        return Fused([(kernel, {**frozen, **meta_params})] * population)
+    # A kernel packs its meta-parameters once and reuses them as long as it gets the same ones. So each run has a kernel
+    # of its own: a shallow copy, since `find` looks for the compiler every time.
+    own = [{**frozen, **{name: value[run] for name, value in meta_params.items()}} for run in range(population)]
+    return Fused([(copy.copy(kernel), own_params) for own_params in own])
 
 
-def _own(tensor: Tensor) -> Tensor:
+def _clone(tensor: Tensor) -> Tensor:
     return tensor.detach().clone(memory_format=torch.contiguous_format)

@@ -1,10 +1,10 @@
-"""Response surfaces: fit the few readable numbers of a rule to many tasks at once, by a designed experiment.
+"""Response-surface fitting: tune a few interpretable numbers of a rule on many tasks together.
 
-An evolution strategy moves along a noisy gradient and forgets what it has seen. Where a rule's behaviour hangs on a
-dozen numbers it is cheaper to try points all over a box, each on every task at full horizon; then again in a smaller
-box about the mean of the best (the cross-entropy method, Rubinstein 1999); and to fit one quadratic to all of them (Box
-and Wilson 1951, "On the experimental attainment of optimum conditions"). All points share starts and batches, so that
-differences between them are theirs alone.
+An evolution strategy follows a noisy gradient and forgets past evaluations. When a rule depends on a dozen numbers, it
+is cheaper to evaluate points all over a box, each on every task at full horizon; to repeat that in a smaller box around
+the mean of the best points (the cross-entropy method, Rubinstein 1999); and to fit one quadratic to all points (Box and
+Wilson 1951, "On the experimental attainment of optimum conditions"). All points see the same starts and batches, so
+that differences between them are not due to noise in these.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from lightning_lopt.meta.unroll import MetaParams, Unroll
 from lightning_lopt.rules import UpdateRule
 from lightning_lopt.tasks import Task
 
-FLOOR = 1e-3  # of a task's initial loss: below it no run is better than another
-LAST = 20  # the final loss is the mean of the last 1 / LAST of a run, of ten steps at least
+FLOOR = 1e-3  # times a task's initial loss: lower losses count as equal
+LAST = 20  # the final loss is the mean over the last 1 / LAST of a run, at least ten steps
 
 
 class Knob(NamedTuple):
-    """A number to be fitted, and where."""
+    """The range of a number that is tuned."""
 
     low: float
     high: float
 
 
 class Scores(NamedTuple):
-    """Of n points on one task."""
+    """The scores of n points on one task; lower is better."""
 
     final: Tensor  # (n,) logarithm of the loss at the end
     mean: Tensor  # (n,) logarithm of the loss averaged over the run
@@ -41,7 +41,14 @@ class Scores(NamedTuple):
 def sample(
     knobs: Mapping[str, Knob], num: int, *, seed: int, center: Mapping[str, float] | None = None, width: float = 1.0
 ) -> Tensor:
-    """(num, knobs) points that fill the box evenly (Sobol), or that part of it which is `width` as wide about `center`.
+    """Sample (num, knobs) points that fill the box evenly (a Sobol sequence).
+
+    Args:
+        knobs: name -> range.
+        num: number of points.
+        seed: seed of the sequence.
+        center: sample only a part of the box around this point (default: the whole box).
+        width: width of that part as a fraction of the box.
 
     Example:
         >>> sample({"rate": Knob(0.0, 1.0)}, 4, seed=0).shape
@@ -58,15 +65,15 @@ def sample(
 def score(
     rule: UpdateRule, meta_params: Sequence[MetaParams], task: Task, steps: int, *, seed: int, tell: bool = True
 ) -> Scores:
-    """Run all points at once on a task, from the same start on the same batches.
+    """Evaluate n sets of meta-parameters on a task at once, from the same start on the same batches.
 
     Args:
         rule: the update rule.
-        meta_params: n of them, whole.
-        task: what it is run on.
+        meta_params: n complete sets of its meta-parameters.
+        task: the task.
         steps: length of the runs.
-        seed: of starts and batches.
-        tell: whether the rule is told the length.
+        seed: seed of starts and batches.
+        tell: tell the rule the length of the runs.
 
     Example:
         >>> from lightning_lopt import rules, tasks
@@ -87,18 +94,23 @@ def score(
 
 
 class Surface(NamedTuple):
-    """A quadratic in the knobs."""
+    """A quadratic function of the knobs, which are scaled to [-1, 1]."""
 
     knobs: dict[str, Knob]
-    coefficients: Tensor  # (1 + d + d (d + 1) / 2,) of the monomials of the knobs, each on [-1, 1]
-    start: Tensor  # (d,) mean of the best points tried, on [-1, 1]: `center`
+    coefficients: Tensor  # (1 + d + d (d + 1) / 2,) of the monomials up to degree 2
+    start: Tensor  # (d,) mean of the best evaluated points; `center` has it in the knobs' own units
 
     def center(self) -> dict[str, float]:
-        """The mean of the best points that were tried."""
+        """Return the mean of the best evaluated points."""
         return self._named(self.start)
 
     def minimum(self, *, pull: float = 0.1, steps: int = 2000) -> dict[str, float]:
-        """The best point of the box, held near the best that were tried by `pull` times the squared distance."""
+        """Minimize the quadratic within the box.
+
+        Args:
+            pull: penalty on the squared distance from `center`, in units of [-1, 1].
+            steps: steps of Adam.
+        """
         point = self.start.clone().requires_grad_()
         optimizer = torch.optim.Adam([point], lr=0.01)
         for _ in range(steps):
@@ -115,14 +127,14 @@ class Surface(NamedTuple):
 
 
 def fit(knobs: Mapping[str, Knob], points: Tensor, values: Tensor, *, best: int = 12, ridge: float = 3.0) -> Surface:
-    """Least squares with a ridge, in which a point counts the more the better it is.
+    """Fit a quadratic by ridge regression, in which better points have larger weights.
 
     Args:
-        knobs: names and box.
-        points: (n, d) that were tried.
-        values: (n,) what came of them; less is better.
-        best: how many of the best points the minimum is looked for around.
-        ridge: of the quadratic terms; a tenth of it for the linear ones.
+        knobs: name -> range.
+        points: (n, d) evaluated points.
+        values: (n,) their values; lower is better.
+        best: number of the best points whose mean is the surface's center.
+        ridge: penalty on the quadratic coefficients; that on the linear ones is a tenth of it.
 
     Example:
         >>> knobs = {"x": Knob(-1.0, 1.0), "y": Knob(-1.0, 1.0)}

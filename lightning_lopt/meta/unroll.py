@@ -1,8 +1,8 @@
-"""The inner loop as one pure function, over a population of inner runs at once.
+"""The inner loop: a pure function that advances a population of inner runs together.
 
-One slot of a run is a training step, or, when the run's episode has ended, a reset: a fresh task, fresh parameters and
-rule state, which takes the slot and counts no loss. So the authors' truncated step has it (google/learned_optimization,
-`lopt_truncated_step.py`), and an episode of H steps therefore takes H + 1 slots.
+Time is counted in slots. A slot of a run is a training step or, after the end of an episode, a reset: the run gets a
+fresh task, fresh parameters and a fresh rule state, and the slot contributes no loss. An episode of H steps therefore
+takes H + 1 slots, as in the authors' truncated step (google/learned_optimization, `lopt_truncated_step.py`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lightning_lopt.tasks import Task
 
 MetaParams = Mapping[str, Tensor]
 OBJECTIVES: dict[str, Callable[[Task, Tensor, Tensor], Tensor]] = {
-    # (task, loss, the run's first loss) -> what meta-training averages
+    # (task, loss, the run's first loss) -> the quantity that meta-training averages
     "raw": lambda task, loss, first: loss,
     "clipped": lambda task, loss, first: task.normalize(loss),
     "ratio": lambda task, loss, first: _capped(loss, first) / first,
@@ -32,41 +32,43 @@ OBJECTIVES: dict[str, Callable[[Task, Tensor, Tensor], Tensor]] = {
 
 
 class Inner(NamedTuple):
-    """P inner runs; every tensor has a leading axis P. The last three are the episode's clockwork, on the CPU."""
+    """The state of P inner runs. Every tensor has a leading axis P; clock, horizon and done are on the CPU."""
 
     params: dict[str, Tensor]  # name -> (P, *shape)
-    constants: Any  # what the task drew at the start, see tasks.base
+    constants: Any  # drawn by the task at the start, see tasks.base
     states: dict[str, Any]  # name -> the rule's state
     first_loss: Tensor  # (P,) loss before the first update, the scale of relative objectives
-    step: Tensor  # (P,) updates since the start: what the rule sees
-    clock: Tensor  # (P,) int64 steps of the episode, which a staggered start sets ahead
+    step: Tensor  # (P,) updates since the start; the rule sees this number
+    clock: Tensor  # (P,) int64 steps of the episode; a staggered start sets it ahead
     horizon: Tensor  # (P,) int64 clock at which the episode ends
     done: Tensor  # (P,) bool: the next slot is a reset
 
 
 class Record(NamedTuple):
-    """What a truncation of K slots saw."""
+    """The losses of a truncation of K slots."""
 
     losses: Tensor  # (K, P) objective, 0 in a reset slot
-    mask: Tensor  # (K, P) bool: a training step, no reset
+    mask: Tensor  # (K, P) bool: the slot is a training step, not a reset
     done: Tensor  # (K, P) bool: the episode ended with this slot
 
 
 @dataclasses.dataclass(frozen=True)
 class Unroll:
-    """A rule on a task, ready to be run.
+    """An update rule applied to a task.
 
     Args:
         rule: the update rule.
-        task: what it is run on.
-        objective: "raw" loss; "clipped" as the task normalizes it; "ratio" to the run's first loss, at most 2; "log" of
-            that ratio + 1e-2, which weighs a halving alike early and late.
+        task: the task that it trains.
+        objective: "raw", the loss; "clipped", as the task normalizes it; "ratio" to the run's first loss, at most 2;
+            "log" of that ratio + 1e-2, which gives a halving of the loss the same weight early and late.
         second_order: let gradients of the meta-loss flow through the task's gradient.
-        tell_horizon: give the rule the episode's length, as a Lightning run of known length would.
-        compiled: run steps that need no gradient by compiled code: the rule's kernel where the CPU has one, else
-            by `torch.compile`, once per task, which pays after some thousand.
-        idle: after the end of an episode wait for the next truncation instead of resetting at once.
-        frozen: the meta-parameters that do not learn; those that `run` is given and these are all of the rule's.
+        tell_horizon: give the rule the length of the episode, as a Lightning run of known length does.
+        compiled: run steps that need no gradient as compiled code. That is the rule's CPU kernel if there is one, else
+            `torch.compile`, which compiles once per task and pays off after some thousand steps.
+        idle: after the end of an episode, wait for the next truncation instead of resetting at once.
+        frozen: the meta-parameters that do not learn. With those that `run` gets they must be all of the rule's.
+        compile_cache: functions that `torch.compile` made. Unrolls that `dataclasses.replace` derives from one another
+            share it, and it is freed with the last of them.
     """
 
     rule: UpdateRule
@@ -77,26 +79,34 @@ class Unroll:
     compiled: bool = False
     idle: bool = False
     frozen: MetaParams = dataclasses.field(default_factory=dict, compare=False)
+    compile_cache: dict[Any, Callable[..., Any]] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective={self.objective!r} is not allowed: use one of {list(OBJECTIVES)}.")
 
     def start(self, generator: torch.Generator, horizon: Tensor, *, sides: int = 1) -> Inner:
-        """Fresh runs.
+        """Start fresh runs.
 
         Args:
             generator: draws tasks and parameters.
             horizon: (N,) int64 lengths of the episodes.
-            sides: copies of each, P = sides * N: 2 for antithetic pairs, the second half a copy of the first.
+            sides: number of copies of each run, P = sides * N. With 2, for antithetic pairs, the second half of the
+                runs is a copy of the first.
         """
         fresh = self.task.init(generator, population=len(horizon))
-        states = {name: vmap(self.rule.init_state)(param) for name, param in fresh.params.items()}
         device = next(iter(fresh.params.values())).device
-        first = torch.ones(len(horizon), device=device, dtype=torch.float32)
-        step = torch.zeros_like(first)
         clock = torch.zeros_like(horizon)
-        inner = Inner(fresh.params, fresh.constants, states, first, step, clock, horizon, clock.bool())
+        inner = Inner(
+            params=fresh.params,
+            constants=fresh.constants,
+            states={name: vmap(self.rule.init_state)(param) for name, param in fresh.params.items()},
+            first_loss=torch.ones(len(horizon), device=device, dtype=torch.float32),
+            step=torch.zeros(len(horizon), device=device, dtype=torch.float32),
+            clock=clock,
+            horizon=horizon,
+            done=clock.bool(),
+        )
         repeated: Inner = _repeat(inner, sides)
         return repeated
 
@@ -111,23 +121,25 @@ class Unroll:
         sides: int = 1,
         batched: bool = False,
     ) -> tuple[Inner, Record]:
-        """A truncation: `length` slots of every run.
+        """Advance every run by a truncation of `length` slots.
 
         Args:
             meta_params: the rule's; with a leading axis P if `batched`.
-            inner: where the runs stand.
+            inner: the runs.
             length: number of slots.
             generator: draws batches and resets, the same for all sides of a run.
             draw_horizon: n -> (n,) int64 lengths for new episodes.
             sides: as in `start`.
-            batched: one set of meta-parameters per run.
+            batched: each run has its own meta-parameters.
         """
-        records, arguments, move = [], (generator, draw_horizon, sides, batched), None
+        fused_update = None
         if self.compiled and not torch.is_grad_enabled():
-            runs = inner.params, inner.states, inner.step
-            move = fused(self.rule, meta_params, self.frozen, batched, *runs)
+            fused_update = fused(self.rule, meta_params, self.frozen, inner.params, batched=batched)
+        records = []
         for _ in range(length):
-            inner, record, _ = self._slot(meta_params, inner, *arguments, move)
+            inner, record, _ = self._slot(
+                meta_params, inner, generator, draw_horizon, sides=sides, batched=batched, fused_update=fused_update
+            )
             records.append(record)
         return inner, Record(*(torch.stack(rows) for rows in zip(*records, strict=True)))
 
@@ -141,8 +153,8 @@ class Unroll:
         sides: int = 1,
         batched: bool = False,
     ) -> tuple[Inner, Record, Any]:
-        """One slot of every run, arguments as for `run`; also returns the batch that it used."""
-        return self._slot(meta_params, inner, generator, draw_horizon, sides, batched, None)
+        """Advance every run by one slot, with the arguments of `run`. Also returns the batch."""
+        return self._slot(meta_params, inner, generator, draw_horizon, sides=sides, batched=batched, fused_update=None)
 
     def _slot(
         self,
@@ -150,49 +162,58 @@ class Unroll:
         inner: Inner,
         generator: torch.Generator,
         draw_horizon: Callable[[int], Tensor],
+        *,
         sides: int,
         batched: bool,
-        move: Fused | None,
+        fused_update: Fused | None,
     ) -> tuple[Inner, Record, Any]:
         population = len(inner.done) // sides
+        # A reset draws whole fresh runs for all; `choose` below takes those whose episode has ended.
         fresh = None
         if bool(inner.done.any()) and not self.idle:
             fresh = self.start(generator, draw_horizon(population), sides=sides)
-        batch = _repeat(self.task.batch(generator, _half(inner.constants, sides), population), sides)
-        params, states, num_steps = inner.params, inner.states, self._num_steps(inner)
-        if move is not None:
-            grads, losses = vmap(self.task.grad_and_value)(params, batch)
-            params, states = move(params, states, inner.step, grads, num_steps)
+        batch = _repeat(self.task.batch(generator, _first_side(inner.constants, sides), population), sides)
+        num_steps = inner.horizon.to(inner.first_loss.device) if self.tell_horizon else None
+        if fused_update is not None:
+            grads, losses = vmap(self.task.grad_and_value)(inner.params, batch)
+            params, states = fused_update(inner.params, inner.states, inner.step, grads, num_steps)
         else:
-            meta = dict(meta_params), dict(self.frozen)
-            params, states, losses = self._stepper(batched)(*meta, params, states, inner.step, batch, num_steps)
-        first = torch.where(inner.step == 0, losses.detach(), inner.first_loss)
+            update = self._population_step(batched)
+            params, states, losses = update(
+                dict(meta_params), dict(self.frozen), inner.params, inner.states, inner.step, batch, num_steps
+            )
+        first_loss = torch.where(inner.step == 0, losses.detach(), inner.first_loss)
         clock = inner.clock + 1
-        done = clock >= inner.horizon
-        stepped = Inner(params, inner.constants, states, first, inner.step + 1, clock, inner.horizon, done)
-        objective, mask = OBJECTIVES[self.objective](self.task, losses, first), ~inner.done
+        stepped = inner._replace(
+            params=params,
+            states=states,
+            first_loss=first_loss,
+            step=inner.step + 1,
+            clock=clock,
+            done=clock >= inner.horizon,
+        )
+        objective = OBJECTIVES[self.objective](self.task, losses, first_loss)
+        mask = ~inner.done
         if not bool(mask.all()):
             stepped = choose(inner.done, inner if fresh is None else fresh, stepped)
             objective = torch.where(mask.to(objective.device), objective, 0.0)
         return stepped, Record(objective, mask, stepped.done & mask), batch
 
     def loss(self, inner: Inner, batch: Any) -> Tensor:
-        """(P,) objective where the runs stand, without an update."""
+        """(P,) objective at the runs' current parameters, without an update."""
         losses = vmap(self.task.loss)(inner.params, batch)
         return OBJECTIVES[self.objective](self.task, losses, inner.first_loss)
 
-    def _num_steps(self, inner: Inner) -> Tensor | None:
-        return inner.horizon.to(inner.first_loss.device) if self.tell_horizon else None
-
-    def _stepper(self, batched: bool) -> Callable[..., Any]:
+    def _population_step(self, batched: bool) -> Callable[..., Any]:
+        """`_member_step` for a population, compiled where that is asked for and no gradient is needed."""
         in_dims = (0 if batched else None, None, 0, 0, 0, 0, 0 if self.tell_horizon else None)
+        step: Callable[..., Any] = vmap(self._member_step, in_dims=in_dims)
         if not self.compiled or torch.is_grad_enabled():
-            stepper: Callable[..., Any] = vmap(self._member_step, in_dims=in_dims)
-            return stepper
+            return step
         key = (self, batched)
-        if key not in _COMPILED:
-            _COMPILED[key] = _compile(vmap(self._member_step, in_dims=in_dims))
-        return _COMPILED[key]
+        if key not in self.compile_cache:
+            self.compile_cache[key] = _compile(step)
+        return self.compile_cache[key]
 
     def _member_step(
         self,
@@ -204,7 +225,7 @@ class Unroll:
         batch: Any,
         num_steps: Tensor | None,
     ) -> tuple[dict[str, Tensor], dict[str, Any], Tensor]:
-        """One training step of one run: the loss is that of the parameters before the update."""
+        """One training step of one run. The loss is that of the parameters before the update."""
         grads, loss = self.task.grad_and_value(params, batch)
         if not self.second_order:
             grads = {name: grad.detach() for name, grad in grads.items()}
@@ -221,8 +242,9 @@ class Unroll:
         return new_params, new_states, loss
 
 
-_COMPILED: dict[tuple[Unroll, bool], Callable[..., Any]] = {}
-_MOST_COMPILED = 256  # torch's default of 8 counts all tasks as one function, and the ninth would silently run eager
+# By default torch compiles at most 8 variants of a function and then silently runs it eagerly. Every task is a variant
+# of `_member_step`.
+_MAX_VARIANTS = 256
 
 
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -232,7 +254,7 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
 
     def call(*arguments: Any) -> Any:
-        with torch._dynamo.config.patch({limit: _MOST_COMPILED}):
+        with torch._dynamo.config.patch({limit: _MAX_VARIANTS}):
             return compiled(*arguments)
 
     return call
@@ -240,9 +262,9 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Without autocast or TF32 and with float32 as the default dtype, which tasks are in; whatever a Trainer's are.
+    """Turn off autocast and TF32, and make float32 the default dtype, whatever the Trainer's precision is.
 
-    An estimate is made of differences of losses, which TF32's three digits would drown.
+    Estimates are differences of losses, which would be lost in the rounding errors of TF32's three digits.
     """
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
@@ -257,8 +279,9 @@ def full_precision(device: torch.device) -> Iterator[None]:
 def _without_tf32() -> Iterator[None]:
     cudnn: Any = torch.backends.cudnn
     try:
-        matmul, conv = torch.get_float32_matmul_precision(), cudnn.allow_tf32
-    except RuntimeError:  # the newer settings are in use, and torch then refuses to read the older ones
+        matmul = torch.get_float32_matmul_precision()
+        conv = cudnn.allow_tf32
+    except RuntimeError:  # torch refuses to read these settings once the newer fp32_precision has been set
         places = [torch.backends.cuda.matmul, cudnn.conv]
         before = [place.fp32_precision for place in places]
         try:
@@ -279,7 +302,7 @@ def _without_tf32() -> Iterator[None]:
 
 
 def detach(inner: Inner) -> Inner:
-    """Cut the graph: what a truncation carries on to the next."""
+    """Detach the runs from the graph, at the boundary of two truncations."""
     detached: Inner = tree_map(lambda t: t.detach(), inner)
     return detached
 
@@ -288,12 +311,12 @@ def _repeat(tree: Any, sides: int) -> Any:
     return tree if sides == 1 else tree_map(lambda t: torch.cat([t] * sides), tree)
 
 
-def _half(tree: Any, sides: int) -> Any:
+def _first_side(tree: Any, sides: int) -> Any:
     return tree if sides == 1 else tree_map(lambda t: t[: len(t) // sides], tree)
 
 
 def choose(condition: Tensor, yes: Inner, no: Inner) -> Inner:
-    """Run by run, one of two: condition (P,) bool."""
+    """Select each run from `yes` where the condition (P,) holds, else from `no`."""
 
     def pick(a: Tensor, b: Tensor) -> Tensor:
         return torch.where(condition.to(b.device).reshape(-1, *[1] * (b.dim() - 1)), a, b)

@@ -1,4 +1,4 @@
-"""Meta-validation: how well the rule as it is, not perturbed, trains a held-out task over the whole horizon."""
+"""Meta-validation: train a held-out task over the whole horizon, with the unperturbed rule."""
 
 from __future__ import annotations
 
@@ -11,29 +11,30 @@ from torch import Tensor
 from lightning_lopt.meta.unroll import OBJECTIVES, MetaParams, Unroll
 
 
-class Score(NamedTuple):
-    """What runs on one task came to; small is good."""
+class ValidationLosses(NamedTuple):
+    """The losses of several runs on one task; lower is better."""
 
     meta_loss: Tensor  # () the objective "log", mean over runs and steps
     final: Tensor  # () training loss, mean over runs and over the last tenth of the steps
 
 
 @torch.no_grad()
-def score(unroll: Unroll, meta_params: MetaParams, horizon: int, num_runs: int, generator: torch.Generator) -> Score:
+def meta_validate(
+    unroll: Unroll, meta_params: MetaParams, *, horizon: int, num_runs: int, generator: torch.Generator
+) -> ValidationLosses:
     """Run the rule on a task, several runs at once.
 
     Args:
-        unroll: the rule on its task; whatever its objective is, "log" is what is reported.
+        unroll: the rule on its task. The objective "log" is reported, whichever the unroll has.
         meta_params: those that learn; `unroll.frozen` has the others.
         horizon: length of the runs in steps.
-        num_runs: how many, which differ in start and batches.
-        generator: seeded alike, it gives the same runs.
+        num_runs: number of runs, which differ in start and batches.
+        generator: draws starts and batches; equal seeds give equal runs.
     """
-    raw, lengths = dataclasses.replace(unroll, objective="raw"), torch.full((num_runs,), horizon)
+    raw = dataclasses.replace(unroll, objective="raw")
+    lengths = torch.full((num_runs,), horizon)
     inner = raw.start(generator, lengths)
     _, record = raw.run(meta_params, inner, horizon, generator, lambda number: lengths[:number])
     losses = record.losses
-    return Score(
-        OBJECTIVES["log"](unroll.task, losses, losses[0]).mean(),
-        losses[-max(horizon // 10, 1) :].mean(),
-    )
+    last_tenth = losses[-max(horizon // 10, 1) :]
+    return ValidationLosses(OBJECTIVES["log"](unroll.task, losses, losses[0]).mean(), last_tenth.mean())

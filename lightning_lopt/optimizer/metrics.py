@@ -1,4 +1,4 @@
-"""What an optimizer's step did, in a few numbers: sums over the tensors that wait for no device."""
+"""Metrics of an optimizer's step, summed over its tensors without device synchronization."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from lightning_lopt.optimizer.sharding import whole
 
 
 class StepMetrics(NamedTuple):
-    """What one step did, over all tensors; tensors of no dims, on the parameters' device."""
+    """Metrics of one step, over all tensors; () each, on the parameters' device."""
 
     update_rms: Tensor  # root mean square of the change of the parameters
-    nominal_share: Tensor | None  # rms of the nominal term / sum of the terms' rms; None for rules without one
-    skipped: Tensor  # updates skipped by the safeguard since the start, over all tensors
+    nominal_share: Tensor | None  # rms of the nominal term / sum of the terms' rms; None for rules with one term
+    skipped: Tensor  # updates that the safeguard has skipped since the start, over all tensors
     fallback: Tensor | None = None  # 1 while the nominal term runs alone, else 0; None without safeguard="fallback"
 
 
@@ -25,10 +25,10 @@ class Totals:
     def __init__(self) -> None:
         self.count = 0
         self.change: Tensor | float = 0.0
-        self.terms: dict[str, Tensor | float] = {}
+        self.terms: dict[str, Tensor] = {}
 
     def add(self, change: Tensor, terms: dict[str, Tensor], counted: Tensor | int) -> None:
-        """Add one tensor: its change, and its update's terms where the step `counted`."""
+        """Add one tensor: its change, and the terms of its update unless the step was skipped (`counted` False)."""
         squares = {name: whole(term.square().sum()) for name, term in terms.items()}
         if isinstance(counted, Tensor):
             squares = {name: torch.where(counted, square, 0.0) for name, square in squares.items()}
@@ -41,14 +41,16 @@ class Totals:
         for name, term in terms.items():
             self.terms[name] = _plus(self.terms.get(name, 0.0), term)
 
-    def result(self, skipped: Tensor) -> StepMetrics:
-        """The measurements of the step, given each tensor's count of skipped updates."""
-        roots = {name: torch.as_tensor(total).sqrt() for name, total in self.terms.items()}
-        share = roots["nominal"] / sum(roots.values(), torch.tensor(1e-30)) if "nominal" in roots else None
-        rms = torch.as_tensor(self.change / max(self.count, 1)).sqrt()
-        return StepMetrics(rms, share, skipped.sum())
+    def result(self, skipped: Tensor, fallback: Tensor | None = None) -> StepMetrics:
+        """The metrics of the step, given each tensor's count of skipped updates, and whether the rule falls back."""
+        share = None
+        if "nominal" in self.terms and len(self.terms) > 1:
+            roots = {name: total.sqrt() for name, total in self.terms.items()}
+            share = roots["nominal"] / torch.stack(list(roots.values())).sum().clamp(min=1e-30)
+        change = self.change if isinstance(self.change, Tensor) else torch.zeros((), dtype=torch.float32, device="cpu")
+        return StepMetrics((change / max(self.count, 1)).sqrt(), share, skipped.sum(), fallback)
 
 
 def _plus(total: Tensor | float, term: Tensor) -> Tensor:
-    """A sum over tensors that may lie on several devices."""
+    """A sum over tensors that may be on several devices."""
     return total + (term.to(total.device) if isinstance(total, Tensor) else term)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_lopt import kernels
-from lightning_lopt.kernels.eager import star as eager_star
-from lightning_lopt.optimizer.metrics import StepMetrics, Totals
-from lightning_lopt.optimizer.trust_band import TrustBand
-from lightning_lopt.rules import STAR, UpdateRule
+from lightning_lopt.optimizer.metrics import StepMetrics
+from lightning_lopt.rules import UpdateRule
 
 
 class LossSource(Protocol):
@@ -23,38 +23,46 @@ class LossSource(Protocol):
     def reset(self) -> None: ...  # noqa: D102
 
 
+class StateLayout(NamedTuple):
+    """What a rule's state looks like for a tensor of one shape."""
+
+    state_class: Any  # the NamedTuple
+    shapes: dict[str, torch.Size]
+
+
 class Runtime:
     """What a RuleOptimizer keeps beside torch's own attributes, in one object.
 
-    Lightning wraps optimizers in an object through which reads fall through to ours but writes do not: mutable state
-    must sit in a container. Nothing in it belongs into a checkpoint.
+    Lightning and Fabric wrap optimizers in an object through which reads fall through to ours but writes do not:
+    mutable state must sit in a container. None of it belongs in a checkpoint.
     """
 
     def __init__(self) -> None:
+        self.num_steps: int | None = None
         self.steps = 0
-        self.num_tensors = 0  # that move in this step
         self.measure_next = False
-        self.totals: Totals | None = None
-        self.measurements: StepMetrics | None = None
+        self.metrics: StepMetrics | None = None
         self.loss_source: LossSource | None = None
-        self.names: dict[Tensor, str] = {}  # of parameters, for rules with needs_names
-        self.trust: TrustBand | None = None  # after this step's loss, with safeguard="fallback"
-        self._meta_params: dict[Any, tuple[Any, list[Tensor], dict[str, Tensor]]] = {}
+        self.names = WeakTensorKeyDictionary()  # of parameters, for rules with needs_names
+        self.constants: dict[Any, Any] = {}  # see `rules.constants`
+        self._meta_params: dict[Any, dict[str, Tensor]] = {}  # (device, dtype) -> copies
+        self._read: dict[str, Tensor] = {}  # the meta-parameters that these are copies of, as they were
+        self._layouts: dict[Any, StateLayout] = {}
         self._kernels: dict[str, kernels.Kernel | str] = {}
-        self._torch_kernel: kernels.Kernel | None = None
-        self._state_class: Any = None
+        self._eager_kernel: kernels.Kernel | None = None
 
     def name(self, param: Tensor, groups: Iterable[dict[str, Any]]) -> str:
         """A parameter's name: what was told, or that of a group that was made with names."""
         if param not in self.names:
             for group in (group for group in groups if "param_names" in group):
-                self.names.update(zip(group["params"], group["param_names"], strict=True))
+                for own, name in zip(group["params"], group["param_names"], strict=True):
+                    self.names[own] = name
         if param not in self.names:
             raise RuntimeError(
                 f"The rule chooses networks by name, and that of a parameter of shape {tuple(param.shape)} is unknown. "
                 "Make the optimizer from model.named_parameters(), or call set_names(model.named_parameters())."
             )
-        return self.names[param]
+        return cast(str, self.names[param])
 
     def kernel(self, rule: UpdateRule, device_type: str) -> kernels.Kernel | str:
         """The kernel for the rule's tensors on a type of device, or why there is none."""
@@ -62,26 +70,63 @@ class Runtime:
             self._kernels[device_type] = kernels.find(rule, device_type)
         return self._kernels[device_type]
 
-    def torch_kernel(self, rule: UpdateRule, param: Tensor) -> kernels.Kernel | None:
-        """Faster torch code than the rule's own, if there is any for a parameter."""
-        if param.device.type != "cpu" or not eager_star.supports(rule):
+    def eager_kernel(self, rule: UpdateRule, param: Tensor) -> kernels.Kernel | None:
+        """Faster eager code than the rule's own, if there is any for a parameter."""
+        if self._eager_kernel is None:
+            self._eager_kernel = kernels.find_fallback(rule, param.device.type)
+        if self._eager_kernel is None:
             return None
-        if self._torch_kernel is None:
-            self._torch_kernel = eager_star.TorchStar(cast(STAR, rule))
-        return None if self._torch_kernel.refuses(param) else self._torch_kernel
+        return None if self._eager_kernel.refuses(param) else self._eager_kernel
 
-    def state_class(self, rule: UpdateRule) -> Any:
-        """The NamedTuple type of the rule's state."""
-        if self._state_class is None:
-            self._state_class = type(rule.init_state(torch.zeros(1)))
-        return self._state_class
+    def layout(self, rule: UpdateRule, param: Tensor, dtype: torch.dtype) -> StateLayout:
+        """What the rule's state of a parameter looks like, in this dtype of the arithmetic."""
+        key = (param.shape, dtype)
+        if key not in self._layouts:
+            state = rule.init_state(torch.empty(param.shape, dtype=dtype, device="meta"))
+            self._layouts[key] = StateLayout(type(state), {name: t.shape for name, t in state._asdict().items()})
+        return self._layouts[key]
 
-    def meta_params(self, rule: UpdateRule, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The rule's meta-parameters on a device in a dtype; copied anew only after they have changed."""
-        params = rule.meta_params()
-        stamp = tuple((p.data_ptr(), p._version) for p in params.values())
+    def read_meta_params(self, rule: UpdateRule) -> None:
+        """Look, once a step, whether the meta-parameters have changed, and forget what was made of the old ones.
+
+        Rules lie on the CPU as a rule, where their few numbers are compared: versions do not tell of a change through
+        `.data`, and tensors that were made in inference mode have none. Elsewhere a comparison would wait for the
+        device, so that they are taken anew at each step.
+        """
+        now = rule.meta_params()
+        same = now.keys() == self._read.keys() and all(_is_same(p, self._read[name]) for name, p in now.items())
+        if not same:
+            self._meta_params.clear()
+            self.constants.clear()
+            self._read = {name: p.detach().clone() for name, p in now.items()}
+
+    def meta_params(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The meta-parameters on a device in a dtype; the same object until they change."""
         key = (device, dtype)
-        if key not in self._meta_params or self._meta_params[key][0] != stamp:
-            sources = [p.detach() for p in params.values()]  # held, so that their addresses are not used again
-            self._meta_params[key] = stamp, sources, {k: v.detach().to(device, dtype) for k, v in params.items()}
-        return self._meta_params[key][2]
+        if key not in self._meta_params:
+            with torch.inference_mode(False):
+                self._meta_params[key] = {name: p.to(device, dtype, copy=True) for name, p in self._read.items()}
+        return self._meta_params[key]
+
+
+def checked_num_steps(num_steps: Any) -> int | None:
+    """A run's length as an int, or None for unknown; a ValueError for anything else."""
+    if num_steps is None:
+        return None
+    is_whole = isinstance(num_steps, float) and num_steps.is_integer()
+    try:
+        number = int(num_steps) if is_whole else operator.index(num_steps)
+    except TypeError:
+        number = 0
+    if number < 1 or isinstance(num_steps, bool):
+        raise ValueError(
+            f"num_steps={num_steps!r} is not allowed: it must be the number of optimizer steps of the run, an integer "
+            ">= 1, or None if it is unknown."
+        )
+    return number
+
+
+def _is_same(param: Tensor, before: Tensor) -> bool:
+    if param.device.type != "cpu" or param.dtype != before.dtype or param.shape != before.shape:
+        return False
+    return torch.equal(param.detach(), before)

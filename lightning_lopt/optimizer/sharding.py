@@ -1,7 +1,7 @@
-"""Sharded parameters (DTensor): moved shard by shard, with what all tensors ask of each other's shards in one message.
+"""Sharded parameters (DTensor): each process moves its shards, and all tensors' sums travel in one message.
 
-Rules that cannot be given a shard (`UpdateRule.takes_shards`), and layouts that are no plain Shard and Replicate, go by
-DTensor's own operations instead: the same numbers, with a message for every mean of every tensor.
+Rules that cannot take a shard (`UpdateRule.takes_shards`), and layouts other than Shard and Replicate, use DTensor's
+own operations: the same numbers, with a message for every mean of every tensor.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_lopt.rules.shards import TensorShard, Unknown, dtensor
-from lightning_lopt.rules.shards import whole as whole  # for those who know shards by this module alone
+from lightning_lopt.rules.shards import whole as whole  # re-exported
 
 Result = TypeVar("Result")
 
@@ -26,9 +26,9 @@ class DTensorShard(TensorShard):
     Args:
         shape: of the whole tensor.
         start: where the shard begins, per dim.
-        local: its shape.
+        local: the shard's shape.
         split: the dims that are sharded.
-        groups: the process groups over which the shards lie, one per dim of the mesh that shards.
+        groups: the process groups that hold the other shards, one per sharding dim of the mesh.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class DTensorShard(TensorShard):
 
 
 def shard_of(param: Any) -> DTensorShard | None:
-    """Which shard of a DTensor this process holds; None for plain tensors and for other layouts than these."""
+    """The shard of a DTensor that this process holds; None for plain tensors and unsupported layouts."""
     if not hasattr(param, "placements"):
         return None
     plain = (dtensor().Shard, dtensor().Replicate)
@@ -64,7 +64,7 @@ def shard_of(param: Any) -> DTensorShard | None:
 
 
 def local_of(tensor: Any, like: Any = None) -> Tensor:
-    """This process's shard of a DTensor, laid out as `like` if that is given; any other tensor as it is."""
+    """This process's shard of a DTensor, redistributed like `like` if given; a plain tensor as it is."""
     if not hasattr(tensor, "placements"):
         return tensor  # type: ignore[no-any-return]
     if like is not None and tensor.placements != like.placements:
@@ -74,7 +74,7 @@ def local_of(tensor: Any, like: Any = None) -> Tensor:
 
 
 def with_local(tensor: Any, local: Tensor) -> Tensor:
-    """A DTensor laid out as `tensor` is, of these shards; of a plain tensor the new one."""
+    """A DTensor of these shards with the layout of `tensor`; `local` itself if `tensor` is a plain one."""
     if not hasattr(tensor, "placements"):
         return local
     layout = {"shape": tensor.shape, "stride": tensor.stride(), "run_check": False}
@@ -83,7 +83,7 @@ def with_local(tensor: Any, local: Tensor) -> Tensor:
 
 
 def together(attempts: Sequence[tuple[DTensorShard, Callable[[], Result]]]) -> list[Result]:
-    """Call functions that ask for sums over all shards of a tensor, each until it knows them; see `rules.shards`."""
+    """Call functions that need sums over all shards, again and again until all have them; see `rules.shards`."""
     results: dict[int, Result] = {}
     while len(results) < len(attempts):
         asked = {}
@@ -94,29 +94,29 @@ def together(attempts: Sequence[tuple[DTensorShard, Callable[[], Result]]]) -> l
                     results[number] = attempt()
                 except Unknown as unknown:
                     asked[number] = unknown.sums
-        for number, sums in zip(asked, added_up([(attempts[n][0], s) for n, s in asked.items()]), strict=True):
+        for number, sums in zip(asked, sums_over_shards([(attempts[n][0], s) for n, s in asked.items()]), strict=True):
             attempts[number][0].known.append(sums)
     return [results[number] for number in range(len(attempts))]
 
 
-def added_up(shares: Sequence[tuple[DTensorShard, Sequence[Tensor]]]) -> list[list[Tensor]]:
-    """Sums over all shards, of all tensors in one message; one more for each further mesh and device."""
+def sums_over_shards(contributions: Sequence[tuple[DTensorShard, Sequence[Tensor]]]) -> list[list[Tensor]]:
+    """Sums over all shards: one message for all tensors of a mesh and device."""
     messages: dict[Any, list[int]] = {}
-    for number, (shard, sums) in enumerate(shares):
+    for number, (shard, sums) in enumerate(contributions):
         messages.setdefault((tuple(map(id, shard.groups)), sums[0].device), []).append(number)
     results: dict[int, list[Tensor]] = {}
     for members in messages.values():
-        flat = torch.cat([tensor.reshape(-1) for number in members for tensor in shares[number][1]])
-        for group in shares[members[0]][0].groups:
+        flat = torch.cat([tensor.reshape(-1) for number in members for tensor in contributions[number][1]])
+        for group in contributions[members[0]][0].groups:
             torch.distributed.all_reduce(flat, group=group)
-        pieces = iter(torch.split(flat, [tensor.numel() for number in members for tensor in shares[number][1]]))
+        pieces = iter(torch.split(flat, [tensor.numel() for number in members for tensor in contributions[number][1]]))
         for number in members:
-            results[number] = [next(pieces).view_as(tensor).to(tensor.dtype) for tensor in shares[number][1]]
-    return [results[number] for number in range(len(shares))]
+            results[number] = [next(pieces).view_as(tensor).to(tensor.dtype) for tensor in contributions[number][1]]
+    return [results[number] for number in range(len(contributions))]
 
 
 def tensor_scope(param: Tensor) -> AbstractContextManager[None]:
-    """Where a sharded parameter (DTensor) may meet plain tensors, which are the same on all ranks."""
+    """A context in which a DTensor may be combined with plain tensors, which are the same on all ranks."""
     if type(param) in (Tensor, torch.nn.Parameter):
         return nullcontext()
     experimental = importlib.import_module(f"{dtensor().__name__}.experimental")
@@ -125,10 +125,10 @@ def tensor_scope(param: Tensor) -> AbstractContextManager[None]:
 
 
 def placed_like(param: Any, tensor: Any, *, everywhere: bool = False) -> Any:
-    """Lay a sharded tensor out like its parameter, where its last dims are the parameter's; on every rank where not.
+    """Shard a state tensor like its parameter if its last dims are the parameter's; else replicate it.
 
-    So each state tensor has one layout from the start, and a resumed run adds in the same order as one that was not
-    stopped. `everywhere` if the last dims are not the parameter's, even where they are as large.
+    So each state tensor keeps one layout from the start, and a resumed run adds in the same order as one that was not
+    interrupted. `everywhere`: replicate it, because its last dims are not the parameter's although they have its sizes.
     """
     if not hasattr(param, "placements") or not hasattr(tensor, "placements"):
         return tensor
@@ -140,7 +140,7 @@ def placed_like(param: Any, tensor: Any, *, everywhere: bool = False) -> Any:
 
 
 def placed_as(other: Any, tensor: Any) -> Any:
-    """Lay a sharded tensor out as another of its shape is."""
+    """Redistribute a sharded tensor like another of its shape."""
     if not hasattr(tensor, "placements") or not hasattr(other, "placements"):
         return tensor
     return tensor.redistribute(other.device_mesh, other.placements)

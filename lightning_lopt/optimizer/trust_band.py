@@ -1,16 +1,16 @@
-"""The trust band of safeguard="fallback": when a rule is no longer followed, and when again.
+"""The trust band of safeguard="fallback": when the nominal term takes over from a rule, and when the rule returns.
 
-A learned rule can go wrong with finite numbers. Its nominal term alone, a hand-designed optimizer, then goes on until
-the loss is back (safeguarded learned optimization: Heaton et al. 2023, arXiv 2003.01880, and Premont-Schwarz et al.
-2022, arXiv 2201.12426, switch by other tests). The band needs no scale of the loss:
+A learned rule can fail with finite numbers. Its nominal term alone, a hand-designed optimizer, then continues until the
+loss has recovered. (Other safeguarded learned optimizers, Heaton et al. 2023, arXiv 2003.01880, and Premont-Schwarz et
+al. 2022, arXiv 2201.12426, use other tests.) The band does not depend on the scale of the loss:
 
     smooth <- smooth + (loss - smooth) / 10               the smoothed loss
-    noise  <- noise + (|loss - smooth| - noise) / 10      how far losses lie from it, learned inside the band alone
-    bound  =  best + (start - best) / 10 + 6 noise        best: the lowest smoothed loss, start: the first
+    noise  <- noise + (|loss - smooth| - noise) / 10      the distance of losses from it; updated inside the band only
+    bound  =  best + (start - best) / 10 + 6 noise        best: the lowest smoothed loss; start: the first loss
 
-A loss above `bound`, or one that is not finite, is outside: more than a tenth of what was gained is lost, beyond noise.
-After `PATIENCE` losses in a row outside the nominal term takes over, after as many in a row inside the rule returns.
-The first `PATIENCE` losses only teach the band, so that a handover comes at step 2 `PATIENCE` at the earliest.
+A loss above `bound`, or one that is not finite, is outside: more than a tenth of the progress is lost, beyond noise.
+After `PATIENCE` losses in a row outside, the nominal term takes over; after as many in a row inside, the rule returns.
+The first `PATIENCE` losses only set up the band, so a handover comes at step 2 `PATIENCE` at the earliest.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ LOST_SHARE = 0.1
 
 
 class TrustBand(NamedTuple):
-    """What is remembered of the losses; () each."""
+    """Statistics of the losses; () each."""
 
-    seen: Tensor  # losses
+    seen: Tensor  # number of losses
     start: Tensor
     smooth: Tensor
     best: Tensor
@@ -41,20 +41,20 @@ class TrustBand(NamedTuple):
 
     @classmethod
     def new(cls) -> TrustBand:
-        """Nothing seen yet."""
-        return cls(*torch.zeros(len(cls._fields)))
+        """The band before the first loss."""
+        return cls(*torch.zeros(len(cls._fields), dtype=torch.float32, device="cpu"))
 
     @classmethod
     def unpacked(cls, packed: Tensor) -> TrustBand:
-        """What `packed` gave."""
+        """The inverse of `packed`."""
         return cls(*packed.to(torch.float32))
 
     def packed(self) -> Tensor:
-        """All of it as one tensor, to be kept as state."""
+        """All of it as one tensor, to be saved as state."""
         return torch.stack(self)
 
     def observe(self, loss: Tensor) -> TrustBand:
-        """Look at a step's loss, before the step is taken; waits for no device.
+        """The band after a step's loss, before the step is taken; without device synchronization.
 
         Example:
             >>> trust = TrustBand.new()
@@ -66,7 +66,7 @@ class TrustBand(NamedTuple):
         loss = loss.to(torch.float32)
         seen, start, smooth, best, noise, outside, inside, fallback, handovers = (t.to(loss.device) for t in self)
         first, finite, learning = seen == 0, loss.isfinite(), seen < PATIENCE
-        # A rounding error must not be the end of trust where the loss does not move at all.
+        # A rounding error must not end trust where the loss does not move at all.
         bound = best + LOST_SHARE * (start - best) + NOISE_WIDTH * noise + 1e-6 * best.abs()
         is_inside = finite & (learning | (loss <= bound))
         start = torch.where(first & finite, loss, start)

@@ -1,4 +1,4 @@
-"""Update rules: the maths of every optimizer of this package, in torch alone."""
+"""Update rules: the math of all optimizers of this package, in torch alone."""
 
 from lightning_lopt.rules import dmd
 from lightning_lopt.rules.base import (

@@ -1,8 +1,7 @@
-"""The update rule: what every optimizer of this package is, learned or hand-designed.
+"""UpdateRule: the interface of all optimizers of this package, learned or hand-designed.
 
-An `UpdateRule` is an `nn.Module` whose parameters are the meta-parameters. Its maths is a pure function, so that the
-very same code runs under `torch.func.vmap` and autograd in meta-training, in place behind `RuleOptimizer`, and in the
-analysis.
+An `UpdateRule` is an `nn.Module` whose parameters are the meta-parameters. Its math is a pure function, so the same
+code runs under `torch.func.vmap` and autograd in meta-training, in place behind `RuleOptimizer`, and in the analysis.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ from lightning_lopt.rules.shards import TensorShard
 
 
 class StepContext(NamedTuple):
-    """What a rule knows of a step beside one tensor's gradient, state and value."""
+    """What a rule knows about a step besides one tensor's gradient, state and value."""
 
-    step: Tensor  # () updates of this tensor made before this one, 0 at the first
+    step: Tensor  # () updates of this tensor before this one, 0 at the first; in the dtype of the arithmetic
     loss: Tensor | None = None  # () the step's training loss; given to rules with needs_loss
-    num_steps: Tensor | int | None = None  # the run's length in optimizer steps, where known; () if a tensor
-    shared: Any = None  # what the rule's `share` made of all tensors; None for rules without needs_shared_context
-    num_tensors: int | None = None  # how many tensors move in this step, where known
-    shard: TensorShard | None = None  # which shard of the tensor gradient, state and value are; None for all of it
-    in_place: bool = False  # the state's tensors may be overwritten: nobody will need what they hold now
-    name: str | None = None  # of the tensor, where known; always for rules with needs_names
+    num_steps: Tensor | int | None = None  # the run's length in optimizer steps, None if unknown; () if a tensor
+    shared: Any = None  # what the rule's `shared_context` returned; None for rules without needs_shared_context
+    num_tensors: int | None = None  # how many tensors the net trains, where known; the same at each step of a tensor
+    shard: TensorShard | None = None  # the shard that gradient, state and value cover; None for the whole tensor
+    in_place: bool = False  # the state's tensors may be overwritten: their old values are not needed
+    name: str | None = None  # of the tensor, None if unknown; always given to rules with needs_names
 
 
 ConfigType = TypeVar("ConfigType", bound="RuleConfig")
@@ -44,14 +43,14 @@ class Source(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RuleConfig:
-    """Base of the rules' frozen, self-validating, JSON-serialisable configurations."""
+    """Base of the rules' configurations: frozen, self-validating, JSON-serializable."""
 
     @classmethod
     def from_dict(cls: type[ConfigType], values: Mapping[str, Any]) -> ConfigType:
         """Build and validate a configuration; lists (as JSON has them) become tuples.
 
         Raises:
-            ValueError: for a name that the configuration does not have, or a value that it does not allow.
+            ValueError: for an unknown name, or a value that is not allowed.
         """
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
@@ -91,7 +90,7 @@ class RuleConfig:
 
 
 def _is_finite(value: object) -> bool:
-    # An int beyond the floats is as useless as inf; bool is an int to Python, not to us.
+    # An int beyond the floats counts as infinite. bool is an int to Python, but not here.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
@@ -106,8 +105,8 @@ class UpdateRule(nn.Module):
     needs_loss: bool = False
     needs_shared_context: bool = False
     needs_names: bool = False
-    takes_shards: bool = False  # `update` takes each coordinate alone, or asks `shards.means` for the rest
-    whole_state: frozenset[str] = frozenset()  # fields of the state that every process has all of, whatever its shard
+    takes_shards: bool = False  # `update` is coordinatewise, except for what it asks of `shards.means`
+    whole_state: frozenset[str] = frozenset()  # fields of the state that are not sharded
     kind: str
     config: RuleConfig
     source: Source | None = None
@@ -150,9 +149,9 @@ class UpdateRule(nn.Module):
         *,
         in_place: bool = False,
     ) -> tuple[Any, dict[str, Any]]:
-        """What the updates of one step have in common, computed once from all tensors that move; a pure function too.
+        """What the updates of one step have in common, computed from all tensors that move; a pure function, too.
 
-        It is called before the updates, for rules with `needs_shared_context` alone. It has no state of its own: all
+        It is called before the updates, only for rules with `needs_shared_context`. It has no state of its own: all
         state belongs to a tensor, and is saved, moved and dropped with it.
 
         Args:
@@ -161,25 +160,25 @@ class UpdateRule(nn.Module):
             states: key -> its state, as for `update`.
             params: key -> its value.
             context: of the step; its `step` is that of the tensor with the most updates.
-            in_place: buffers of `states` may be overwritten, as long as the same step can be taken again from what is
-                left of `states`: the safeguard then goes back to them.
+            in_place: buffers of `states` may be overwritten, as long as `states` still allows taking the same step
+                again: the safeguard may go back to them.
 
         Returns:
-            (shared, states): `update` gets the first as `context.shared`, and each tensor's new state.
+            (shared, states): `update` gets the former as `context.shared`, and starts from each tensor's new state.
         """
         return None, dict(states)
 
     def check_params(self, params: Iterable[Tensor]) -> None:
-        """Refuse, by a ValueError, parameters that the rule cannot train together. Asked when an optimizer is made."""
+        """Raise a ValueError for parameters that the rule cannot train together. Called when an optimizer is made."""
 
     def terms(
         self, meta_params: Mapping[str, Tensor], grad: Tensor, state: Any, param: Tensor, context: StepContext
     ) -> dict[str, Tensor]:
-        """The additive parts of this step's delta by name, for logs and analysis; one unless a rule has several."""
+        """The terms of this step's delta by name, for metrics and analysis; a single one unless a rule has several."""
         return {"blackbox": self.update(meta_params, grad, state, param, context)[0]}
 
     def meta_params(self) -> dict[str, Tensor]:
-        """The meta-parameters by name, to be passed to `update`."""
+        """The meta-parameters by name, as `update` takes them."""
         return dict(self.named_parameters())
 
     def num_meta_params(self) -> int:
@@ -193,7 +192,7 @@ class UpdateRule(nn.Module):
 
 
 class Kind(NamedTuple):
-    """An entry of the registry: the class, and where its defaults differ from the class's own."""
+    """An entry of the registry: a class, and the defaults in which the kind differs from it."""
 
     rule: type[UpdateRule]
     defaults: dict[str, Any]
@@ -212,7 +211,7 @@ def register(kind: str, rule: type[UpdateRule], **defaults: Any) -> None:
         defaults: config values in which this kind differs from the class's defaults.
 
     Raises:
-        ValueError: for a name that is no identifier, or is taken by another class.
+        ValueError: for a name that is not an identifier, or that another class has.
     """
     if not kind.isidentifier():
         raise ValueError(f"kind={kind!r} is not allowed: use letters, digits and underscores.")
@@ -239,12 +238,12 @@ def make(kind: str, **config: Any) -> UpdateRule:
     """
     if kind not in REGISTRY:
         raise ValueError(
-            f"Unknown kind {kind!r}; known are {sorted(REGISTRY)}. A rule of your own: rules.register first."
+            f"Unknown kind {kind!r}; known are {sorted(REGISTRY)}. Register a rule of your own by rules.register first."
         )
     rule, defaults = REGISTRY[kind]
     return rule(rule.Config.from_dict({**defaults, **config}), kind=kind)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of state and arithmetic for a parameter: float32 at least, whatever the parameter's own dtype."""
+    """The dtype of a parameter's state and arithmetic: at least float32."""
     return torch.promote_types(dtype, torch.float32)

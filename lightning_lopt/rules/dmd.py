@@ -6,18 +6,18 @@ are those of
 
     U^T Y V S^-1                                                                        (their eq. 6, at rank R)
 
-Nothing here needs the n x m decomposition. By the method of snapshots all follows from the inner products of snapshots,
-their Gram matrix G of m + 1 rows: it holds X^T X = V S^2 V^T and X^T Y, and U^T Y V S^-1 = S^-1 V^T (X^T Y) V S^-1. A
-new snapshot changes one row and one column of G, each a fresh inner product, so that nothing drifts; and inner products
-are sums over coordinates, so that G is a sum over tensors and over shards.
+Nothing here needs the n x m decomposition. By the method of snapshots, everything follows from the inner products of
+the snapshots, their Gram matrix G with m + 1 rows: it contains X^T X = V S^2 V^T and X^T Y, and U^T Y V S^-1 =
+S^-1 V^T (X^T Y) V S^-1. A new snapshot changes one row and one column of G, with new inner products, so nothing drifts.
+Inner products are sums over coordinates, so G is a sum over tensors and shards.
 
-Decisions where the paper is silent: eigenvalues are sorted by (modulus, imaginary shard, real shard), falling; where X
-has fewer than R directions, or anything is not finite, the rest is 0; no gradient flows through any of it, since the
-derivatives of eigenvalues do not exist where two meet. Sums run in float64 (for R = 1, which rounding hardly touches,
-in blocks of the parameters' own dtype), and so does the small problem.
+Where the paper is silent: eigenvalues are sorted by descending (modulus, imaginary part, real part); where X has fewer
+than R directions, or anything is not finite, the rest is 0; no gradient flows through any of it, since the derivatives
+of eigenvalues do not exist where two of them meet. Sums run in float64 (for R = 1, which is insensitive to rounding, in
+blocks of the parameters' own dtype), as does the small eigenvalue problem.
 
-The sketch is for large nets, and only for R = 1: of 6,370 coordinates 1,024 numbers leave an error of 1e-4 to 2e-3 in
-one raw eigenvalue, a tenth to a quarter of its own movement, and directions beyond the first are lost in it.
+The sketch is for large nets, and only for R = 1: 1,024 numbers for 6,370 coordinates leave an error of 1e-4 to 2e-3 in
+a raw eigenvalue, a tenth to a quarter of how much it moves, and lose the directions beyond the first.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lightning_lopt.rules import features as feats
+from lightning_lopt.rules.constants import constant
 from lightning_lopt.rules.shards import dtensor, whole
 
 METHODS = ("gram", "svd", "sketch")
 SNAPSHOTS = ("raw", "increments", "shifted")
 SKETCH_SIZE = 1024
 
-# Directions whose squared singular value, relative to the largest, is below this are rounding errors: of a Gram matrix
-# in float64, and of a singular value decomposition in float64.
+# Directions whose squared singular value, relative to the largest, is below this are rounding errors: for a Gram matrix
+# in float64, and for a singular value decomposition in float64.
 _GRAM_NOISE, _SVD_NOISE = 1e-13, 1e-26
 
 
@@ -48,9 +49,9 @@ def eigenvalues(snapshots: Tensor, rank: int, *, method: str = "gram") -> Tensor
     Args:
         snapshots: (n, m + 1) real, columns oldest first.
         rank: R, at most m.
-        method: "gram" exact, from inner products, and one more projection that makes its error that of "svd"; "svd" the
-            definition, for reference; "sketch" approximate, from 1,024 random combinations of the coordinates if there
-            are more.
+        method: "gram", exact, from inner products, with a projection that makes it as accurate as "svd"; "svd", the
+            definition, for reference; "sketch", approximate, from 1,024 random combinations of the coordinates if
+            there are more.
 
     Raises:
         ValueError: for snapshots of another shape, a rank out of range or an unknown method.
@@ -88,24 +89,25 @@ def eigenvalues_from_gram(gram: Tensor, rank: int) -> Tensor:
 
 
 def features(values: Tensor, scale: float = 0.0) -> Tensor:
-    """Eigenvalues as real inputs of a network: the real part for one, (real, |imaginary|) of each for more.
+    """Eigenvalues as real inputs of a network: the real part of a single one, else (real, |imaginary|) of each.
 
     Args:
         values: (R,) complex.
-        scale: s > 0 gives s (value - 1) instead, which keeps values near 1 apart; what is 0 (padding) stays 0.
+        scale: s > 0 gives s (value - 1) instead, which separates values near 1; 0 (padding) stays 0.
     """
     parts = torch.stack([values.real, values.imag.abs()], dim=-1)
     if scale:
-        parts = torch.where((values != 0).unsqueeze(-1), scale * (parts - torch.tensor([1.0, 0.0]).to(parts)), 0.0)
+        one = constant((1.0, 0.0), parts.dtype, parts.device)
+        parts = torch.where((values != 0).unsqueeze(-1), scale * (parts - one), 0.0)
     return parts[:, 0] if len(values) == 1 else parts.flatten()
 
 
 class Window(NamedTuple):
     """The last m + 1 values of one tensor: k = m + 1 rows of raw snapshots, or k = m rows of increments."""
 
-    snapshots: Tensor  # (k, *shape) ring buffer; (k, sketch_size) if sketched
+    snapshots: Tensor  # (k, *shape) ring buffer; (k, sketch_size) with a sketch
     last: Tensor  # (*shape) the last value, or its sketch, to subtract from the next; (0,) for raw snapshots
-    gram: Tensor  # (2, k, k) inner products, oldest first: as float64 in two parts, whose sum they are
+    gram: Tensor  # (2, k, k) inner products, oldest first, each as a sum of two numbers for precision
     losses: Tensor  # (m + 1,) oldest first; (0,) without the loss
     signs: Tensor  # (n,) int8 of the sketch; (0,) without one
     seen: Tensor  # () int64 values so far
@@ -115,24 +117,24 @@ class Window(NamedTuple):
 class OnlineDMD:
     """The eigenvalues of the last m + 1 values of a set of tensors, from one matrix-vector product per tensor and step.
 
-    Pure: a `Window` per tensor goes in, another comes out, also under `torch.func.vmap`. Memory is m + 1 copies of the
-    tensors, 44 to 404 bytes per float32 parameter for m = 10 to 100; the method "sketch" keeps (m + 1) `sketch_size`
-    numbers of each tensor and a byte per parameter. Sharded tensors (DTensor) keep their snapshots sharded; for a
-    sketch they are gathered one after the other.
+    A pure function of one `Window` per tensor, also under `torch.func.vmap`. Memory: m + 1 copies of the tensors, 44 to
+    404 bytes per float32 parameter for m = 10 to 100; the method "sketch" keeps (m + 1) `sketch_size` numbers per
+    tensor and a byte per parameter. Snapshots of sharded tensors (DTensor) are sharded; for a sketch, tensors are
+    gathered one at a time.
     """
 
     rank: int = 1
-    """R: eigenvalues."""
+    """R: number of eigenvalues."""
     num_snapshots: int = 100
-    """m: a window has m + 1 values; there are no eigenvalues before it is full."""
+    """m: a window has m + 1 values; eigenvalues are 0 until it is full."""
     snapshots: str = "raw"
     """"raw" values; their m "increments"; or "shifted": their differences from the oldest of the window."""
     method: str = "gram"
-    """"gram", "sketch", or "svd", for reference: a decomposition of all snapshots at each step."""
+    """"gram", "sketch", or for reference "svd", which decomposes all snapshots at each step."""
     sketch_size: int = SKETCH_SIZE
-    """Numbers that are kept of a larger tensor with the method "sketch"."""
+    """Size of the snapshots of a larger tensor with the method "sketch"."""
     loss_scale: float = 0.0
-    """The loss times this is one more coordinate of a snapshot; 0 leaves it out."""
+    """The loss times this is another coordinate of a snapshot; 0 leaves it out."""
 
     def init(self, param: Tensor) -> Window:
         """An empty window in the dtype and on the device of `param`."""
@@ -147,7 +149,7 @@ class OnlineDMD:
         return Window(buffer, last, none.new_zeros((2, rows, rows)), losses, signs, seen)
 
     def num_bytes(self, param: Tensor) -> int:
-        """What the snapshots of a tensor take on this device."""
+        """Bytes that the snapshots of a tensor take on this device."""
         rows, size = self.num_snapshots + 1, torch.finfo(torch.promote_types(param.dtype, torch.float32)).bits // 8
         if self._sketches(param):
             return rows * self.sketch_size * size + param.numel()
@@ -165,14 +167,14 @@ class OnlineDMD:
 
         Args:
             windows: one per tensor.
-            values: of the shape and dtype that the windows were made for.
-            loss: () at these values; needed if `loss_scale`.
-            in_place: write into the ring buffers of `windows` instead of copying them. All else is new, so that the
+            values: of the shapes and dtypes that the windows were made for.
+            loss: () at these values; needed if `loss_scale` is not 0.
+            in_place: write into the ring buffers of `windows` instead of copying them. Everything else is new, so the
                 same values can be pushed to `windows` again.
         """
         if self.loss_scale and loss is None:
-            raise ValueError(f"loss_scale={self.loss_scale} puts the loss into the snapshots, and there is none.")
-        # What is small is stacked: a step is then a few operations per tensor, and not some thirty.
+            raise ValueError(f"loss_scale={self.loss_scale} puts the loss into the snapshots: pass a loss.")
+        # Small tensors are stacked: a few operations per tensor instead of some thirty.
         device = windows[0].gram.device
         seen = torch.stack([window.seen.to(device) for window in windows])
         age = torch.arange(windows[0].gram.shape[-1], device=device)
@@ -195,7 +197,7 @@ class OnlineDMD:
         ]
 
     def eigenvalues(self, windows: Sequence[Window]) -> Tensor:
-        """Of all windows together: complex128 (rank,). Windows that are not full are left out; zeros if none is."""
+        """Eigenvalues of all full windows together: complex128 (rank,); zeros if no window is full."""
         device = windows[0].gram.device
         full = torch.stack([window.seen.to(device) for window in windows]) > self.num_snapshots
         if self.method == "svd":
@@ -204,7 +206,7 @@ class OnlineDMD:
             return eigenvalues(torch.cat(points), self.rank, method="svd")
         grams = torch.stack([window.gram.to(device) for window in windows]).double().sum(1)
         gram = torch.where(full[:, None, None], grams, 0.0).sum(0)
-        if self.snapshots == "shifted":  # a difference from the oldest is a sum of increments
+        if self.snapshots == "shifted":  # a difference from the oldest value is a sum of increments
             gram = pad(gram.cumsum(0).cumsum(1), (1, 0, 1, 0))
         if self.loss_scale:
             loss_rows = self._loss_rows(full, windows)
@@ -212,10 +214,10 @@ class OnlineDMD:
         return eigenvalues_from_gram(gram, self.rank)
 
     def _row(self, window: Window, value: Tensor) -> tuple[Tensor, Tensor]:
-        """What is kept of a value, and what the next one is compared with."""
+        """The snapshot of a value, and the value to subtract from the next one."""
         if self._sketches(value):
             value = sketch(whole(value).reshape(-1), window.signs, self.sketch_size)
-        # A copy: `value` may be a parameter itself, which is about to move.
+        # A copy: `value` may be a parameter, which is about to move.
         return (value, window.last) if self.snapshots == "raw" else (value - window.last, value.clone())
 
     def _sketches(self, param: Tensor) -> bool:
@@ -231,7 +233,7 @@ class OnlineDMD:
     def _loss_rows(self, full: Tensor, windows: Sequence[Window]) -> Tensor:
         """(len(windows), columns) float64: rows whose Gram matrix is that of the loss, averaged over the full windows.
 
-        Tensors have seen the same losses, unless one did not move in some step: they count once, not once per tensor.
+        Unless a tensor skipped a step, all tensors have seen the same losses, which must count once, not per tensor.
         """
         rows = torch.stack([window.losses.to(full.device).double() for window in windows])
         weights = full.double()
@@ -242,13 +244,13 @@ class OnlineDMD:
 
 
 def inner_products(rows: Tensor, value: Tensor, *, precise: bool = True) -> Tensor:
-    """Of each row (k, *shape) with a tensor (*shape): (k,) float64.
+    """Inner products of each row (k, *shape) with a tensor (*shape): (k,) float64.
 
     Args:
         rows: may be sharded (DTensor), as `value` is.
         value: of the rows' dtype.
-        precise: multiply in float64. Else in the dtype of the rows, and sum blocks in float64; at a million float32
-            numbers that leaves an error of 1e-7 in the eigenvalue of R = 1, where one long sum leaves 5e-6.
+        precise: multiply in float64. Else multiply in the dtype of the rows, and sum blocks in float64; for a million
+            float32 numbers the error of the eigenvalue (R = 1) is then 1e-7, with one long sum 5e-6.
     """
     return _summed_over_shards([_own_products(rows, value, precise=precise)], [rows])[0]
 
@@ -257,23 +259,23 @@ def _own_products(rows: Tensor, value: Tensor, *, precise: bool) -> Tensor:
     """The inner products of this process's shards."""
     vector = _local(value).reshape(-1)
     matrix = _local(rows).reshape(len(rows), vector.numel())
-    # On a CPU, blocks that stay in the cache while they are converted; elsewhere as few as memory allows.
+    # On a CPU, blocks that fit the cache while they are converted; elsewhere as few blocks as memory allows.
     block = 2**15 if precise else 2**18
     block = block if matrix.device.type == "cpu" else max(block, 2**24 // len(matrix))
     blocks = [(matrix, vector)]
-    if vector.numel() > block:  # of small tensors the splitting takes longer than the products
+    if vector.numel() > block:  # splitting a small tensor takes longer than the products
         blocks = list(zip(torch.split(matrix, block, dim=1), torch.split(vector, block), strict=True))
     products = [a.double() @ b.double() if precise else _product(a, b).double() for a, b in blocks]
     return sum(products[1:], products[0])
 
 
 def _product(matrix: Tensor, vector: Tensor) -> Tensor:
-    """Matrix times vector, outside a CPU as a sum, which TF32 does not touch."""
+    """Matrix times vector; on accelerators as a sum, which does not use TF32."""
     return matrix @ vector if matrix.device.type == "cpu" else (matrix * vector).sum(1)
 
 
 def sketch(points: Tensor, signs: Tensor, size: int) -> Tensor:
-    """A random linear map (n, *rest) -> (size, *rest) that keeps inner products up to noise of size sqrt(2 / size).
+    """A random linear map (n, *rest) -> (size, *rest) that preserves inner products up to noise of size sqrt(2 / size).
 
     Coordinate i is added to number i mod size with a random sign: a count sketch (Charikar et al. 2002), two operations
     per coordinate.
@@ -285,7 +287,7 @@ def sketch(points: Tensor, signs: Tensor, size: int) -> Tensor:
 
 
 def _signs(number: int, device: torch.device) -> Tensor:
-    """(number,) int8 of +-1, always the same: the last bit of a hash of the index, without a random generator."""
+    """(number,) int8 of +-1, always the same: the last bit of a hash of the index."""
     mixed = torch.arange(number, device=device)
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):  # "lowbias32", C. Wellons' hash of 32 bits
         mixed = ((mixed ^ (mixed >> shift)) * factor) & 0xFFFFFFFF
@@ -295,7 +297,7 @@ def _signs(number: int, device: torch.device) -> Tensor:
 def _write(buffer: Tensor, slot: Tensor, row: Tensor, in_place: bool) -> Tensor:
     if in_place:
         local, new = _local(buffer), _local(row)
-        if slot.device.type == "cpu":  # no wait for a device, and a third of the time of an indexed copy
+        if slot.device.type == "cpu":  # no device to wait for, and three times as fast as an indexed copy
             local[int(slot)].copy_(new)
         else:
             local.index_copy_(0, slot.reshape(1), new.unsqueeze(0))
@@ -305,7 +307,7 @@ def _write(buffer: Tensor, slot: Tensor, row: Tensor, in_place: bool) -> Tensor:
 
 
 def _shifted(grams: Tensor, newest: Tensor) -> Tensor:
-    """Gram matrices (tensors, 2, k, k) without their oldest snapshot, with the products (tensors, k) of the newest."""
+    """Gram matrices (tensors, 2, k, k) without the oldest snapshot, with products (tensors, k) of the newest."""
     high = newest.to(grams.dtype)
     parts = torch.stack([high, (newest - high.double()).to(high.dtype)], dim=1).unsqueeze(3)
     kept = torch.cat([grams[:, :, 1:, 1:], parts[:, :, :-1]], dim=3)
@@ -313,14 +315,14 @@ def _shifted(grams: Tensor, newest: Tensor) -> Tensor:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """The shard that lies here of a sharded tensor (DTensor); any other as it is."""
+    """This process's shard of a sharded tensor (DTensor); a plain tensor as it is."""
     return cast(Tensor, tensor.to_local()) if hasattr(tensor, "to_local") else tensor
 
 
 def _summed_over_shards(partials: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
-    """Sums over one rank's shards -> over the whole of the tensors `like`; one message for all that are laid out alike.
+    """Sums over this rank's shards of the tensors `like` -> sums over all ranks; one message for each layout.
 
-    The only place where ranks exchange anything.
+    Ranks exchange nothing anywhere else.
     """
     sums, alike = list(partials), cast(dict[Any, list[int]], {})
     for number, tensor in enumerate(cast(Sequence[Any], like)):
@@ -337,12 +339,12 @@ def _summed_over_shards(partials: Sequence[Tensor], like: Sequence[Tensor]) -> l
 
 
 def _finite_or_zero(tensor: Tensor) -> Tensor:
-    """All of it, or zeros if any of it is not finite: eigen-solvers refuse such input."""
+    """The tensor, or zeros if any of it is not finite, which eigenvalue solvers refuse."""
     return torch.where(tensor.isfinite().all(), tensor, 0.0)
 
 
 def _whitening(square: Tensor, rank: int) -> Tensor:
-    """V S^-1 (m, rank) of X^T X = V S^2 V^T, largest first; a column of zeros for each direction that is noise."""
+    """V S^-1 (m, rank) of X^T X = V S^2 V^T, largest first; with a column of zeros for each direction that is noise."""
     squares, vectors = torch.linalg.eigh(square)
     squares, vectors = squares.flip(0)[:rank], vectors.flip(1)[:, :rank]
     kept = squares > _GRAM_NOISE * squares[:1]
@@ -354,8 +356,8 @@ def _whitening(square: Tensor, rank: int) -> Tensor:
 def _reduced_by_projection(points: Tensor, rank: int) -> Tensor:
     """U^T Y V S^-1 in the basis X V S^-1, of float64 points.
 
-    The Gram matrix gives V; projecting on what X makes of it, instead of trusting S, leaves the error of a singular
-    value decomposition, s_1 / s_R times the precision, where the Gram matrix alone has the square of s_1 / s_R.
+    The Gram matrix gives V. Projecting on X V, instead of using S, leaves the error of a singular value decomposition,
+    s_1 / s_R times the precision; the Gram matrix alone would leave (s_1 / s_R)^2 times it.
     """
     past, future = points[:, :-1], points[:, 1:]
     basis = _whitening(_finite_or_zero(past.mT @ past), rank)
@@ -379,14 +381,14 @@ def _reduced_by_svd(points: Tensor, rank: int) -> Tensor:
 
 def _sorted_eigenvalues(reduced: Tensor) -> Tensor:
     reduced = _finite_or_zero(reduced)
-    if len(reduced) == 1:  # a real number already
+    if len(reduced) == 1:  # a real number
         return torch.complex(reduced[0], torch.zeros_like(reduced[0]))
     values: Tensor = torch.linalg.eigvals(reduced)
-    for key in (torch.real, torch.imag, _squared_modulus):  # stable sorts: the last counts first
+    for key in (torch.real, torch.imag, _squared_modulus):  # stable sorts: the last key is the primary one
         values = values.gather(0, torch.argsort(key(values), descending=True, stable=True))
     return values
 
 
 def _squared_modulus(values: Tensor) -> Tensor:
-    # torch.abs rounds differently in a vector's last elements, and so tears conjugates apart.
+    # torch.abs rounds differently in a vector's last elements, which would separate conjugates.
     return values.real.square() + values.imag.square()

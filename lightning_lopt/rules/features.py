@@ -1,44 +1,46 @@
 """Accumulators and input features of the MLP learned optimizers (small_fc_lopt and STAR).
 
 Source: Metz et al. 2022 (arXiv 2203.11860), table of inputs; Harrison et al. 2022 (STAR, arXiv 2209.11208), section 5;
-in all details as the authors' released code has them. Channels come first here, `(channels, *shape)`, so that each is a
-contiguous plane; nothing is bias-corrected.
+in every detail as in the authors' released code. Channels come first here, `(channels, *shape)`, so that each of them
+is contiguous. Nothing is bias-corrected.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from lightning_lopt.rules.constants import constant, remembered
 from lightning_lopt.rules.shards import TensorShard, dtensor, local, means, whole_shape
 
 TIMESCALES = (1, 3, 10, 30, 100, 300, 1000, 3000, 10000, 30000, 100000)
 NUM_CHANNELS = 28
-EPS = 1e-6  # what the authors' code adds to the second moment before its root
+EPS = 1e-6  # added to the second moment before its root, as in the authors' code
 NUM_FEATURES = NUM_CHANNELS + len(TIMESCALES)
 
-# Where the channels of `Features` stand in the reference's order of 28, also the order of the first layer's rows.
+# Positions of the channels of `Features` in the reference's order, which is that of the first layer's rows.
 DENSE = (*range(13), 25, 26, 27)
 ROW = (13, 14, 15, 19, 20, 21)
 COL = (16, 17, 18, 22, 23, 24)
 
 
 class Accumulators(NamedTuple):
-    """Moving averages of one tensor's gradients; those that a shape does not have are empty."""
+    """Moving averages of one tensor's gradients; empty where they do not apply to its shape."""
 
     exp_avg: Tensor  # (3, *shape) momentum at three decays
     exp_avg_sq: Tensor  # (*shape) second moment
     row: Tensor  # (3, *shape without dim d0) factored second moment, mean over d0
     col: Tensor  # (3, *shape without dim d1) factored second moment, mean over d1
     diag: Tensor  # (3, *shape) second moment at the factored decays, for tensors that are not factored
-    factored_dims: Tensor  # (2,) the dims (d1, d0), or (0,); a record for those who read the state elsewhere
+    factored_dims: Tensor  # (2,) the dims (d1, d0), or (0,); for readers of saved states
 
 
 class Decays(NamedTuple):
-    """Effective decay rates, each in [0, 1) for sensible offsets."""
+    """Effective decay rates, each in [0, 1) unless offsets are extreme."""
 
     momentum: Tensor  # (3,)
     rms: Tensor  # (1,)
@@ -46,7 +48,7 @@ class Decays(NamedTuple):
 
 
 class Features(NamedTuple):
-    """The 28 channels of a tensor before normalisation, grouped by what they depend on (`DENSE`, `ROW`, `COL`)."""
+    """The 28 channels of a tensor before normalization, grouped by what they depend on (`DENSE`, `ROW`, `COL`)."""
 
     dense: Tensor  # (16, *shape)
     row: Tensor  # (6, *shape with dim d0 = 1), or (6, *shape)
@@ -56,8 +58,8 @@ class Features(NamedTuple):
 def factored_dims(shape: torch.Size | tuple[int, ...]) -> tuple[int, int] | None:
     """The dims (d1, d0) of second-largest and largest size; None below two dims.
 
-    Ties go to the later dim, for both (a stable sort). The reference uses numpy's unstable sort, which agrees except on
-    some rank-4 shapes with small trailing dims, where it depends on the platform.
+    Ties go to the later dim (a stable sort). The reference uses numpy's unstable sort, which agrees except on some
+    rank-4 shapes with small trailing dims, where it depends on the platform.
 
     Example:
         >>> factored_dims((3, 3, 64, 64)), factored_dims((7,))
@@ -70,13 +72,17 @@ def factored_dims(shape: torch.Size | tuple[int, ...]) -> tuple[int, int] | None
 
 
 def effective_decay(initial: tuple[float, ...], offset: Tensor) -> Tensor:
-    """Decay rate 1 - exp(10 (log(1 - initial) / 10 + offset)): the meta-parameter is an offset in log(1 - decay) / 10.
+    """Decay rates 1 - exp(10 (log(1 - initial) / 10 + offset)): the offset of log(1 - decay) / 10 is learned.
 
     Args:
         initial: decays at offset 0.
-        offset: (len(initial),) learned offsets. The arithmetic runs in its dtype, as the reference's does.
+        offset: (len(initial),) meta-parameters, whose dtype is that of the arithmetic, as in the reference.
     """
-    start = torch.log(1 - torch.tensor(initial, dtype=offset.dtype, device=offset.device)) / 10
+    return remembered(_effective_decay, initial, offset)
+
+
+def _effective_decay(initial: tuple[float, ...], offset: Tensor) -> Tensor:
+    start = torch.log(1 - constant(initial, offset.dtype, offset.device)) / 10
     return 1 - torch.exp(10 * (start + offset))
 
 
@@ -96,8 +102,10 @@ def init_accumulators(param: Tensor) -> Accumulators:
 def update_accumulators(
     state: Accumulators, grad: Tensor, decays: Decays, shard: TensorShard | None = None
 ) -> Accumulators:
-    """Fold one gradient into the averages: a <- b a + (1 - b) x, without bias correction (the reference has none)."""
-    dims = factored_dims(whole_shape(shard, grad))
+    """Update the averages with one gradient: a <- b a + (1 - b) x. As in the reference, no bias correction."""
+    shape = whole_shape(shard, grad)
+    dims = factored_dims(shape)
+    grad = bounded(grad, shape.numel())
     square = grad * grad + 1e-30
     row, col, diag = state.row, state.col, state.diag
     if dims is None:
@@ -109,8 +117,21 @@ def update_accumulators(
     return Accumulators(exp_avg, exp_avg_sq, row, col, diag, state.factored_dims)
 
 
+def bounded(grad: Tensor, count: int = 1) -> Tensor:
+    """Clamp a gradient so that a sum of `count` squares is finite.
+
+    The square of 1e20 overflows in float32, and would spoil an average of squares for good.
+
+    Example:
+        >>> bounded(torch.tensor([3.0, -1e20]))
+        tensor([ 3.0000e+00, -1.8447e+19])
+    """
+    limit = math.sqrt(torch.finfo(grad.dtype).max / max(count, 1)) * (1 - 1e-6)
+    return grad.clamp(-limit, limit)
+
+
 def update_moments(exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, decays: Decays) -> tuple[Tensor, Tensor]:
-    """Fold one gradient into the momenta (3, *shape) and the second moment (*shape): what the nominal term reads."""
+    """Update the momenta (3, *shape) and the second moment (*shape), which the nominal term reads, with a gradient."""
     rms = decays.rms.squeeze(0)
     exp_avg_sq = rms * exp_avg_sq + (1 - rms) * grad * grad
     return _average(exp_avg, grad, decays.momentum), exp_avg_sq
@@ -121,22 +142,22 @@ def inverse_root(exp_avg_sq: Tensor, eps: float = EPS) -> Tensor:
     return torch.rsqrt(exp_avg_sq + eps)
 
 
-def features(
+def input_features(
     state: Accumulators, grad: Tensor, param: Tensor, shard: TensorShard | None = None, eps: float = EPS
 ) -> Features:
-    """The 28 channels from accumulators that already hold `grad`; of a shard of a tensor, with whole rows and columns.
+    """The 28 input channels, from accumulators that include `grad`; also of a shard, with whole rows and columns.
 
     In the reference's order: gradient; parameter; 3 momenta; second moment; 3 momenta / sqrt(second moment); its
     inverse root; gradient preconditioned by 3 factored second moments; 3 row and 3 column moments; their inverse roots;
-    3 momenta preconditioned by the factored second moments. A tensor that is not factored has its diagonal moments in
-    place of both rows and columns.
+    3 momenta preconditioned by the factored second moments. For a tensor that is not factored, its diagonal moments
+    replace both rows and columns.
     """
     inv_root = inverse_root(state.exp_avg_sq, eps)
     dims = factored_dims(whole_shape(shard, grad))
     if dims is None:
         row = col = torch.cat([state.diag, torch.rsqrt(state.diag + 1e-8)])
         grad_factor = _clamped_rsqrt(state.diag + 1e-9)
-        # 1e-6 here and 1e-9 for the gradient: so in the reference.
+        # 1e-6 here and 1e-9 for the gradient, as in the reference.
         momentum_factor = torch.rsqrt(state.diag + 1e-6)
     else:
         d1, d0 = dims
@@ -162,24 +183,24 @@ def features(
 def inverse_rms(channels: Tensor) -> Tensor:
     """1 / sqrt(1e-5 + mean square) of each channel over the tensor: (c, *shape) -> (c,).
 
-    A channel that is constant along a dim of the tensor may come with that dim as 1: its mean square is the same.
+    A channel that is constant along a dim may have size 1 there: its mean square is the same.
     """
     (mean_square,) = means(None, mean_square_of(channels))
     return inverse_root_of_mean(mean_square)
 
 
 def mean_square_of(channels: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """What to ask `means` for, to have the mean square of each channel (c, *shape) -> (c,)."""
+    """The question to `means` that gives the mean square of each channel: (c, *shape) -> (c,)."""
     return channels.square(), tuple(range(1 - channels.dim(), 0))
 
 
 def inverse_root_of_mean(mean_square: Tensor) -> Tensor:
-    """1 / sqrt(1e-5 + mean square): what a channel is multiplied by."""
+    """1 / sqrt(1e-5 + mean square), the normalizer of a channel."""
     return torch.rsqrt(1e-5 + mean_square)
 
 
 def contract(weight: Tensor, channels: Tensor) -> Tensor:
-    """A layer over the channels of every coordinate: weight (c, h), channels (c, *shape) -> (h, *shape)."""
+    """A linear layer over the channels of each coordinate: weight (c, h), channels (c, *shape) -> (h, *shape)."""
     weight = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
     def layer(local: Tensor) -> Tensor:
@@ -193,9 +214,9 @@ Outputs = TypeVar("Outputs", Tensor, tuple[Tensor, ...])
 
 
 def on_shards(function: Callable[..., Outputs], *channels: Tensor) -> Outputs:
-    """Apply a function that takes each coordinate alone: tensors (c, *shape) -> (d, *shape), or several of these.
+    """Apply a coordinatewise function: tensors (c, *shape) -> (d, *shape), or a tuple of such.
 
-    Sharded tensors (DTensor) stay sharded: each coordinate is computed where it lies. All must be laid out alike.
+    Sharded tensors (DTensor) stay sharded. All must have the same layout.
     """
     if not hasattr(channels[0], "placements"):
         return function(*channels)
@@ -214,7 +235,7 @@ def on_shards(function: Callable[..., Outputs], *channels: Tensor) -> Outputs:
 
 def time_features(step: Tensor, dtype: torch.dtype) -> Tensor:
     """tanh(step / T - 1) at eleven timescales T from 1 to 100,000 steps: () -> (11,). Step 0 is the first update."""
-    timescales = torch.tensor(TIMESCALES, dtype=dtype, device=step.device)
+    timescales = constant(TIMESCALES, dtype, step.device)
     return torch.tanh(step.to(dtype) / timescales - 1)
 
 

@@ -1,29 +1,30 @@
-"""Component-wise GRU, "Reverse engineering learned optimizers reveals known and novel mechanisms".
+"""Component-wise GRU ("Reverse engineering learned optimizers reveals known and novel mechanisms").
 
     x' = x + out_scale (w . h' + b),    h' = u h + (1 - u) c
     r, u = sigmoid(W_gates [g, h]),     c = tanh(W_candidate [g, r h])
 
-One gated recurrent unit (Cho et al. 2014, arXiv 1406.1078), its weights shared by all coordinates, each with a state of
-its own. Source: Maheswaranathan et al. 2021 (arXiv 2011.02159), eqs. 1 and 2 and App. D.2, in the form of their
-released code where text and code differ or the text is silent:
+One gated recurrent unit (Cho et al. 2014, arXiv 1406.1078) is shared by all coordinates, each of which has its own
+state. Source: Maheswaranathan et al. 2021 (arXiv 2011.02159), eqs. 1 and 2 and App. D.2. Where the text is silent or
+differs from their released code, this follows the code:
 
-* the reset gate multiplies the state before the product, as in Cho et al.; torch's GRUCell and `networks.gru` multiply
-  the product. The two are different functions;
-* the state that every coordinate starts from is learned, `initial`, and 0 at first. What is stored is the state's
-  difference from it, which starts at 0: `init_state`, which knows no meta-parameters, then needs none, and gradients
-  reach `initial` through every step;
-* the readout is zero at first, weights and bias: an untrained rule leaves the parameters where they are. The bias is
-  the code's; eq. 2 has none. It lets the update vanish at a fixed point whose units are not 0;
-* weights are normal of variance 1 / inputs, biases 0;
-* a gradient enters as it is times `input_scale` ("raw"), or as its sign and ln(1 + |g|) ("log1p"). Which of the paper's
-  tasks used which is not known. The second has no derivative at g = 0. Not in the paper: "asinh", of the gradient, has
-  one, and is as good for gradients of many sizes;
-* not in the paper: `initial_lr` puts momentum, which the paper's rules find by themselves, into one half of the
-  untrained rule's units. That spares most of the meta-training, and says nothing of what would have been found without.
-  The other half is drawn as usual and not read at first: from momentum alone, whose units are all alike, meta-training
-  hardly gets on.
+* the reset gate multiplies the state before the matrix product, as in Cho et al.; torch's GRUCell and `networks.gru`
+  multiply the product, which is another function;
+* the state from which every coordinate starts, `initial`, is learned, and 0 at first. The stored state is the
+  difference from it, which starts at 0. So `init_state` needs no meta-parameters, and gradients reach `initial` through
+  every step;
+* the readout's weights and bias are zero at first: an untrained rule does not move the parameters. The bias is in the
+  code, not in eq. 2. It lets the update vanish at a fixed point whose units are not 0;
+* weights are normal with variance 1 / inputs, biases 0;
+* a gradient enters multiplied by `input_scale` ("raw"), or as its sign and ln(1 + |g|) ("log1p"). It is not known which
+  of the paper's tasks used which. "log1p" has no derivative at g = 0. "asinh", which is not in the paper, has one, and
+  suits gradients of many sizes equally well;
+* `initial_lr`, not in the paper, sets up one half of the untrained rule's units as momentum, which the paper's rules
+  discover. That saves most of the meta-training, but then says nothing about what would have been discovered. The other
+  half is drawn as usual and not read at first: from units that are all momentum, and so alike, meta-training makes
+  little progress.
 
-STAR's stabilisers (Harrison et al. 2022, arXiv 2209.11208, eqs. 21 and 22) can be put around the network, `nominal`.
+STAR's stabilizers (Harrison et al. 2022, arXiv 2209.11208, eqs. 21 and 22) can be put around the network, see
+`nominal`.
 """
 
 from __future__ import annotations
@@ -41,20 +42,20 @@ from lightning_lopt.rules import networks, nominal
 from lightning_lopt.rules.base import RuleConfig, StepContext, UpdateRule, register
 
 INPUT_SCALINGS = {"raw": 1, "asinh": 1, "log1p": 2}  # name -> number of features
-START_NOISE = 0.03  # of the usual weights is left in units that begin as momentum: enough to tell them apart
-SLOWEST = 4.0  # logit of the update gates that the other units begin with, at most: memories of 2 to 55 steps
+START_NOISE = 0.03  # fraction of the usual weights that units keep which start as momentum: enough to tell them apart
+SLOWEST = 4.0  # largest initial logit of the other units' update gates: memories of 2 to 55 steps
 
 
 class GRUState(NamedTuple):
     """State of one tensor."""
 
     hidden: Tensor  # (units, *shape) minus `initial`
-    exp_avg: Tensor  # (3, *shape) momenta; (0, *shape) without STAR's stabilisers
+    exp_avg: Tensor  # (3, *shape) momenta; (0, *shape) without STAR's stabilizers
     exp_avg_sq: Tensor  # (*shape) second moment; (0,) without
 
 
 class _Weights(NamedTuple):
-    """The network, as it multiplies columns."""
+    """The network's weights, transposed to multiply columns."""
 
     gates: Tensor  # (2 h, inputs + h)
     b_gates: Tensor  # (2 h, 1)
@@ -72,25 +73,25 @@ class GRUConfig(RuleConfig):
     hidden_size: int = 64
     """Units. The paper's rule for quadratics has 256."""
     input_scaling: str = "raw"
-    """Of the gradient: "raw", "asinh", or "log1p" (two features)."""
+    """Scaling of the gradient: "raw", "asinh", or "log1p" (two features)."""
     input_scale: float = 1.0
     """Multiplies the gradient before anything else."""
     out_scale: float = 1.0
     """Multiplies the readout."""
     initial_lr: float = 0.0
-    """An untrained rule is momentum with this learning rate; 0, as in the paper: it does nothing."""
+    """Learning rate of the momentum that an untrained rule is; with 0, as in the paper, it does nothing."""
     initial_beta: float = 0.9
     """Decay of that momentum."""
     initial_reach: float = 10.0
-    """Gradients, times `input_scale`, that such a rule sees as they are; those far beyond are clipped to this."""
+    """Such a rule clips gradients, times `input_scale`, at about this size."""
     nominal_stepsize: float = 0.0
-    """beta_1, the step size of STAR's nominal term; 0: without."""
+    """beta_1, the step size of STAR's nominal term; 0 for none."""
     nominal_grad_estimator: str = "AdamAggMo"
     """The nominal direction: SGD, SGDM, AggMo, Adam or AdamAggMo."""
     nominal_controller: bool = False
     """Let the network scale the nominal term, by a second readout."""
     exp_mult: float = 1e-3
-    """beta_2: how far the controller can reach."""
+    """beta_2: scale of the controller."""
     normalize_blackbox: bool = False
     """Precondition the network's step by 1 / v. v starts at 1e-3: choose `out_scale` accordingly."""
 
@@ -118,7 +119,7 @@ class GRURule(UpdateRule):
     Meta-parameters: `w_gates (inputs + h, 2 h)`, reset before update, `b_gates`, `w_candidate (inputs + h, h)`,
     `b_candidate`, rows in the order input, state; `initial (h,)`, `readout (h,)`, `readout_bias (1,)`, and
     `controller (h,)` if the nominal term has one. 12,801 numbers by default. State: h floats per parameter, 256
-    bytes by default, and 16 bytes more with STAR's stabilisers: a rule for small models.
+    bytes by default, and 16 bytes more with STAR's stabilizers: a rule for small models.
 
     Example:
         >>> import torch
@@ -170,7 +171,7 @@ class GRURule(UpdateRule):
 
     @torch.no_grad()
     def _begin_as_momentum(self) -> None:
-        """The first half of the units h' = beta h + (1 - beta) tanh(+-g / reach), almost; their sum is the update."""
+        """Make the first half of the units nearly beta h + (1 - beta) tanh(+-g / reach), whose sum is the update."""
         c, size = self.config, self.config.hidden_size
         half = (size + 1) // 2
         signs = torch.ones(half)
@@ -197,7 +198,7 @@ class GRURule(UpdateRule):
             readouts, biases = [*readouts, meta_params["controller"]], [*biases, torch.zeros_like(biases[0])]
         columns = (meta_params[name].unsqueeze(1) for name in ("b_gates", "b_candidate", "initial"))
         b_gates, b_candidate, initial = columns
-        # Twice the candidate's: tanh(x) = 2 sigmoid(2 x) - 1, and torch's tanh takes six sigmoids' time.
+        # Twice the candidate's weights: tanh(x) = 2 sigmoid(2 x) - 1, and torch's tanh takes six times as long.
         candidate = 2 * meta_params["w_candidate"].mT, 2 * b_candidate
         readout = torch.stack(readouts), torch.stack(biases)
         return _Weights(meta_params["w_gates"].mT, b_gates, *candidate, initial, *readout)

@@ -2,23 +2,23 @@
 
     x' = x_ref - step(H_g / ||H_g||_inf) (max H_x - min H_x + eta_min)                (algorithms 1 and 2, eqs. 3.1-3.5)
 
-of each coordinate alone. H_x and H_g hold the parameter and its gradient at the last k timesteps, or their averages at
-k timescales; before the first step they are filled with the first values. `step` is the mean of the normalized
-gradients (MNG) or a small network's output, in [-1, 1] both. The range of H_x is the step size: it grows while
-gradients agree, shrinks where they alternate, and eta_min keeps it from staying at 0.
+for each coordinate. H_x and H_g hold the parameter and its gradient at the last k timesteps, or their averages at k
+timescales; before the first step they are filled with the first values. `step` is the mean of the normalized gradients
+(MNG) or the output of a small network, both in [-1, 1]. The range of H_x is the step size: it grows while gradients
+agree and shrinks where they alternate, and eta_min keeps it from staying at 0.
 
-Source: Shahid 2017, "Learning to Optimize Deep Neural Networks" (master thesis, University of Freiburg), chapter 3. Its
-released code is followed where the text is silent: parameter inputs divided by their largest magnitude, and put before
-the gradients. Where this deviates:
+Source: Shahid 2017, "Learning to Optimize Deep Neural Networks" (master thesis, University of Freiburg), chapter 3.
+Where the text is silent, this follows its released code: parameter inputs are divided by their largest magnitude and
+come before the gradients. Deviations:
 
-* the sign: the text subtracts in its algorithms and adds in eqs. 3.3 to 3.5; so does the code. Table 3.1 has positive
-  steps for positive gradients, so we subtract;
-* k Momentums starts from x and g of the first step, as algorithm 2 populates H; one version of the code starts from 0,
+* the sign: text and code subtract in the algorithms and add in eqs. 3.3 to 3.5. Table 3.1 has positive steps for
+  positive gradients, so this subtracts;
+* k Momentums starts from x and g of the first step, as algorithm 2 fills H; one version of the code starts from 0,
   which makes the first ranges as large as the parameters;
-* Adam-like normalization divides averages of gradients by the root of averages of squared gradients, as the text has
-  it; the code squares the averages. For timesteps, which the text leaves open, the root of the window's mean square;
-* quotients by 0 are 0 everywhere; the code does so for the largest magnitude only;
-* a decay of eta_min is proposed and not given; see `HistoryConfig.eta_min_schedule`.
+* Adam-like normalization divides averages of gradients by the root of averages of squared gradients, as in the text;
+  the code squares the averages. For timesteps, which the text leaves open, it is the root of the window's mean square;
+* dividing by 0 gives 0 everywhere; in the code only for the largest magnitude;
+* the text proposes a decay of eta_min without giving one; see `HistoryConfig.eta_min_schedule`.
 
 symbol      | here               | symbol    | here
 H_x         | History.params     | eta_min   | eta_min
@@ -37,24 +37,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_lopt.rules import features as feats
 from lightning_lopt.rules import networks
 from lightning_lopt.rules.base import RuleConfig, StepContext, UpdateRule, register
+from lightning_lopt.rules.constants import constant
 
 STEPS = ("mean", "softmax", "tanh")
 NORMALIZATIONS = ("max", "adam")
 REFERENCES = ("mid-range", "current")
 SCHEDULES = ("constant", "exponential", "cosine")
-NUM_MAGNITUDES = 10  # the softmax's step sizes, evenly from 0 to 1; after them come the signs -1 and 1
+NUM_MAGNITUDES = 10  # step sizes of the softmax, evenly from 0 to 1; the signs -1 and 1 come after them
 INIT_STD = 0.01
 
 
 class History(NamedTuple):
-    """What is remembered of one tensor. Timesteps lie in a ring: step t in slot t % k."""
+    """History of one tensor. Timesteps are in a ring buffer: step t is in slot t % k."""
 
     params: Tensor  # (k, *shape) the parameter at the last k steps, or its averages at k timescales
-    grads: Tensor  # (k, *shape) the same of the gradient
-    squares: Tensor  # (k, *shape) averages of the squared gradient, for momentums normalized by them; else (0, *shape)
-    seen: Tensor  # () int64 steps remembered so far
+    grads: Tensor  # (k, *shape) the same for the gradient
+    squares: Tensor  # (k, *shape) averages of the squared gradient if used for normalization; else (0, *shape)
+    seen: Tensor  # () int64 steps so far
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,27 +64,27 @@ class HistoryConfig(RuleConfig):
     """Configuration of `NormalizedHistory`. The defaults are those of k Timesteps."""
 
     k: int = 5
-    """Timesteps remembered; with timescales their number, or 0 to have it counted."""
+    """Number of timesteps; with timescales their number, or 0 to count them."""
     timescales: tuple[float, ...] = ()
-    """Decays of the averages that are remembered in place of timesteps; empty for timesteps."""
+    """Decays of the averages that replace timesteps; empty for timesteps."""
     step: str = "softmax"
-    """The step: "mean" of the normalized gradients, or of a network: "softmax" over magnitudes and signs, or "tanh"."""
+    """"mean" of the normalized gradients; or a network's output, "softmax" over magnitudes and signs, or "tanh"."""
     sign_only: bool = False
-    """Look at the signs of the remembered gradients alone."""
+    """Use only the signs of the gradients in the history."""
     normalization: str = "max"
     """Divide gradients by the largest magnitude in the history ("max") or by the root of their mean square ("adam")."""
     parameter_inputs: bool = False
-    """Show the network the history of the parameter too, divided by its largest magnitude."""
+    """The network also reads the history of the parameter, divided by its largest magnitude."""
     reference: str = "mid-range"
-    """Where the step starts: the "mid-range" of the remembered parameters, or the "current" parameter, with which the
-    mean of timesteps diverges even on a sum of squares."""
+    """Where the step starts: the "mid-range" of the parameters in the history, or the "current" parameter, from which
+    the mean of timesteps diverges even on a sum of squares."""
     eta_min: float = 1e-3
-    """Added to the range of the remembered parameters. To be tuned; the larger k, the larger."""
+    """Added to the range of the parameters in the history. Tune it; a larger k needs a larger one."""
     eta_min_schedule: str = "constant"
-    """"constant"; "exponential", which halves it every `eta_min_half_life` steps; or "cosine", to 0 at the end of the
-    run, constant in a run of unknown length."""
+    """"constant"; "exponential", halved every `eta_min_half_life` steps; or "cosine", to 0 at the end of the run, which
+    is constant in a run of unknown length."""
     eta_min_half_life: float = 1000.0
-    """Steps in which an exponential eta_min halves."""
+    """Steps after which an exponential eta_min has halved."""
     hidden_size: int = 50
     """Units of the network's hidden layer."""
 
@@ -114,7 +116,7 @@ class NormalizedHistory(UpdateRule):
     or for the timescales in their order. State: 8 k bytes per float32 parameter (40 for `mng` and `k_timesteps` with k
     = 5, 48 for `k_momentums` with k = 6), 12 k for momentums with Adam-like normalization, and 8 bytes per tensor.
 
-    A learning rate of `RuleOptimizer` multiplies the whole way to x', the one to the mid-range included.
+    The learning rate of `RuleOptimizer` multiplies the whole way to x', including that to the mid-range.
 
     Example:
         >>> import torch
@@ -142,7 +144,7 @@ class NormalizedHistory(UpdateRule):
                 self.register_parameter(name, value)
 
     def init_state(self, param: Tensor) -> History:
-        """An empty history; the first step fills it."""
+        """An empty history, which the first step fills."""
         with_squares = bool(self.config.timescales) and self.config.normalization == "adam"
         empty = param.new_zeros((self.config.k, *param.shape))
         squares = param.new_zeros((self.config.k if with_squares else 0, *param.shape))
@@ -151,7 +153,7 @@ class NormalizedHistory(UpdateRule):
     def update(
         self, meta_params: Mapping[str, Tensor], grad: Tensor, state: History, param: Tensor, context: StepContext
     ) -> tuple[Tensor, History]:
-        """One step: remember, normalize, read, move."""
+        """One step: update the history, normalize it, compute the step."""
         meta_params, written = self._in_order(meta_params, state.seen), self._written(state.seen, param.dtype)
         move = partial(self._move, meta_params, self._eta_min(context, param.dtype), written)
         channels = (*state[:3], grad.unsqueeze(0), param.unsqueeze(0))
@@ -160,7 +162,7 @@ class NormalizedHistory(UpdateRule):
 
     @torch.no_grad()
     def step_map(self, grads: Tensor, params: Tensor | None = None, squares: Tensor | None = None) -> Tensor:
-        """The steps delta x that histories give: table 3.1.
+        """The steps delta x for histories: table 3.1.
 
         Args:
             grads: (..., k) gradients, oldest first, or their averages in the order of the timescales; of any scale.
@@ -168,7 +170,7 @@ class NormalizedHistory(UpdateRule):
             squares: (..., k) averages of squared gradients, which Adam-like normalization of momentums needs.
 
         Returns:
-            (...) what multiplies the range and is subtracted, in [-1, 1].
+            (...) numbers in [-1, 1], to be multiplied by the range and subtracted.
 
         Raises:
             ValueError: for histories of another length, and for missing squares.
@@ -186,16 +188,16 @@ class NormalizedHistory(UpdateRule):
         return networks.coordinatewise(partial(self._step, meta_params), *rows)[0]
 
     def _written(self, seen: Tensor, dtype: torch.dtype) -> Tensor:
-        """(k, 1) how new values are remembered: the rates of the averages, or bool, the slots. All of it at first."""
+        """(k, 1) where the history takes new values: the rates of the averages, or the slots (bool); all at first."""
         first, timescales = (seen == 0).unsqueeze(0), self.config.timescales
         if not timescales:
             return (first | (torch.arange(self.config.k, device=seen.device) == seen % self.config.k)).unsqueeze(1)
-        # 1 - m in double precision: taken in float32, that of m = .9999 would be off by 2e-4.
-        rates = torch.tensor([1 - m for m in timescales], dtype=dtype, device=seen.device)
+        # 1 - m in double precision: in float32, that of m = .9999 would be off by 2e-4.
+        rates = constant(tuple(1 - m for m in timescales), dtype, seen.device)
         return torch.where(first, 1.0, rates).unsqueeze(1)
 
     def _in_order(self, meta_params: Mapping[str, Tensor], seen: Tensor) -> Mapping[str, Tensor]:
-        """The meta-parameters with the first layer's rows in the order of the ring, which itself stays as it is."""
+        """The meta-parameters, with the first layer's rows in the order of the ring buffer."""
         c = self.config
         if c.timescales or "w0" not in meta_params:
             return meta_params
@@ -218,6 +220,7 @@ class NormalizedHistory(UpdateRule):
         if written.dtype == torch.bool:
             params, grads = torch.where(written, param, params), torch.where(written, grad, grads)
         else:
+            grad = feats.bounded(grad)
             params, grads = torch.lerp(params, param, written), torch.lerp(grads, grad, written)
             squares = torch.lerp(squares, grad * grad, written) if len(squares) else squares
         high, low = params.amax(0), params.amin(0)
@@ -235,7 +238,7 @@ class NormalizedHistory(UpdateRule):
             inputs = _divided(grads, _safe_sqrt(squares))
         else:
             inputs = _by_largest(grads)
-            if c.normalization == "adam":  # of numbers up to 1, whose squares neither overflow nor vanish
+            if c.normalization == "adam":  # numbers up to 1, whose squares neither overflow nor vanish
                 inputs = _divided(inputs, _safe_sqrt(inputs.square().mean(0)))
         if c.step == "mean":
             return inputs.mean(0, keepdim=True)
@@ -271,7 +274,7 @@ def _divided(history: Tensor, norm: Tensor) -> Tensor:
 
 
 def _safe_sqrt(square: Tensor) -> Tensor:
-    """The root, 0 at 0, with derivative 0 there in place of infinity."""
+    """The square root, whose derivative at 0 is 0 instead of infinite."""
     positive = square > 0
     return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), square)
 

@@ -1,35 +1,36 @@
-"""Coordinatewise LSTM, "learning to learn by gradient descent by gradient descent", and with the spectrum of the run.
+"""Coordinatewise LSTM ("Learning to learn by gradient descent by gradient descent"), optionally with DMD eigenvalues.
 
     theta' = theta + out_scale readout(h'),     (h', c') = LSTM([preprocess(g), eigenvalues], h, c)
 
-One small network, its weights shared by all coordinates, each with a state of its own. Sources: Andrychowicz et al.
+One small network is shared by all coordinates, each of which has its own state. Sources: Andrychowicz et al.
 2016 (arXiv 1606.04474), section 2.1 and App. A; Schroeter's thesis (2022, "Machine Learning of Gradient-Based
 Optimization Methods", TU Hamburg), section 5; the eigenvalues of Dynamic Mode Decomposition (DMD): Simanek et al. 2022
-(L2O-DMD, arXiv 2211.16268), section 4, see `dmd`. STAR's stabilisers (Harrison et al. 2022, arXiv 2209.11208, eqs. 21
-and 22) can be put around the network, from `nominal`:
+(L2O-DMD, arXiv 2211.16268), section 4, see `dmd`. STAR's stabilizers (Harrison et al. 2022, arXiv 2209.11208, eqs. 21
+and 22; see `nominal`) can be put around the network:
 
     theta' = theta + factor (out_scale readout(h') / v - beta_1 exp(beta_2 m_g) g_nominal)
 
-with factor 1, or that of a learned schedule and of the tensor, see `scheduler`.
+with factor 1, or that of the learned scheduler, see `scheduler`.
 
 Where the sources differ or are silent:
 
-* preprocessing (App. A), p = 10 in the papers, 5 in DeepMind's code: "logsign" has two features, (ln|g| / p, sign g)
-  where |g| >= e^-p, else (-1, e^p g). The thesis has one, ln|g| sign(g) / p, else -e^p g ("logsign1"), which is not
-  injective beyond |g| = 1. Neither is bounded above. "none" is theirs for quadratics;
-* the readout has no bias (thesis, footnote 4: its gradient drowns the others'); "sum" adds the units up, as there;
-* one bias per gate; torch's LSTMCell has two, whose sum acts. Initial weights as there; the forget gate's bias is not
-  raised, as Keras and Sonnet do;
-* L2O-DMD does not say how complex eigenvalues enter, see `dmd.features`. Its snapshots hold the loss too: loss_scale =
-  1, which is off by default because the rule then needs the loss at each step. Beside |theta|, which grows with the
-  number of parameters n, a loss soon weighs nothing: sqrt(n / 6370) keeps the share that it has in the paper's net;
-* with m = 100 snapshots and 100 inner steps, as in the paper, eigenvalues are 0 in all of meta-training: take m less;
-* raw snapshots of a net all but stand still: eigenvalues are 1 up to 1e-4 to 1e-1. `eigenvalue_scale` spreads them,
-  and increments or shifted snapshots have more to say;
-* networks of their own for kinds of layers (Andrychowicz et al., section 3.3: convolutions apart; thesis 5.4.2: no
-  gain) go by a tensor's dims, `ndim_splits`, or by its name, `name_splits`;
-* without the nominal controller its factor is 1; with it, it starts at 1. Momenta and v are STAR's at its initial
-  decays, which are learned only with the scheduler.
+* preprocessing (App. A), with p = 10 in the papers and 5 in DeepMind's code: "logsign" has two features,
+  (ln|g| / p, sign g) where |g| >= e^-p, else (-1, e^p g). The thesis has one, ln|g| sign(g) / p, else -e^p g
+  ("logsign1"), which is not injective beyond |g| = 1. Neither is bounded above. They use "none" for quadratics;
+* the readout has no bias (thesis, footnote 4: its gradient dominates the others'); "sum" adds up the units, as there;
+* each gate has one bias; torch's LSTMCell has two, of which only the sum matters. Weights are initialized as there; the
+  bias of the forget gate is not raised, unlike in Keras and Sonnet;
+* L2O-DMD does not say how complex eigenvalues enter, see `dmd.features`. Its snapshots include the loss (loss_scale =
+  1), which is off by default because the rule then needs the loss at each step. The loss soon weighs nothing beside
+  |theta|, which grows with the number of parameters n: sqrt(n / 6370) keeps the weight that it has in the paper's net;
+* with m = 100 snapshots and 100 inner steps, as in the paper, eigenvalues are 0 throughout meta-training: choose a
+  smaller m;
+* raw snapshots of a net hardly move: eigenvalues are 1 up to 1e-4 to 1e-1. `eigenvalue_scale` spreads them out, and
+  increments or shifted snapshots carry more information;
+* separate networks for kinds of layers (Andrychowicz et al., section 3.3: for convolutions; thesis 5.4.2: no gain) are
+  chosen by a tensor's number of dims, `ndim_splits`, or by its name, `name_splits`;
+* the factor of the nominal term is 1 without the nominal controller, and starts at 1 with it. Momenta and v are STAR's
+  at its initial decays, which are learned only with the scheduler.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ from lightning_lopt.rules.shards import means, whole, whole_shape
 PREPROCESSING = {"none": 1, "logsign": 2, "logsign1": 1}  # name -> number of features
 READOUTS = ("linear", "sum")
 SCOPES = ("global", "tensor")
-SCHEDULE = {"momentum_decays": (3,), "rms_decays": (1,), **scheduler.SHAPES}  # what the scheduler adds
+SCHEDULE = {"momentum_decays": (3,), "rms_decays": (1,), **scheduler.SHAPES}  # meta-parameters of the scheduler
 
 
 class LSTMState(NamedTuple):
@@ -60,7 +61,7 @@ class LSTMState(NamedTuple):
 
     hidden: Tensor  # (layers, units, *shape)
     cell: Tensor  # (layers, units, *shape)
-    exp_avg: Tensor  # (3, *shape) momenta; (0, *shape) without STAR's stabilisers
+    exp_avg: Tensor  # (3, *shape) momenta; (0, *shape) without STAR's stabilizers
     exp_avg_sq: Tensor  # (*shape) second moment; (0,) without
 
 
@@ -88,7 +89,7 @@ class _Weights(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LSTMConfig(RuleConfig):
-    """Configuration of `LSTMRule`. `rank` > 0 adds the eigenvalues; what follows it is read only then."""
+    """Configuration of `LSTMRule`. `rank` > 0 adds eigenvalues; the fields after it are read only then."""
 
     hidden_size: int = 20
     """Units of each layer."""
@@ -103,41 +104,41 @@ class LSTMConfig(RuleConfig):
     readout: str = "linear"
     """"linear", learned weights without bias, or "sum" of the last layer's units."""
     ndim_splits: tuple[int, ...] = ()
-    """Rising numbers of dims from which tensors have a network of their own: (3,) sets convolutions apart."""
+    """Increasing numbers of dims from which tensors have a separate network: (3,) separates convolutions."""
     name_splits: tuple[str, ...] = ()
-    """Patterns of names, as "*.bias": the first that matches chooses a tensor's network; the last one is for others."""
+    """Patterns such as "*.bias": the first that matches a tensor's name selects its network; the last is for others."""
     nominal_stepsize: float = 0.0
-    """beta_1, the step size of STAR's nominal term; 0: without."""
+    """beta_1, the step size of STAR's nominal term; 0 for none."""
     nominal_grad_estimator: str = "AdamAggMo"
     """The nominal direction: SGD, SGDM, AggMo, Adam or AdamAggMo."""
     nominal_controller: bool = False
     """Let the network scale the nominal term, by a second readout."""
     exp_mult: float = 1e-3
-    """beta_2: how far the controller can reach."""
+    """beta_2: scale of the controller."""
     normalize_blackbox: bool = False
     """Precondition the network's step by 1 / v. v starts at sqrt(eps): choose `out_scale` accordingly."""
     eps: float = feats.EPS
     """Added to the second moment before its root, for v and the nominal term."""
     scheduler: bool = False
-    """A learned schedule and a factor for each tensor, of both terms, and learned decays; see `scheduler`."""
+    """Multiply both terms by a learned schedule and a factor per tensor; learn the decays; see `scheduler`."""
     rank: int = 0
-    """Eigenvalues that the network reads; 0 is the plain LSTM."""
+    """Number of eigenvalues that the network reads; 0 is the plain LSTM."""
     num_snapshots: int = 100
-    """m: eigenvalues are of the last m + 1 values of the parameters, and 0 before there are so many."""
+    """m: eigenvalues are those of the last m + 1 values of the parameters, and 0 until there are as many."""
     snapshots: str = "raw"
-    """"raw", "increments", or "shifted" by the oldest."""
+    """"raw", "increments", or "shifted" by the oldest value."""
     method: str = "gram"
     """"gram" exact; "sketch" approximate, with little memory; "svd" for reference."""
     scope: str = "global"
     """Eigenvalues of all tensors together, or of each "tensor" alone."""
     sketch_size: int = dmd.SKETCH_SIZE
-    """Numbers kept of a tensor's snapshot with the method "sketch"."""
+    """Size of a tensor's snapshot with the method "sketch"."""
     loss_scale: float = 0.0
-    """The loss times this is one more coordinate of the snapshots (L2O-DMD: 1); 0 leaves it out."""
+    """The loss times this is another coordinate of the snapshots (L2O-DMD: 1); 0 leaves it out."""
     eigenvalue_scale: float = 0.0
-    """s > 0 feeds s (eigenvalue - 1) in place of the eigenvalue."""
+    """s > 0: the network reads s (eigenvalue - 1) instead of the eigenvalue."""
     memory_limit: int = 4 * 2**30
-    """Bytes that snapshots may take, beyond which the rule refuses to start."""
+    """Most bytes that snapshots may take; beyond, the rule refuses to start."""
 
     def __post_init__(self) -> None:
         self.check_integer("hidden_size", 1, 1024)
@@ -167,18 +168,18 @@ class LSTMConfig(RuleConfig):
 
 
 class LSTMRule(UpdateRule):
-    """Kinds `lstm` and `lstm_dmd`: one rule, without and with eigenvalues of the run.
+    """Kinds `lstm` and `lstm_dmd`: one rule, without and with DMD eigenvalues.
 
     Meta-parameters of layer i: `w_input{i} (inputs, 4 h)`, `w_hidden{i} (h, 4 h)`, `b{i} (4 h,)`, gates in torch's
     order input, forget, cell, output; `readout (h,)` if linear, `controller (h,)` if the nominal term has one; a
     leading axis of networks if `ndim_splits` or `name_splits`. The inputs of layer 0 are the features of the gradient,
     then those of the eigenvalues. 5,140 numbers by default, 80 more for one eigenvalue; `SCHEDULE` if `scheduler`.
 
-    State: 2 * layers * h floats per parameter, 320 bytes by default, so that the rule is for small models; 16 bytes
-    more with STAR's stabilisers; with eigenvalues m + 1 copies of the parameters, 404 bytes by default. Beyond
-    `memory_limit` bytes of copies the rule refuses, and says what else there is. Behind `RuleOptimizer` without a
-    safeguard the state is overwritten, chunk by chunk. Scope "tensor" copies the snapshots at each step; "global"
-    writes them in place.
+    State: 2 * layers * h floats per parameter, 320 bytes by default, so the rule is for small models; 16 bytes more
+    with STAR's stabilizers; with eigenvalues also m + 1 copies of the parameters, 404 bytes by default. If the copies
+    exceed `memory_limit`, the rule refuses and names alternatives. Behind `RuleOptimizer` without a safeguard, the
+    state is overwritten chunk by chunk. Scope "tensor" copies the snapshots at each step; "global" writes them in
+    place.
 
     Example:
         >>> import torch
@@ -222,7 +223,7 @@ class LSTMRule(UpdateRule):
         return LSTMDMDState(*state, *self.online.init(param))
 
     def check_params(self, params: Iterable[Tensor]) -> None:
-        """Refuse tensors whose snapshots would take more than `memory_limit`."""
+        """Raise a ValueError if the tensors' snapshots would exceed `memory_limit`."""
         limit, params = self.config.memory_limit, list(params)
         needed = sum(self.online.num_bytes(param) for param in params) if self.config.rank else 0
         if needed > limit:
@@ -260,7 +261,7 @@ class LSTMRule(UpdateRule):
     ) -> tuple[Tensor, LSTMState | LSTMDMDState]:
         """One step: window, moments, network, then the two terms.
 
-        With scope "global" the eigenvalues come by `share`; where nobody has called it they count as 0.
+        With scope "global" the eigenvalues come from `shared_context`; without a call of it they count as 0.
         """
         terms, state = self._step(meta_params, grad, state, param, context)
         return sum(terms.values(), torch.zeros_like(param)), state
@@ -325,19 +326,19 @@ class LSTMRule(UpdateRule):
     def _multipliers(
         self, meta_params: Mapping[str, Tensor], moments: tuple[Tensor, Tensor], param: Tensor, context: StepContext
     ) -> tuple[Tensor | float, Tensor | None]:
-        """The factor of both terms and the weights of the momenta: 1 and equal ones without a scheduler."""
+        """The factor of both terms and the weights of the momenta; without a scheduler 1, and None for equal ones."""
         if not self.config.scheduler:
             return 1.0, None
         shard, every = context.shard, tuple(range(-param.dim(), 0))
         squares = scheduler.scales(param, moments[0], feats.inverse_root(moments[1], self.config.eps))
         asked = [whole(mean) for mean in means(shard, *((square, every) for square in squares))]
-        run = context.step, context.num_steps, context.num_tensors
-        return scheduler.of_tensor(meta_params, asked, whole_shape(shard, param), *run)
+        shape = whole_shape(shard, param)
+        return scheduler.of_tensor(meta_params, asked, shape, context.step, context.num_steps, context.num_tensors)
 
     def _weights(
         self, meta_params: Mapping[str, Tensor], ndim: int, name: str | None, shared: Tensor | None
     ) -> _Weights:
-        """For a tensor of `ndim` dims. What is the same for all coordinates is put into the first bias."""
+        """The network of a tensor with `ndim` dims. Inputs that all coordinates share go into the first bias."""
         c, num_features = self.config, PREPROCESSING[self.config.preprocessing]
         if c.ndim_splits or c.name_splits:
             matching = (i for i, pattern in enumerate(c.name_splits) if fnmatch.fnmatchcase(name or "", pattern))
@@ -350,7 +351,7 @@ class LSTMRule(UpdateRule):
             if not layer and shared is not None:
                 bias = bias + shared.to(device=bias.device, dtype=bias.dtype) @ of_input[num_features:]
             rows = of_input if layer else of_input[:num_features]
-            # The candidate's columns twice: tanh(x) = 2 sigmoid(2 x) - 1, and torch's tanh takes six sigmoids' time.
+            # Twice the candidate's columns: tanh(x) = 2 sigmoid(2 x) - 1, and torch's tanh takes six times as long.
             twice = torch.cat([torch.full_like(bias[: c.hidden_size], factor) for factor in (1.0, 1.0, 2.0, 1.0)])
             weight = torch.cat([rows, meta_params[f"w_hidden{layer}"]])
             layers.append(((twice * weight).mT, (twice * bias).unsqueeze(1)))
@@ -359,10 +360,10 @@ class LSTMRule(UpdateRule):
         return _Weights(layers, torch.stack(readouts))
 
     def _network(self, weights: _Weights, in_place: bool, grad: Tensor, hidden: Tensor, cell: Tensor) -> Tensor:
-        """Gradient (1, n), hidden and cell (layers * h, n) -> readouts, then hidden, then cell, one below the other.
+        """Gradient (1, n), hidden and cell (layers * h, n) -> readouts, hidden and cell, one below the other.
 
-        In place, `hidden` and `cell` become the new ones, and the readouts alone are returned. What else there is takes
-        the place of gates that are done with, for memory that is fresh costs as much as the arithmetic.
+        In place, `hidden` and `cell` are overwritten, and only the readouts are returned. Other results overwrite gates
+        that are no longer needed, because fresh memory costs as much as the arithmetic.
         """
         size, units = self.config.hidden_size, preprocess(grad, self.config.preprocessing, self.config.p)
         kept, remembered = [], []
@@ -384,7 +385,7 @@ class LSTMRule(UpdateRule):
 def preprocess(grad: Tensor, form: str, p: float) -> Tensor:
     """Features of a gradient (1, n): (1, n), or (2, n) for "logsign"; see the module's docstring.
 
-    Written so that neither branch has an infinite derivative at 0.
+    Neither branch has an infinite derivative at 0.
     """
     if form == "none":
         return grad

@@ -1,4 +1,4 @@
-"""Multiscale Adam: k Adams at different timescales, mixed coordinate by coordinate.
+"""Multiscale Adam: several Adams at different timescales, mixed per coordinate.
 
     d_j = -m_hat_j / sqrt(v_hat_j + eps^2),   j = 1 .. k                                  (algorithm 4, line 7)
     x' = x + eta sum_j w_j(d) d_j                                                         (lines 10 and 11)
@@ -8,22 +8,22 @@ with the weights w of one of these mixers (section 4.3):
     la_a        w_j = u_j / sum u, of one free number u_j per Adam; may be negative
     la_b        w_j = |u_j| / sum |u|
     la_c        w_j = u_j
-    mlp, rnn1   softmax of a network k-50-k of the coordinate's own d
-    rnn2        the same with one more hidden layer, k-50-50-k
-    gru         softmax of a linear map of a recurrent state that reads d: not in the thesis, whose future work (section
-                4.6) asks for it
+    mlp, rnn1   softmax of a network k-50-k that reads the coordinate's d
+    rnn2        the same with another hidden layer, k-50-50-k
+    gru         softmax of a linear map of a recurrent state that reads d: not in the thesis, which suggests it as
+                future work (section 4.6)
 
 Source: Shahid 2017, "Learning to Optimize Deep Neural Networks" (master thesis, University of Freiburg), chapter 4, and
-its released code. What to know, and where this deviates:
+its released code. Notes and deviations:
 
-* the thesis's "RNN" has no state. `rnn1` is `mlp` to the last number; the name says that it was meta-trained through 20
+* the thesis's "RNN" has no state. `rnn1` is identical to `mlp`; the name says that it was meta-trained through 20
   unrolled steps on the mean of their losses (eq. 4.1);
-* eps^2 stands inside the root, as in the code; eq. 1.1 has eps outside, and so has torch's Adam. So derivatives are
+* eps^2 is inside the root, as in the code; in eq. 1.1, and in torch's Adam, eps is outside. Inside, derivatives are
   finite where all gradients were 0. The two differ by a factor between 1 and 1 + eps / sqrt(v_hat);
-* the bias correction advances with every step; in the code it stands still within an unroll;
-* eq. 1.1 has lost the moments in its bias correction, and table 4.1b misprints .995 for .95 and .8855 for .8885;
-* la_a cannot divide by nearly nothing: |sum u| counts as at least a hundredth of sum |u|. Fresh weights are drawn with
-  mean 0, so their sum can be any small number. Weights that are all 0 give no step, for la_b too.
+* the bias correction advances at every step; in the code it stays constant within an unroll;
+* eq. 1.1 omits the moments in its bias correction, and table 4.1b misprints .995 for .95 and .8855 for .8885;
+* la_a does not divide by a sum near 0: |sum u| counts as at least a hundredth of sum |u|. Initial weights have mean 0,
+  so their sum can be arbitrarily small. Weights that are all 0 give no step, with la_b, too.
 
 symbol       | here           | symbol       | here
 beta_1, 2    | betas          | m            | Moments.exp_avg
@@ -42,8 +42,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_lopt.rules import features as feats
 from lightning_lopt.rules import networks
 from lightning_lopt.rules.base import RuleConfig, StepContext, UpdateRule, register
+from lightning_lopt.rules.constants import constant
 
 LINEAR = ("la_a", "la_b", "la_c")
 HIDDEN_LAYERS = {"mlp": 1, "rnn1": 1, "rnn2": 2}
@@ -57,11 +59,11 @@ BETAS = {5: SIX[:5], 6: SIX, 11: tuple(sorted(SIX + FIVE_MORE, reverse=True))}
 
 
 class Moments(NamedTuple):
-    """The Adams of one tensor as one, and the mixer's memory."""
+    """The moments of all Adams of one tensor, and the state of the mixer."""
 
     exp_avg: Tensor  # (k, *shape) first moments, not bias-corrected
     exp_avg_sq: Tensor  # (k, *shape) second moments, not bias-corrected
-    hidden: Tensor  # (h, *shape) state of the recurrent mixer; (0, *shape) for all others
+    hidden: Tensor  # (h, *shape) state of the recurrent mixer; (0, *shape) for other mixers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,17 +73,17 @@ class MultiscaleAdamConfig(RuleConfig):
     mixer: str = "rnn2"
     """la_a, la_b, la_c, mlp, rnn1, rnn2 or gru."""
     k: int = 0
-    """Number of Adams: 5, 6 or 11 of the thesis; 0: as many as there are betas, or else 6."""
+    """Number of Adams: 5, 6 or 11 as in the thesis; 0 for the number of betas, or 6 if there are none."""
     betas: tuple[tuple[float, float], ...] = ()
-    """(beta_1, beta_2) of each Adam; empty for those of the thesis."""
+    """(beta_1, beta_2) of each Adam; by default those of the thesis."""
     eta: float = 1e-2
-    """Step size; a learning rate of `RuleOptimizer` multiplies it."""
+    """Step size; the learning rate of `RuleOptimizer` multiplies it."""
     eps: float = 1e-8
     """Its square is added to the second moments."""
     hidden_size: int = 50
     """Units of the hidden layers of mlp, rnn1 and rnn2."""
     recurrent_size: int = 8
-    """Units of gru, which are state of every coordinate."""
+    """Units of gru, which each coordinate has as state."""
 
     def __post_init__(self) -> None:
         self.check(self.mixer in MIXERS, "mixer", f"one of {list(MIXERS)}")
@@ -148,13 +150,13 @@ class MultiscaleAdam(UpdateRule):
     def update(
         self, meta_params: Mapping[str, Tensor], grad: Tensor, state: Moments, param: Tensor, context: StepContext
     ) -> tuple[Tensor, Moments]:
-        """One step: the moments, the k directions, their mixture."""
+        """One step: update the moments, compute the k directions, mix them."""
         step = partial(self._step, self._prepared(meta_params), self._corrections(context.step, grad.dtype))
         delta, *moments = networks.coordinatewise(step, *state, grad.unsqueeze(0))
         return delta[0], Moments(*moments)
 
     def directions(self, state: Moments, step: Tensor) -> Tensor:
-        """(k, *shape) what each Adam would do with learning rate 1, from moments that already hold the gradient.
+        """(k, *shape) the step of each Adam with learning rate 1, from moments that already include the gradient.
 
         Args:
             state: of `update`.
@@ -165,7 +167,7 @@ class MultiscaleAdam(UpdateRule):
 
     @torch.no_grad()
     def mixing_weights(self, directions: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """(k, *shape) how the rule mixes directions; the linear mixers, table 4.2, mix all alike.
+        """(k, *shape) the weights that mix directions; those of the linear mixers (table 4.2) are the same everywhere.
 
         Args:
             directions: (k, *shape) as `directions` gives them.
@@ -180,16 +182,16 @@ class MultiscaleAdam(UpdateRule):
         )
 
     def _prepared(self, meta_params: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The meta-parameters, with the weights of a linear mixer as it applies them."""
+        """The meta-parameters, with the weights of a linear mixer as `linear_weights` gives them."""
         if self.config.mixer not in LINEAR:
             return meta_params
         return {"weights": linear_weights(self.config.mixer, meta_params["weights"])}
 
     def _corrections(self, step: Tensor, dtype: torch.dtype) -> Tensor:
-        """(2, k, 1) what the moments are divided by: 1 - beta^t."""
-        # From the logarithm in double precision: taken in float32, that of .9999 is off by 2e-4 at first.
-        logs = [[math.log(beta) if beta else -math.inf for beta in pair] for pair in self.config.betas]
-        powers = (step.to(dtype) + 1) * torch.tensor(logs, dtype=dtype, device=step.device)
+        """(2, k, 1) the bias corrections 1 - beta^t, which the moments are divided by."""
+        # Logarithms in double precision: in float32, that of .9999 would be off by 2e-4 at first.
+        logs = tuple(tuple(math.log(beta) if beta else -math.inf for beta in pair) for pair in self.config.betas)
+        powers = (step.to(dtype) + 1) * constant(logs, dtype, step.device)
         return -torch.expm1(powers).mT.unsqueeze(2)
 
     def _step(
@@ -202,10 +204,12 @@ class MultiscaleAdam(UpdateRule):
         grad: Tensor,
     ) -> tuple[Tensor, ...]:
         """(k, n) moments, (h, n) state and (1, n) gradient -> (1, n) the step, and the new moments and state."""
-        # 1 - beta in double precision: taken in float32, that of .9999 would be off by 2e-4.
-        rates = torch.tensor([[1 - beta for beta in pair] for pair in self.config.betas], dtype=grad.dtype)
-        first, second = rates.to(grad.device).unsqueeze(2).unbind(1)
-        exp_avg, exp_avg_sq = torch.lerp(exp_avg, grad, first), torch.lerp(exp_avg_sq, grad * grad, second)
+        # 1 - beta in double precision: in float32, that of .9999 would be off by 2e-4.
+        rates = constant(tuple(tuple(1 - beta for beta in pair) for pair in self.config.betas), grad.dtype, grad.device)
+        first, second = rates.unsqueeze(2).unbind(1)
+        grad = feats.bounded(grad)
+        exp_avg = torch.lerp(exp_avg, grad, first)
+        exp_avg_sq = torch.lerp(exp_avg_sq, grad * grad, second)
         sizes, scales = self._directions(corrections, exp_avg, exp_avg_sq)
         if self.config.mixer in LINEAR:
             mixed = (meta_params["weights"] * scales.squeeze(1)).unsqueeze(0) @ sizes
@@ -216,11 +220,11 @@ class MultiscaleAdam(UpdateRule):
         return self.config.eta * mixed, exp_avg, exp_avg_sq, hidden
 
     def _directions(self, corrections: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> tuple[Tensor, Tensor]:
-        """(k, n) moments -> (k, n) and (k, 1), whose product are the directions.
+        """(k, n) moments -> (k, n) and (k, 1), whose product is the directions.
 
             -m / c_1 / sqrt(v / c_2 + eps^2) = m / sqrt(v + c_2 eps^2) * (-sqrt(c_2) / c_1)
 
-        so that a linear mixer can multiply its weights and the latter before anything of size n.
+        so a linear mixer can first multiply the latter by its weights, before anything of size n.
         """
         offsets, factors = self.scales(corrections)
         return exp_avg * torch.rsqrt(exp_avg_sq + offsets), factors
@@ -231,7 +235,7 @@ class MultiscaleAdam(UpdateRule):
         return second * self.config.eps**2, -second.sqrt() / first
 
     def _weights(self, meta_params: Mapping[str, Tensor], directions: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """(k, n) directions and (h, n) state -> (k, n), or (k, 1) if the same for all, weights, and the new state."""
+        """(k, n) directions and (h, n) state -> weights, (k, n) or (k, 1) if all share them, and the new state."""
         if self.config.mixer in LINEAR:
             return meta_params["weights"].unsqueeze(1), hidden
         if self.config.mixer == "gru":

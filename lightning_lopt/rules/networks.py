@@ -1,4 +1,4 @@
-"""Small networks that act on every coordinate alone, on channels `(c, n)`: multilayer perceptron and GRU cell."""
+"""Small coordinatewise networks on channels `(c, n)`: multilayer perceptron and GRU cell."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 from lightning_lopt.rules import features as feats
 
-CHUNK = 1 << 12  # coordinates at a time: so 50 hidden units stay in the cache, and of an embedding are no gigabytes
+CHUNK = 1 << 12  # coordinates at a time: hidden units stay in the cache, and a large embedding needs little memory
 
 
 def coordinatewise(network: Callable[..., feats.Outputs], *channels: Tensor) -> feats.Outputs:
-    """Apply a network to every coordinate: tensors (c, *shape) -> (d, *shape), or several of these.
+    """Apply a network to each coordinate: tensors (c, *shape) -> (d, *shape), or a tuple of such.
 
     Args:
-        network: of as many matrices (c, n) as there are tensors -> (d, n) or a tuple of such, each column alone. It is
-            given at most `CHUNK` columns at a time.
-        channels: plain or sharded tensors, equal but for their first dim.
+        network: takes as many matrices (c, n) as there are tensors, returns (d, n) or a tuple of such, and treats each
+            column on its own. It gets at most `CHUNK` columns at a time.
+        channels: plain or sharded tensors, whose shapes differ in the first dim only.
 
     Example:
         >>> import torch
@@ -32,7 +32,7 @@ def coordinatewise(network: Callable[..., feats.Outputs], *channels: Tensor) -> 
 
 
 def column(values: Tensor, ndim: int) -> Tensor:
-    """One number per channel, to be broadcast over tensors of `ndim` dims: (c,) -> (c, 1, ..., 1)."""
+    """Reshape one number per channel for broadcasting over `ndim` dims: (c,) -> (c, 1, ..., 1)."""
     return values.reshape(-1, *[1] * ndim)
 
 
@@ -109,7 +109,7 @@ def _joined(first: tuple[Tensor, ...], others: Iterator[Any], size: int) -> tupl
     """Matrices (d, n_1), (d, n_2), ... side by side, (d, size), for each place of the tuples."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return tuple(torch.cat(parts, dim=1) for parts in zip(first, *others, strict=True))
-    # Each part is put in its place as soon as it is there, while it is in the cache.
+    # Each chunk is copied to its place at once, while it is in the cache.
     joined, start = tuple(part.new_empty(part.shape[0], size) for part in first), 0
     for parts in itertools.chain([first], others):
         end = start + parts[0].shape[1]

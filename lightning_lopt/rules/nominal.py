@@ -1,4 +1,4 @@
-"""STAR's stabilisers as components: nominal term, magnitude controller, preconditioner; for any blackbox.
+"""STAR's stabilizers as components for any rule: nominal term, magnitude controller, preconditioner.
 
 Source: Harrison et al. 2022 (STAR, arXiv 2209.11208), section 5, eqs. 21 and 22.
 """
@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from lightning_lopt.rules import features as feats
+from lightning_lopt.rules.constants import constant
 from lightning_lopt.rules.shards import TensorShard, means
 
-MOMENTUM_DECAYS, RMS_DECAY = (0.9, 0.99, 0.999), 0.999  # STAR's initial ones, for rules that do not learn them
+MOMENTUM_DECAYS, RMS_DECAY = (0.9, 0.99, 0.999), 0.999  # STAR's initial decays, for rules that do not learn them
 
 
 class Stabilizers(Protocol):
-    """The options of a rule that puts the stabilisers around its network, see `stabilized_terms`."""
+    """The options of a rule that has stabilizers around its network, see `stabilized_terms`."""
 
     @property
     def out_scale(self) -> float:
@@ -27,7 +28,7 @@ class Stabilizers(Protocol):
 
     @property
     def nominal_stepsize(self) -> float:
-        """beta_1; 0: no nominal term."""
+        """beta_1; 0 for no nominal term."""
         ...
 
     @property
@@ -81,10 +82,10 @@ def magnitude(exp_mult: float, head: Tensor, *, aggregate: bool = False, shard: 
     """The magnitude controller exp(exp_mult * head): beta_2 or beta_4 of eqs. 21 and 22.
 
     Args:
-        exp_mult: how far the head can reach; at the paper's 1e-3 it hardly moves.
+        exp_mult: scale of the head; the paper's 1e-3 leaves the magnitude near 1.
         head: (*shape) network output.
         aggregate: one magnitude for the whole tensor, from the head's mean.
-        shard: which shard of the tensor the head is of; None for all of it.
+        shard: the shard of the tensor that the head covers; None for all of it.
     """
     if aggregate:
         (head,) = means(shard, (head, tuple(range(-head.dim(), 0))))
@@ -102,12 +103,12 @@ def precondition(step: Tensor, inv_root: Tensor) -> Tensor:
 
 
 def stabilized(config: Stabilizers) -> bool:
-    """Whether any stabiliser is on, so that moments are kept."""
+    """Whether any stabilizer is on, so that moments are needed."""
     return config.nominal_stepsize > 0 or config.normalize_blackbox
 
 
 def init_moments(config: Stabilizers, param: Tensor) -> tuple[Tensor, Tensor]:
-    """Momenta (3, *shape) and second moment (*shape), zeros; (0, *shape) and (0,) where there is no stabiliser."""
+    """Momenta (3, *shape) and second moment (*shape), zeros; (0, *shape) and (0,) without a stabilizer."""
     if not stabilized(config):
         return param.new_zeros((0, *param.shape)), param.new_zeros(0)
     return param.new_zeros((3, *param.shape)), torch.zeros_like(param)
@@ -120,19 +121,19 @@ def update_moments(
     grad: Tensor,
     offsets: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Fold one gradient into the moments of `init_moments`.
+    """Update the moments of `init_moments` with one gradient.
 
     Args:
         config: the options.
         exp_avg: (3, *shape) momenta.
         exp_avg_sq: (*shape) second moment.
         grad: (*shape).
-        offsets: `momentum_decays (3,)` and `rms_decays (1,)` for `features.effective_decay`; None: decays not learned.
+        offsets: `momentum_decays (3,)` and `rms_decays (1,)` for `features.effective_decay`; None if not learned.
     """
     if not stabilized(config):
         return exp_avg, exp_avg_sq
     if offsets is None:
-        momentum = torch.tensor(MOMENTUM_DECAYS, dtype=grad.dtype, device=grad.device)
+        momentum = constant(MOMENTUM_DECAYS, grad.dtype, grad.device)
         decays = feats.Decays(momentum, torch.full_like(momentum[:1], RMS_DECAY), momentum[:0])
     else:
         decays = learned_decays(offsets)
@@ -161,13 +162,13 @@ def stabilized_terms(
     factor: Tensor | float = 1.0,
     weights: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """A network's step with what stabilisers there are: `blackbox`, and `nominal` if there is such a term.
+    """The terms of a network with stabilizers: `blackbox`, and `nominal` if there is such a term.
 
     Args:
         config: the options.
-        readouts: (1 or 2, *shape): the step, and what the controller reads if there is one.
+        readouts: (1 or 2, *shape): the network's step, and the input of the controller if there is one.
         grad: (*shape).
-        exp_avg: (3, *shape) momenta that hold `grad` already.
+        exp_avg: (3, *shape) momenta that already include `grad`.
         exp_avg_sq: (*shape) second moment, likewise.
         eps: added to the second moment before its root.
         factor: () of both terms.

@@ -23,6 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_lopt.rules.constants import constant
+
 FRACTIONS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0)
 LOG_STEPS = (0.0, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0)
 NUM_TENSOR_FEATURES = 8
@@ -109,7 +111,7 @@ def of_tensor(
         tensor(1.)
     """
     means = torch.stack(list(mean_squares))[None]
-    shapes = torch.tensor([shape_features(shape, num_tensors)], dtype=means.dtype, device=means.device)
+    shapes = constant((shape_features(shape, num_tensors),), means.dtype, means.device)
     factor, momenta = compute(meta_params, means, shapes, step, num_steps)
     return Multipliers(factor.squeeze(0), momenta.squeeze(0))
 
@@ -184,7 +186,7 @@ def progress(step: Tensor, num_steps: Tensor | int | None) -> Tensor:
     """The fraction of the run that is done: 0.5 for a run of unknown length, 1 for one that goes on past its length."""
     if num_steps is None:
         return torch.full_like(step, 0.5)
-    length = torch.as_tensor(num_steps, dtype=step.dtype, device=step.device)
+    length = _as_tensor(num_steps, step)
     return (step / (length - 1).clamp(min=1)).clamp(max=1)
 
 
@@ -199,25 +201,11 @@ def log_factor(meta_params: Mapping[str, Tensor], step: Tensor, num_steps: Tenso
     step = step.to(meta_params["schedule_step"].dtype)
     if num_steps is None:
         return interpolate(torch.log10(step + 1), LOG_STEPS, meta_params["schedule_step"])
-    length = torch.as_tensor(num_steps, dtype=step.dtype, device=step.device)
+    length = _as_tensor(num_steps, step)
     log_length = (torch.log10(length) - 3).clamp(*LOG_LENGTHS)
     curve = meta_params["schedule_fraction"] + meta_params["schedule_length"] * log_length
     early = interpolate(torch.log10(step + 1), LOG_STEPS, meta_params["schedule_early"])
     return interpolate(progress(step, num_steps), FRACTIONS, curve) + early
-
-
-_KEPT: dict[tuple[tuple[float, ...], torch.dtype, torch.device], Tensor] = {}
-
-
-def keep_constants(dtype: torch.dtype, device: torch.device) -> None:
-    """Put the knots on a device once and for all: a CUDA graph cannot capture a copy from the host.
-
-    `interpolate` does not do it: a transform of `torch.func` may be at work there, whose tensors must not be kept.
-    """
-    for knots in (FRACTIONS, LOG_STEPS):
-        if (knots, dtype, device) not in _KEPT:
-            with torch.inference_mode(False):
-                _KEPT[knots, dtype, device] = torch.tensor(knots, dtype=dtype, device=device)
 
 
 def interpolate(x: Tensor, knots: tuple[float, ...], values: Tensor) -> Tensor:
@@ -227,11 +215,16 @@ def interpolate(x: Tensor, knots: tuple[float, ...], values: Tensor) -> Tensor:
         >>> interpolate(torch.tensor([0.5, 3.0]), (0.0, 1.0), torch.tensor([1.0, 3.0]))
         tensor([2., 3.])
     """
-    at = _KEPT.get((knots, values.dtype, values.device))
-    at = torch.tensor(knots, dtype=values.dtype, device=values.device) if at is None else at
+    at = constant(knots, values.dtype, values.device)
     x = x.clamp(knots[0], knots[-1]).unsqueeze(-1)
     # Each knot's hat falls from 1 at the knot to 0 at its neighbors: no indexing by data, so it runs under vmap.
     slopes = (x - at[:-1]) / (at[1:] - at[:-1])
     edge = torch.ones_like(slopes[..., :1])
     hats = torch.minimum(torch.cat([edge, slopes], -1), torch.cat([1 - slopes, edge], -1)).clamp(0, 1)
     return (hats * values).sum(-1)
+
+
+def _as_tensor(num_steps: Tensor | int, like: Tensor) -> Tensor:
+    if isinstance(num_steps, Tensor):
+        return num_steps.to(like.device, like.dtype)
+    return constant(num_steps, like.dtype, like.device)

@@ -1,11 +1,11 @@
-"""Means over tensors of which each process holds a shard (FSDP2), so that all tensors' are added up in one message.
+"""Means over sharded tensors (FSDP2), with one message for the sums of all tensors.
 
-A rule's maths is written once. Where it needs a mean over more than a coordinate it calls `means`, which for a whole
-tensor is `Tensor.mean`. For a shard the sums of the other processes are needed. The rule is then interrupted by
-`Unknown`, what all tensors have asked for is added up at once, and the rule is run again from the start, this time with
-the sums: being a pure function it asks the same again. So none of a rule's many planes waits for other tensors, and the
-number of messages is the number of questions that depend on each other, two in STAR (three where the scheduler centers
-the gradients of tensors that are split along their fan-in), for any number of tensors.
+A rule's math is written once. For a mean over more than one coordinate it calls `means`, which for a whole tensor is
+`Tensor.mean`. For a shard, the sums of the other processes are needed: `means` interrupts the rule by raising
+`Unknown`, the sums that all tensors have asked for are exchanged at once, and the rule is run again from the start with
+the answers. As a pure function it asks the same questions again. So no intermediate result of a rule is kept while it
+waits, and a step takes as many messages as there are questions that depend on each other, for any number of tensors:
+two in STAR; one in `scheduled`, and another for gradients that are split along their fan-in.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ Question = tuple[Tensor, tuple[int, ...]]  # (c..., *shape), and the dims to ave
 
 
 def dtensor() -> ModuleType:
-    """The module of torch's DTensor; torch 2.4 has it under another name. Slow to import: for sharded tensors only."""
+    """The module of torch's DTensor, named otherwise in torch 2.4. Imported late, because that is slow."""
     public = importlib.import_module("torch.distributed.tensor")
     return public if hasattr(public, "DTensor") else importlib.import_module("torch.distributed._tensor")
 
 
 class Unknown(Exception):
-    """The way out of a rule that asks for what is not known yet; carries this process's share of the sums."""
+    """Interrupts a rule that asks for a mean that is not known yet; carries this process's part of the sums."""
 
     def __init__(self, sums: list[Tensor]) -> None:
-        super().__init__("sums over all parts of a tensor were asked for outside of `sharding.together`")
+        super().__init__("sums over all shards of a tensor were asked for outside of `sharding.together`")
         self.sums = sums
 
 
 class TensorShard:
-    """The shard of a tensor that this process holds, a box, and what is known of the whole.
+    """The shard of a tensor that this process holds, a box, and the means over the whole tensor that are known.
 
     Args:
         shape: of the whole tensor.
         start: where the shard begins, per dim.
         local: the shape of the shard; a dim may be 0.
-        split: the dims along which other processes hold other parts; all of them where not given.
+        split: the dims along which other processes hold other shards; by default all.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class TensorShard:
         self.asked = 0
 
     def local(self, tensor: Tensor) -> Tensor:
-        """Cut what is known of the whole tensor (c..., *shape), or is 1 along some dims, to the shard."""
+        """Cut a tensor (c..., *shape), whose sizes along some dims may be 1, to the shard."""
         extra = tensor.dim() - len(self.shape)
         for dim, (size, start, length) in enumerate(zip(self.shape, self.start, self.local_shape, strict=True)):
             if tensor.shape[dim + extra] == size != length:
@@ -74,7 +74,7 @@ class TensorShard:
         return self.known[number]
 
     def _contribution(self, tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
-        """What this shard adds to a mean; 0 for those that belong to other parts."""
+        """What this shard adds to a mean; 0 for the means that belong to other shards."""
         if dims:
             tensor = tensor.sum(dims, keepdim=True) / math.prod(self.shape[dim] for dim in dims)
         for dim in range(-len(self.shape), 0):
@@ -91,8 +91,8 @@ def means(shard: TensorShard | None, *questions: Question) -> list[Tensor]:
     """Means over dims of tensors (c..., *shape): (c..., *the other dims), of the whole tensor's size.
 
     Args:
-        shard: what this process holds of the tensor; None for all of it.
-        questions: (tensor, dims): dims counted from the end, as -1, without the leading ones; () for none.
+        shard: the shard that the tensors cover; None for whole tensors.
+        questions: (tensor, dims): dims to average over, counted from the end; () for none.
 
     Example:
         >>> import torch
@@ -106,12 +106,12 @@ def means(shard: TensorShard | None, *questions: Question) -> list[Tensor]:
 
 
 def whole_shape(shard: TensorShard | None, tensor: Tensor) -> torch.Size:
-    """The shape of the tensor of which `tensor` is a shard, or all."""
+    """The shape of the whole tensor."""
     return tensor.shape if shard is None else shard.shape
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor's (DTensor's) value, the same on all ranks; any other as it is.
+    """The full value of a sharded tensor (DTensor), the same on all ranks; a plain tensor as it is.
 
     Example:
         >>> whole(torch.ones(2))
@@ -121,5 +121,5 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def local(shard: TensorShard | None, tensor: Tensor) -> Tensor:
-    """Cut a value of the whole tensor to the shard that this process holds."""
+    """Cut a tensor of the whole shape to the shard that this process holds."""
     return tensor if shard is None else shard.local(tensor)

@@ -220,7 +220,7 @@ class STAR(UpdateRule):
         c, shard = self.config, context.shard
         inv_root, heads, features = feats.inverse_root(state.exp_avg_sq, c.eps), torch.zeros(0), None
         if c.step_mult or c.nominal_controller or (c.weight_decay and c.regularization_controller):
-            features = feats.features(state, grad, param, shard, c.eps)
+            features = feats.input_features(state, grad, param, shard, c.eps)
         whole = self._statistics(grad, features, shard)
         if features is not None:
             time = feats.time_features(context.step, param.dtype)

@@ -1,4 +1,4 @@
-"""Tasks: what optimizers are meta-trained and evaluated on, as pure functions that batch over a population."""
+"""Tasks for meta-training and evaluation, as pure functions that batch over a population with `torch.func.vmap`."""
 
 from lightning_lopt.tasks import datasets, families
 from lightning_lopt.tasks.base import Params, Start, Task

@@ -1,7 +1,7 @@
-"""Tasks in closed form: random quadratics, Rosenbrock, a sum of squares and the noisy quadratic model.
+"""Analytic tasks: random quadratics, Rosenbrock, a sum of squares and the noisy quadratic model.
 
-What is drawn per problem (a matrix, say) is a constant of the run and comes to the loss as the batch, a dict of
-tensors. All have one parameter, `x`. Sources, and where texts and code disagree, are given with each task.
+Each has one parameter, `x`. The random quantities of a problem, such as a matrix, are constants of the run and reach
+the loss through the batch, a dict of tensors. Each task names its source, and notes where text and code disagree.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from lightning_lopt.tasks.base import Params, Start, Task, check_choice, check_p
 class LeastSquares(Task):
     """f(x) = ||W x - y||^2 with a random square matrix W and vector y.
 
-    Andrychowicz et al. 2016 (arXiv 1606.04474), section 3.1. The defaults are the paper's distribution with the start
-    at 0 of the PyTorch port whose numbers are compared with. DeepMind's code has W, y ~ U(0, 1) and x0 ~ N(0, 0.01^2).
-    The LSTM thesis has 16 dimensions and x0 ~ N(0, 1) in its text; its code minimizes the norm, not the square, from x0
-    ~ N(0, 0.05^2).
+    Source: Andrychowicz et al. 2016 (arXiv 1606.04474), section 3.1. The defaults are the paper's distribution, with
+    the start at 0 of the PyTorch port that we compare with. DeepMind's code has W, y ~ U(0, 1) and x0 ~ N(0, 0.01^2).
+    The text of the LSTM thesis has 16 dimensions and x0 ~ N(0, 1); its code minimizes the norm, not its square, from
+    x0 ~ N(0, 0.05^2).
 
     Constants: `matrix (dim, dim)`, `target (dim,)`.
     """
@@ -35,7 +35,7 @@ class LeastSquares(Task):
     init_std: float = 0.0
     """Standard deviation of the normal start."""
     squared: bool = True
-    """False: the norm in place of its square."""
+    """If False, the loss is the norm, not its square."""
 
     def __post_init__(self) -> None:
         check_positive("dim", self.dim)
@@ -50,18 +50,18 @@ class LeastSquares(Task):
         return Start({"x": x}, {"matrix": matrix, "target": target})
 
     def loss(self, params: Params, batch: Any) -> Tensor:
-        """||W x - y||^2, or its root."""
+        """Compute ||W x - y||^2, or its square root."""
         square: Tensor = (batch["matrix"] @ params["x"] - batch["target"]).square().sum()
         return square if self.squared else square.sqrt()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class LogUniformQuadratic(Task):
-    """f(x) = 1/2 (x - m)^T H (x - m), H of log-uniform eigenvalues in a random basis, x0 ~ N(0, I), -H m ~ N(0, I).
+    """f(x) = 1/2 (x - m)^T H (x - m); H has log-uniform eigenvalues in a random basis; x0 ~ N(0, I), -H m ~ N(0, I).
 
-    The linear regression of Maheswaranathan et al. 2021 (arXiv 2011.02159), as their released code has it: 5 dimensions
-    and eigenvalues 10^U(-3, 0). They write 1/2 x^T H x + v^T x plus the offset that makes the minimum 0; this is the
-    same function with m = -H^-1 v, written so that float32 keeps it from falling below 0.
+    Source: the linear regression of Maheswaranathan et al. 2021 (arXiv 2011.02159), as in their released code: 5
+    dimensions and eigenvalues 10^U(-3, 0). They write 1/2 x^T H x + v^T x plus the offset that makes the minimum 0. It
+    is the same function with m = -H^-1 v, in a form that does not become negative in float32.
 
     Constants: `hessian (dim, dim)`, `minimum (dim,)`.
     """
@@ -69,7 +69,7 @@ class LogUniformQuadratic(Task):
     name: str = "linear-regression"
     dim: int = 5
     log10_range: tuple[float, float] = (-3.0, 0.0)
-    """Range of the eigenvalues' decimal logarithm."""
+    """Range of the decimal logarithm of the eigenvalues."""
 
     def __post_init__(self) -> None:
         check_positive("dim", self.dim)
@@ -78,7 +78,7 @@ class LogUniformQuadratic(Task):
     def init(self, generator: torch.Generator, population: int | None = None) -> Start:
         """Draw H, v and x0."""
         eigenvalues = 10.0 ** draws.uniform(generator, (self.dim,), population, *self.log10_range)
-        # Uniform up to the signs of its columns, which cancel in H.
+        # QR gives a uniform basis up to the signs of its columns, which cancel in H.
         basis, _ = torch.linalg.qr(draws.normal(generator, (self.dim, self.dim), population))
         linear = draws.normal(generator, (self.dim, 1), population)
         x = draws.normal(generator, (self.dim,), population)
@@ -87,7 +87,7 @@ class LogUniformQuadratic(Task):
         return Start({"x": x}, {"hessian": hessian, "minimum": minimum})
 
     def loss(self, params: Params, batch: Any) -> Tensor:
-        """1/2 (x - m)^T H (x - m)."""
+        """Compute 1/2 (x - m)^T H (x - m)."""
         offset: Tensor = params["x"] - batch["minimum"]
         form: Tensor = offset @ (batch["hessian"] @ offset)
         return 0.5 * form
@@ -95,10 +95,10 @@ class LogUniformQuadratic(Task):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Rosenbrock(Task):
-    """f(x, y) = (a - x)^2 + b (y - x^2)^2, the start uniform over a rectangle.
+    """f(x, y) = (a - x)^2 + b (y - x^2)^2, with a start uniform over a rectangle.
 
-    Defaults: Maheswaranathan et al. 2021 (arXiv 2011.02159), section 3.2. The multiscale-Adam thesis starts in [-10,
-    10]^2 in its code; its equation 2.2 has y - x in place of y - x^2, a misprint.
+    Source of the defaults: Maheswaranathan et al. 2021 (arXiv 2011.02159), section 3.2. The code of the multiscale-Adam
+    thesis starts in [-10, 10]^2; its equation 2.2 has y - x for y - x^2, a misprint.
     """
 
     name: str = "rosenbrock"
@@ -117,7 +117,7 @@ class Rosenbrock(Task):
         return Start({"x": torch.stack([draws.uniform(generator, (), population, *r) for r in ranges], -1)}, {})
 
     def loss(self, params: Params, batch: Any) -> Tensor:
-        """(a - x)^2 + b (y - x^2)^2."""
+        """Compute (a - x)^2 + b (y - x^2)^2."""
         x, y = params["x"].unbind()
         return (self.a - x) ** 2 + self.b * (y - x**2) ** 2
 
@@ -139,18 +139,18 @@ class SumOfSquares(Task):
         return Start({"x": draws.uniform(generator, (self.dim,), population, *self.start_range)}, {})
 
     def loss(self, params: Params, batch: Any) -> Tensor:
-        """Sum of squares."""
+        """Compute the sum of squares."""
         return params["x"].square().sum()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class RandomSlopes(Task):
-    """f(x) = s . x with s ~ N(0, std^2 I) anew at each step: its gradients are noise, whatever x.
+    """f(x) = s . x with a new s ~ N(0, std^2 I) at each step, so that gradients are pure noise.
 
-    What Schroeter's thesis (section 5.4.4) pre-trains its LSTM on, 128 numbers of N(0, 0.001^2): a rule learns there
-    what to make of a gradient by itself. The evaluation batch has s = 0.
+    Schroeter's thesis (section 5.4.4) pre-trains its LSTM on 128 such numbers with std 0.001, where it learns its
+    response to single gradients. The evaluation batch has s = 0.
 
-    Constants: `slope (dim,)`, 0, to which a batch adds s.
+    Constants: `slope (dim,)`, which is 0 and to which a batch adds s.
     """
 
     name: str = "random-slopes"
@@ -162,30 +162,31 @@ class RandomSlopes(Task):
         check_range("(std, std)", (self.std, self.std), 1e-30, 1e30)
 
     def init(self, generator: torch.Generator, population: int | None = None) -> Start:
-        """x0 = 0."""
+        """Start at 0."""
         x = draws.normal(generator, (self.dim,), population, 0.0)
         return Start({"x": x}, {"slope": torch.zeros_like(x)})
 
     def batch(self, generator: torch.Generator, constants: Any, population: int | None = None) -> Any:
-        """The slopes of a step."""
+        """Draw the slopes of a step."""
         slope = draws.normal(generator, (self.dim,), population, self.std)
         return {"slope": constants["slope"] + slope.to(constants["slope"].device)}
 
     def loss(self, params: Params, batch: Any) -> Tensor:
-        """The product."""
+        """Compute s . x."""
         product: Tensor = batch["slope"] @ params["x"]
         return product
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class NoisyQuadratic(Task):
-    """f(x) = 1/2 (x - xi)^T H (x - xi), xi ~ N(0, noise_std^2 I) anew at each step, x0 ~ N(0, init_std^2 I).
+    """f(x) = 1/2 (x - xi)^T H (x - xi) with a new xi ~ N(0, noise_std^2 I) at each step; x0 ~ N(0, init_std^2 I).
 
-    The STAR paper's noisy quadratic model (arXiv 2209.11208, eq. 4) with the values of its App. B.1: H as printed
-    there, xi of variance 1, x0 of variance 10. The authors' task differs: H = [[1.11499, .59389], [.59389, .48372]], no
-    1/2 (`factor=1.0`), and x0 of standard deviation 10. The evaluation batch has xi = 0, the noise-free loss.
+    Source: the noisy quadratic model of the STAR paper (arXiv 2209.11208, eq. 4) with the values of its App. B.1: H as
+    printed there, xi of variance 1, x0 of variance 10. The authors' code differs: H = [[1.11499, .59389], [.59389,
+    .48372]], no 1/2 (`factor=1.0`), and x0 of standard deviation 10. The evaluation batch has xi = 0, the noise-free
+    loss.
 
-    Constants: `hessian (dim, dim)`, `center (dim,)`, which is 0 and to which a batch adds xi.
+    Constants: `hessian (dim, dim)`, and `center (dim,)`, which is 0 and to which a batch adds xi.
     """
 
     name: str = "noisy-quadratic"
@@ -209,12 +210,12 @@ class NoisyQuadratic(Task):
         return Start({"x": x}, {"hessian": hessian, "center": torch.zeros_like(x)})
 
     def batch(self, generator: torch.Generator, constants: Any, population: int | None = None) -> Any:
-        """The constants, with xi as the center."""
+        """Draw xi, and return the constants with xi as the center."""
         noise = draws.normal(generator, (len(self.hessian),), population, self.noise_std)
         return {**constants, "center": constants["center"] + noise.to(constants["center"].device)}
 
     def loss(self, params: Params, batch: Any) -> Tensor:
-        """The quadratic form around xi."""
+        """Compute the quadratic form around xi."""
         offset: Tensor = params["x"] - batch["center"]
         form: Tensor = offset @ (batch["hessian"] @ offset)
         return self.factor * form

@@ -1,22 +1,22 @@
-"""The task: what an optimizer is run on, as pure functions that batch over a population with `torch.func.vmap`.
+"""The interface of tasks: pure functions that batch over a population with `torch.func.vmap`.
 
-A task has three parts, and everything that a run of it needs passes through them as tensors:
+A task has three functions, which exchange tensors only:
 
-    start = task.init(generator, population)                       # what is drawn once, when an inner run starts
-    batch = task.batch(generator, start.constants, population)     # what is drawn at every inner step
+    start = task.init(generator, population)                       # drawn once, when an inner run starts
+    batch = task.batch(generator, start.constants, population)     # drawn at every inner step
     grads, losses = vmap(task.grad_and_value)(start.params, batch) # deterministic
 
-**Constants ride in the batch.** Much is fixed over a run and differs between members of a population: the matrix of a
-random quadratic, the scales of a reparametrization, a member's share of the data. `init` draws it as `Start.constants`,
-a pytree that the caller keeps beside the parameters and hands to `batch`, which puts what the loss needs into the batch
-it returns. So `loss` has two arguments in every task, constants are never trained nor seen by the optimizer, and a
-caller that resets members at different times selects between two `Start`s leaf by leaf. Tasks without constants have an
-empty dict.
+**Constants are part of the batch.** Some quantities are fixed over a run but differ between members of a population:
+the matrix of a random quadratic, the scales of a reparametrization, a member's subset of the data. `init` draws them as
+`Start.constants`, a pytree. The caller keeps it beside the parameters and passes it to `batch`, which adds to the batch
+what the loss needs. So `loss` has the same two arguments in every task, constants are never trained or seen by the
+optimizer, and a caller that resets members at different times can select between two `Start`s leaf by leaf. Tasks
+without constants have an empty dict.
 
-**Randomness is data.** `loss` draws nothing. Dropout masks, gradient noise and the perturbations of evolution
-strategies are drawn by `batch`, so that the two sides of an antithetic pair that share a batch share all of its noise.
-Only the generators that are passed in are used. With `population=P` every leaf that is drawn has a leading axis P, made
-in one vectorized draw (one gather for data); with None it has none.
+**Randomness is part of the batch.** `loss` draws nothing. `batch` draws dropout masks, gradient noise and the
+perturbations of evolution strategies, so that the two sides of an antithetic pair, which use the same batch, see the
+same noise. Tasks use only the generators that they are given. With `population=P` every drawn leaf has a leading axis
+P, from one vectorized draw (one gather for data); with None it has no such axis.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ SPLITS = ("train", "valid", "test")
 
 
 class Start(NamedTuple):
-    """What an inner run starts from; leaves have a leading population axis where one was asked for."""
+    """The start of an inner run. Leaves have a leading population axis if `init` got a population."""
 
     params: Params  # name -> tensor, the optimizee's parameters
-    constants: Any  # pytree of tensors that stay fixed over the run; {} where a task has none
+    constants: Any  # pytree of tensors that are fixed over the run; {} if the task has none
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Task(ABC):
-    """A loss, its data and its starting point. Subclasses are final: a task is varied by wrapping it (`wrappers`).
+    """A loss, its data and its initialization. Subclasses are final; to vary a task, wrap it (`wrappers`).
 
     Example:
         >>> import torch
@@ -60,7 +60,7 @@ class Task(ABC):
     name: str
     """The name in tables and logs."""
     loss_cap: float | None = None
-    """Where `normalize` clips a meta-loss; None for losses without a natural scale."""
+    """The value at which `normalize` clips a meta-loss; None for losses without a natural scale."""
 
     @abstractmethod
     def init(self, generator: torch.Generator, population: int | None = None) -> Start:
@@ -68,25 +68,25 @@ class Task(ABC):
 
         Args:
             generator: the only source of randomness. Results are on the task's device, see `to`.
-            population: number of independent members, or None for one without a leading axis.
+            population: number of independent members, or None for one member without a leading axis.
         """
 
     def batch(self, generator: torch.Generator, constants: Any, population: int | None = None) -> Any:
-        """Draw what one training step needs: a pytree of tensors, with the constants that the loss reads.
+        """Draw the batch of one training step: a pytree of tensors, including the constants that the loss reads.
 
         Args:
             generator: the only source of randomness.
-            constants: of the `Start` that the run began with.
-            population: as it was passed to `init`.
+            constants: constants of the run's `Start`.
+            population: as passed to `init`.
 
         Returns:
-            The batch; for a deterministic task, unless it says otherwise, the constants.
+            The batch. The default, for deterministic tasks, is the constants.
         """
         return constants
 
     @abstractmethod
     def loss(self, params: Params, batch: Any) -> Tensor:
-        """The training loss of one member on one batch: a scalar, deterministic and differentiable, under vmap too."""
+        """Compute the training loss of one member on one batch: a deterministic, differentiable scalar."""
 
     def eval_batch(
         self,
@@ -97,57 +97,51 @@ class Task(ABC):
         size: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Any:
-        """A batch for evaluation, without dropout, label noise or gradient noise.
+        """Return a batch for evaluation, without dropout, label noise or gradient noise.
 
         Args:
-            split: one of `splits`; for a task without data all are the same, the noise-free problem.
-            constants: of the `Start` that the run began with.
-            population: as it was passed to `init`; data are shared between members without a copy.
-            size: number of examples; None for the whole split, or 2,048 of it if it is larger.
-            generator: draws the examples; None takes them evenly spaced over the split, the same at each call.
+            split: one of `splits`. For a task without data all are the same, the noise-free problem.
+            constants: constants of the run's `Start`.
+            population: as passed to `init`. All members get views of the same data.
+            size: number of examples (default: the whole split, but at most 2,048 examples).
+            generator: draws the examples (default: examples evenly spaced over the split, the same at each call).
         """
         check_choice("split", split, self.splits)
         return constants
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The splits that `eval_batch` knows."""
+        """The splits that `eval_batch` accepts."""
         return SPLITS
 
     @property
     def device(self) -> torch.device | None:
-        """Where everything that the task draws is; None for a task without data: on the generator's device."""
+        """The device of everything that the task draws; None, the generator's device, for a task without data."""
         return None
 
     def metrics(self, params: Params, batch: Any) -> dict[str, Tensor]:
-        """Further scalars of one member on one batch, e.g. {"accuracy": ...}; empty unless a task has some."""
+        """Compute further scalars of one member on one batch, such as {"accuracy": ...}; empty by default."""
         return {}
 
     def grad_and_value(self, params: Params, batch: Any) -> tuple[Params, Tensor]:
-        """Gradient (as a dict like `params`) and loss, in `torch.func.grad_and_value`'s order.
+        """Compute the gradient (a dict like `params`) and the loss, in the order of `torch.func.grad_and_value`.
 
-        It is a seam: a task may give a gradient estimate in place of the gradient (`wrappers.ESGradient`).
+        A task may override it to return an estimate of the gradient (`wrappers.ESGradient`).
         """
         result: tuple[Params, Tensor] = torch.func.grad_and_value(self.loss)(params, batch)
         return result
 
     def normalize(self, loss: Tensor) -> Tensor:
-        """A loss made fit for a meta-loss: clipped to [0, loss_cap], NaN to loss_cap; unchanged where there is no cap.
+        """Clip a loss to [0, loss_cap] for use in a meta-loss, and replace NaN by loss_cap; without a cap, do nothing.
 
-        Classification clips at 1.5 ln C and autoencoders at 1, as the STAR reference does (Metz et al. 2022, arXiv
-        2203.11860, released code). Where this deviates from it: NaN is replaced for all tasks, there for MLPs only;
-        language models are clipped at 1.5 ln C too, there not at all; and the factors by which the reference weights
-        some clipped losses (10 for the MSE of classifiers, 10 / ln 2C for vision transformers) are left to the caller.
+        Classification clips at 1.5 ln C and autoencoders at 1, as in the STAR reference (Metz et al. 2022, arXiv
+        2203.11860, released code). Deviations from it: NaN is replaced for all tasks, there only for MLPs; language
+        models are clipped at 1.5 ln C, there not at all; and the factors by which it multiplies some clipped losses (10
+        for the MSE of classifiers, 10 / ln 2C for vision transformers) are left to the caller.
         """
         if self.loss_cap is None:
             return loss
         return loss.clamp(0.0, self.loss_cap).nan_to_num(nan=self.loss_cap)
-
-    def initial_loss(self, generator: torch.Generator, num_draws: int = 8) -> Tensor:
-        """The loss before training, mean over `num_draws` starts and batches: a task's scale for meta-losses."""
-        start = self.init(generator, num_draws)
-        batch = self.batch(generator, start.constants, num_draws)
-        return torch.func.vmap(self.loss)(start.params, batch).mean()
 
     @functools.cached_property
     def param_shapes(self) -> dict[str, torch.Size]:
@@ -156,21 +150,20 @@ class Task(ABC):
 
     @property
     def num_params(self) -> int:
-        """How many numbers one member optimizes."""
+        """Number of scalar parameters of one member."""
         return sum(shape.numel() for shape in self.param_shapes.values())
 
     def to(self, device: torch.device | str) -> Task:
-        """The same task with its data on `device`, where all that it draws will then be.
+        """Return the same task with its data, and so everything that it draws, on a device.
 
-        A task without data has nothing to move: what it draws is on the generator's device. Generators may be on
-        another device than the data, at the price of a copy at each draw; a CPU generator gives the same draws wherever
-        the task runs.
+        A task without data draws on the generator's device. A generator may be on another device than the data, which
+        costs a copy per draw; a CPU generator gives the same draws on every device.
         """
         return self
 
 
 def check_choice(name: str, value: Any, allowed: Mapping[str, Any] | tuple[Any, ...]) -> None:
-    """Raise a ValueError naming the argument, its value and what is allowed, unless `value` is one of `allowed`."""
+    """Raise a ValueError unless `value` is one of `allowed`."""
     if value not in allowed:
         raise ValueError(f"{name}={value!r} is not allowed: it must be one of {list(allowed)}.")
 

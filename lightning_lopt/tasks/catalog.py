@@ -1,10 +1,10 @@
-"""The tasks that have names: what `make` knows.
+"""The registry of named tasks, and `make`, which builds them.
 
-Short names are tasks of this package and of the papers it implements. Names as `ImageMLP_Cifar10_128x128x128_Relu` are
-the STAR reference's own (released code of Metz et al. 2022, arXiv 2203.11860, which defines the tasks that Harrison et
-al. 2022 evaluate on), where the data are here. Where they are not (ImageNet, LM1B, Cifar100), a stand-in has the
-reference's network and batch on data that are, and says so in its name: `GENERALIZATION` says which reference task each
-stands for.
+Short names are tasks of this package and of the papers that it implements. Names like
+`ImageMLP_Cifar10_128x128x128_Relu` are those of the STAR reference (the released code of Metz et al. 2022, arXiv
+2203.11860, which defines the tasks that Harrison et al. 2022 evaluate on). Where its data (ImageNet, LM1B, Cifar100)
+are not available here, a stand-in has the reference's network and batch size on other data, which its name says.
+`GENERALIZATION` maps each stand-in to the reference task.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lightning_lopt.tasks.wrappers import ESGradient, Reparametrized
 
 
 class Entry(NamedTuple):
-    """How a named task is made: `builder(name=..., **options)`."""
+    """A registered task, which is built by `builder(name=..., **options)`."""
 
     builder: Callable[..., Task]
     options: dict[str, Any]
@@ -38,15 +38,15 @@ REGISTRY: dict[str, Entry] = {}
 
 
 def register(name: str, builder: Callable[..., Task], **options: Any) -> None:
-    """Make a task known by name to `make` and to the command line.
+    """Register a task under a name, for `make` and the command line.
 
     Args:
-        name: not yet taken.
-        builder: called as `builder(name=name, **options)`; a Task subclass or a function.
-        options: what the builder gets; a caller of `make` may override each.
+        name: a name that is not taken yet.
+        builder: a Task subclass or a function, called as `builder(name=name, **options)`.
+        options: options for the builder; callers of `make` may override them.
 
     Raises:
-        ValueError: for a name that is taken.
+        ValueError: if the name is taken.
     """
     if name in REGISTRY:
         raise ValueError(f"name={name!r} is taken by another task; choose another name.")
@@ -54,16 +54,16 @@ def register(name: str, builder: Callable[..., Task], **options: Any) -> None:
 
 
 def make(name: str, **options: Any) -> Task:
-    """A task by name.
+    """Make a task by name.
 
     Args:
         name: one of `list_tasks()`.
-        options: what is to differ from the task as it is registered, e.g. `batch_size=32`, `hidden=(64, 64)` or
+        options: options that differ from the registered ones, such as `batch_size=32`, `hidden=(64, 64)` or
             `dataset="synthetic"`.
 
     Raises:
-        ValueError: unknown name or option, or a value that is not allowed.
-        FileNotFoundError: the task's data are not here; the message says what to do.
+        ValueError: for an unknown name or option, or a value that is not allowed.
+        FileNotFoundError: if the task's data are missing; the message says what to do.
 
     Example:
         >>> make("digits-mlp").num_params, make("digits-mlp", hidden=(64, 64)).num_params
@@ -75,7 +75,7 @@ def make(name: str, **options: Any) -> Task:
         raise ValueError(f"Unknown task {name!r}: {hint} tasks.list_tasks() has all {len(REGISTRY)} names.")
     entry = REGISTRY[name]
     parameters = inspect.signature(entry.builder).parameters
-    # A builder with **options checks them itself.
+    # A builder that takes **options checks them itself.
     if inspect.Parameter.VAR_KEYWORD not in {parameter.kind for parameter in parameters.values()}:
         known = sorted(set(parameters) - {"name"})
         if unknown := sorted(set(options) - set(known)):
@@ -84,7 +84,7 @@ def make(name: str, **options: Any) -> Task:
 
 
 def list_tasks() -> list[str]:
-    """The names that `make` knows.
+    """Return the names of all registered tasks.
 
     Example:
         >>> "digits-mlp" in list_tasks()
@@ -94,7 +94,7 @@ def list_tasks() -> list[str]:
 
 
 def dataset_of(name: str) -> str | None:
-    """The data set that a task loads, or None for a task without data; a ValueError for an unknown name."""
+    """Return the name of the data set that a task loads, or None; a ValueError for an unknown name."""
     if name not in REGISTRY:
         raise ValueError(f"Unknown task {name!r}; tasks.list_tasks() has the names.")
     entry = REGISTRY[name]
@@ -102,14 +102,14 @@ def dataset_of(name: str) -> str | None:
 
 
 def by_evolution_strategies(name: str, base: str, pairs: int = 1, std: float = 0.01, **options: Any) -> Task:
-    """The task `base`, with `options`, and gradients estimated from antithetic pairs (`wrappers.ESGradient`)."""
+    """Make the task `base` with gradients estimated from antithetic pairs (`wrappers.ESGradient`)."""
     return ESGradient(name=name, task=make(base, **options), pairs=pairs, std=std)
 
 
 def rescaled(
     name: str, base: str, level: str = "global", scale_range: tuple[float, float] = (1e-3, 1e3), **options: Any
 ) -> Task:
-    """The task `base`, with `options`, in other units (`wrappers.Reparametrized`): to Adam, at other step sizes."""
+    """Make the task `base` in other units (`wrappers.Reparametrized`); for Adam this changes the step sizes."""
     return Reparametrized(name=name, task=make(base, **options), level=level, scale_range=scale_range)
 
 
@@ -118,7 +118,7 @@ def _mlp(name: str, dataset: str, hidden: tuple[int, ...], **options: Any) -> No
 
 
 def _register_small() -> None:
-    """Tasks on data that come with scikit-learn, or on none: everywhere at hand, quick."""
+    """Register small tasks that need no data files: on scikit-learn's data, or without data."""
     small: dict[str, Any] = {"dataset": "digits", "batch_size": 64}
     mlps: dict[str, dict[str, Any]] = {
         "digits-logreg": {},
@@ -165,9 +165,9 @@ def _register_small() -> None:
 
 
 def _register_papers() -> None:
-    """Optimizees of the papers on MNIST, Fashion-MNIST and CIFAR-10."""
-    # Learning to learn (arXiv 1606.04474) as the PyTorch port has it, and the variations that it generalizes to; also
-    # L2O-DMD's.
+    """Register the papers' tasks on MNIST, Fashion-MNIST and CIFAR-10."""
+    # Learning to learn (arXiv 1606.04474), as in the PyTorch port, with the variations of its generalization tests, and
+    # the task of L2O-DMD.
     l2l = {"activation": "sigmoid", "scheme": "torch"}
     _mlp("mnist-l2l", "mnist", (20,), **l2l)
     _mlp("mnist-l2l-2layer", "mnist", (20, 20), **l2l)
@@ -177,30 +177,30 @@ def _register_papers() -> None:
     _mlp("fashion-l2l", "fashion_mnist", (20,), **l2l)
     _mlp("cifar-l2l", "cifar10", (20,), **l2l)
     _mlp("mnist-dmd", "mnist", (8,), **l2l)
-    # DeepMind's own initialization; the multiscale-Adam thesis's MlpMnist.
+    # DeepMind's initialization; this is MlpMnist of the multiscale-Adam thesis.
     _mlp("mnist-mlp", "mnist", (20,), activation="sigmoid", scheme="normal", std=0.01)
-    # That thesis's further networks: ConvMnist large and small, ConvCifar 0 and 1. Of the latter it prints layers of
-    # 384 x 191, 576 x 96 and 96 x 46; its count of parameters needs 192, and 32 channels of 6 x 6 are 1152. Images are
-    # brought to 24 x 24 whole, where TensorFlow's tutorial crops them; decay is the tutorial's.
     register("mnist-mlp-rescaled", rescaled, base="mnist-mlp", scale_range=(5e-3, 1e1))
+    # The other networks of that thesis: ConvMnist large and small, ConvCifar 0 and 1. For the latter, it prints layers
+    # of 384 x 191, 576 x 96 and 96 x 46; but its number of parameters requires 192, and 32 channels of 6 x 6 are 1152.
+    # Images are resized to 24 x 24, where TensorFlow's tutorial crops them; weight decay is that of the tutorial.
     register("mnist-convnet-large", build, network="pooled_conv", dataset="mnist")
     register("mnist-convnet-small", build, network="pooled_conv", dataset="mnist", channels=(16, 32), hidden=(512,))
     cifar = {"network": "pooled_conv", "dataset": "cifar10", "image_size": 24, "pool_size": 3, "local_norm": True}
     decay = {"weight_decay": 4e-3, "decayed": ("layers.0.weight", "layers.1.weight")}
     register("cifar-convnet-0", build, channels=(64, 64), hidden=(384, 192), **cifar, **decay)
     register("cifar-convnet-1", build, channels=(32, 32), hidden=(96, 48), **cifar, **decay)
-    # The LSTM thesis: sigmoid on the output as well.
+    # The LSTM thesis, with a sigmoid on the output too.
     _mlp("mnist-mlp-thesis", "mnist", (32,), activation="sigmoid", objective="sigmoid_cross_entropy")
     # Reverse engineering (arXiv 2011.02159).
     convs = {"channels": (16, 16, 16), "strides": (1, 1, 1), "padding": "valid", "pool": "flatten", "batch_size": 100}
     register("mnist-conv", build, network="conv", dataset="mnist", **convs)
-    # STAR (arXiv 2209.11208): the two tasks that it is meta-trained on.
+    # STAR (arXiv 2209.11208): the two tasks of its meta-training.
     _mlp("fashion-mlp-paper", "fashion_mnist", (128, 128))
     register("cifar-conv-paper", build, network="conv", dataset="cifar10")
 
 
 def _register_images() -> None:
-    """Tasks of this package's own on the image and text data."""
+    """Register this package's own tasks on image and text data."""
     for dataset, short in (("mnist", "mnist8-mlp"), ("fashion_mnist", "fashion8-mlp"), ("cifar10", "cifar8-mlp")):
         _mlp(short, dataset, (32,), image_size=8, grayscale=True, batch_size=64)
     _mlp("fashion-mlp", "fashion_mnist", (64, 64), image_size=14)
@@ -217,7 +217,7 @@ def _register_images() -> None:
 
 
 def _register_heldout() -> None:
-    """Tasks of `evaluation.suites.HELDOUT`, small enough for a core: not for meta-training."""
+    """Register the tasks of `evaluation.suites.HELDOUT`, which are small and not for meta-training."""
     register("iris-logreg", build, network="mlp", dataset="iris", batch_size=32)
     fashion: dict[str, Any] = {"dataset": "fashion_mnist", "image_size": 14, "hidden": (64, 64)}
     _mlp("fashion14-sigmoid-mlp", batch_size=64, activation="sigmoid", scheme="torch", **fashion)
@@ -239,7 +239,7 @@ def _register_heldout() -> None:
 
 
 def _register_reference_mlps() -> None:
-    """ImageMLP_*, ImageMLPAE_* and ESWrapped_* of the reference; batch 128 unless the name says otherwise."""
+    """Register ImageMLP_*, ImageMLPAE_* and ESWrapped_* of the reference, with batch size 128 if the name has none."""
     deep = (128, 128, 128)
     _mlp("ImageMLP_FashionMnist_Relu128x128", "fashion_mnist", (128, 128))
     _mlp("ImageMLP_FashionMnist8_Relu32", "fashion_mnist", (32,), image_size=8)
@@ -284,7 +284,7 @@ def _register_reference_mlps() -> None:
 
 
 def _register_reference_rest() -> None:
-    """Conv_* of the reference, and the stand-ins for its residual networks, language models and vision transformers."""
+    """Register Conv_* of the reference, and stand-ins for its ResNets, language models and vision transformers."""
     conv = {"network": "conv", "dataset": "cifar10"}
     register("Conv_Cifar10_32x64x64", build, **conv)
     register("Conv_Cifar10_16_32x64x64", build, image_size=16, **conv)
@@ -309,7 +309,7 @@ def _register_reference_rest() -> None:
         register(
             f"RNNLM_tinyshakespeare_Patch{length}_LSTM{hidden}_Embed{embed}", build, network="lstm", **text, **sizes
         )
-    # Heads of size 32 whatever the width, and no positions: as in the reference.
+    # As in the reference, heads have size 32 whatever the width, and there is no position embedding.
     transformer = {"network": "transformer", "positions": False, "head_size": 32, **text}
     for width in (32, 128, 256, 512):
         sizes = {"width": width, "depth": 5, "heads": 8, "length": 128, "batch_size": 32, "dropout": 0.1}
@@ -349,9 +349,9 @@ GENERALIZATION: dict[str, str] = {
     "TransformerLM_tinyshakespeare_5layer_256width": "TransformerLM_LM1B_5layer_256width",
     "VIT_Cifar10_skinnydeep": "VIT_Cifar100_skinnydeep",
 }
-"""Sixteen tasks as in the STAR paper's generalization study: name here -> the reference task that it is or stands for.
+"""Sixteen tasks like those of the STAR paper's generalization study: name here -> the corresponding reference task.
 
-The paper names them only in figures that are not at hand: which sixteen is a guess from the kinds that its text lists.
+The paper names its sixteen only in figures that we do not have. This selection follows the kinds that its text lists.
 """
 
 _register_small()

@@ -1,8 +1,8 @@
-"""Data sets as tensors: `load(name)`.
+"""Load data sets as tensors, by name.
 
 `digits`, `breast_cancer`, `wine`, `iris`, `diabetes` and `two_moons` come with scikit-learn. `mnist`, `fashion_mnist`,
-`cifar10` and `tinyshakespeare` are read from the folder `$LIGHTNING_LOPT_DATA`, else through torchvision where it is
-installed. `synthetic` is made up, and is used only where it is asked for by name. Nothing happens at import, and
+`cifar10` and `tinyshakespeare` are read from the folder `$LIGHTNING_LOPT_DATA`; torchvision, if it is installed, loads
+the images otherwise. `synthetic` is artificial, and is used only if requested by name. Nothing is loaded on import, and
 everything that is loaded stays cached.
 """
 
@@ -31,10 +31,10 @@ class Dataset:
     """Training and test examples on the CPU. Images are float32 in [0, 1], not standardized."""
 
     name: str
-    train_x: Tensor = dataclasses.field(
-        repr=False
-    )  # images (n, c, h, w), features (n, f), or text (n,) as uint8 tokens
-    train_y: Tensor = dataclasses.field(repr=False)  # int64 classes (n,), float32 targets (n,), or the following tokens
+    # Inputs: images (n, c, h, w), features (n, f), or text (n,) as uint8 tokens. Targets: int64 classes (n,), float32
+    # values (n,), or the following tokens.
+    train_x: Tensor = dataclasses.field(repr=False)
+    train_y: Tensor = dataclasses.field(repr=False)
     test_x: Tensor = dataclasses.field(repr=False)
     test_y: Tensor = dataclasses.field(repr=False)
     num_classes: int  # 0 for regression; the vocabulary's size for text
@@ -46,15 +46,15 @@ class Dataset:
 
 
 def load(name: str) -> Dataset:
-    """A data set by name, read once and then kept in memory.
+    """Load a data set by name, and keep it in memory.
 
     Args:
         name: one of `list_datasets()`.
 
     Raises:
-        ValueError: unknown name.
-        FileNotFoundError: the data are nowhere to be found; the message says where they are looked for.
-        ModuleNotFoundError: scikit-learn is needed and not installed.
+        ValueError: for an unknown name.
+        FileNotFoundError: if the data are missing; the message says where to put them.
+        ModuleNotFoundError: if scikit-learn is required and not installed.
 
     Example:
         >>> digits = load("digits")
@@ -67,12 +67,12 @@ def load(name: str) -> Dataset:
 
 
 def list_datasets() -> list[str]:
-    """The names that `load` knows."""
+    """Return the names of all data sets."""
     return sorted(_LOADERS)
 
 
 def is_available(name: str) -> bool:
-    """Whether `load(name)` works here without a download."""
+    """Whether `load(name)` works without a download."""
     if name in (*_TORCHVISION, "tinyshakespeare"):
         return _file(name, os.environ.get(FOLDER_VARIABLE)) is not None
     return name == "synthetic" or importlib.util.find_spec("sklearn") is not None
@@ -81,14 +81,14 @@ def is_available(name: str) -> bool:
 def synthetic(
     shape: tuple[int, ...] = (1, 8, 8), num_classes: int = 10, num_train: int = 1024, num_test: int = 256, seed: int = 0
 ) -> Dataset:
-    """A made-up classification problem: noisy copies of one random pattern per class, clipped to [0, 1].
+    """Make an artificial classification problem: noisy copies of one random pattern per class, clipped to [0, 1].
 
     Args:
-        shape: of one example, default one channel of 8 x 8.
-        num_classes: default 10.
-        num_train: training examples, default 1,024.
-        num_test: test examples, default 256.
-        seed: everything follows from it.
+        shape: shape of one example (default: one channel of 8 x 8).
+        num_classes: number of classes (default: 10).
+        num_train: number of training examples (default: 1,024).
+        num_test: number of test examples (default: 256).
+        seed: seed of everything random.
 
     Example:
         >>> synthetic((3, 4, 4), num_classes=2).train_x.shape
@@ -105,30 +105,32 @@ def synthetic(
 
 
 def resize(dataset: Dataset, size: int) -> Dataset:
-    """The data set with its images brought to `size` x `size` pixels by area averaging."""
+    """Resize the images of a data set to `size` x `size` pixels by area averaging."""
     if size < 1 or dataset.train_x.dim() != 4:
         raise ValueError(
-            f"image_size={size} is not allowed: it must be at least 1, and {dataset.name!r} must be of images."
+            f"image_size={size} is not allowed: it must be at least 1, and {dataset.name!r} must have images."
         )
     if dataset.train_x.shape[-2:] == (size, size):
         return dataset
-    train_x, test_x = area_resize(dataset.train_x, size), area_resize(dataset.test_x, size)
-    return dataclasses.replace(dataset, train_x=train_x, test_x=test_x)
+    return dataclasses.replace(
+        dataset, train_x=area_resize(dataset.train_x, size), test_x=area_resize(dataset.test_x, size)
+    )
 
 
 def grayscale(dataset: Dataset) -> Dataset:
-    """The data set with the mean over its images' channels in place of them."""
+    """Average the channels of the images of a data set."""
     if dataset.train_x.dim() != 4:
-        raise ValueError(f"grayscale=True is not allowed for {dataset.name!r}: it is not of images.")
+        raise ValueError(f"grayscale=True is not allowed for {dataset.name!r}: it does not have images.")
     return dataclasses.replace(
         dataset, train_x=dataset.train_x.mean(1, keepdim=True), test_x=dataset.test_x.mean(1, keepdim=True)
     )
 
 
 def area_resize(images: Tensor, size: int) -> Tensor:
-    """Average the pixels under each new pixel, by the area that they share: (n, c, h, w) -> (n, c, size, size).
+    """Resize images by area averaging: (n, c, h, w) -> (n, c, size, size).
 
-    Exact for sizes that do not divide, where adaptive pooling counts shared pixels in full.
+    Old pixels are weighted by their overlap with each new pixel. This is exact even if the sizes do not divide, where
+    adaptive pooling gives partly covered pixels their full weight.
 
     Example:
         >>> area_resize(torch.tensor([[[[0.0, 3.0, 6.0]] * 3]]), 2)[0, 0, 0]
@@ -139,11 +141,11 @@ def area_resize(images: Tensor, size: int) -> Tensor:
 
 
 def _overlap(old: int, new: int) -> Tensor:
-    """(new, old): the share of each old pixel in each new one; rows sum to 1."""
+    """(new, old) fractions of each new pixel that each old one covers; rows sum to 1."""
     edges = torch.arange(new + 1, dtype=torch.float64) * old / new
     pixels = torch.arange(old, dtype=torch.float64)
-    shared = torch.minimum(edges[1:, None], pixels + 1) - torch.maximum(edges[:-1, None], pixels)
-    return shared.clamp(min=0) * new / old
+    overlap = torch.minimum(edges[1:, None], pixels + 1) - torch.maximum(edges[:-1, None], pixels)
+    return overlap.clamp(min=0) * new / old
 
 
 @functools.cache
@@ -152,7 +154,7 @@ def _load(name: str, folder: str | None) -> Dataset:
 
 
 def _import(module: str, name: str) -> Any:
-    # importlib, so that neither importing this package nor checking its types needs the optional libraries.
+    # importlib, so that the optional libraries are needed neither to import this package nor to check its types.
     try:
         return importlib.import_module(module)
     except ImportError:
@@ -163,7 +165,7 @@ def _import(module: str, name: str) -> Any:
 
 
 def _file(name: str, folder: str | None) -> Path | None:
-    """The data set's file in the folder, where there is one."""
+    """The path of the data set's file, if it exists."""
     if folder is None:
         return None
     path = Path(folder).expanduser() / (f"{name}.txt" if name == "tinyshakespeare" else f"{name}.npz")
@@ -172,10 +174,10 @@ def _file(name: str, folder: str | None) -> Path | None:
 
 def _missing(name: str, folder: str | None, more: str) -> FileNotFoundError:
     file = f"{name}.txt" if name == "tinyshakespeare" else f"{name}.npz"
-    came = f"{FOLDER_VARIABLE} is not set" if folder is None else f"{FOLDER_VARIABLE}={folder} has no {file}"
+    where = f"{FOLDER_VARIABLE} is not set" if folder is None else f"{FOLDER_VARIABLE}={folder} has no {file}"
     return FileNotFoundError(
-        f"Dataset {name!r} was not found: {came}, and {more}. Set {FOLDER_VARIABLE} to a folder with {file}, "
-        "or ask for 'digits' or 'synthetic', which need no files."
+        f"Dataset {name!r} was not found: {where}, and {more}. Set {FOLDER_VARIABLE} to a folder with {file}, "
+        "or use 'digits' or 'synthetic', which need no files."
     )
 
 
@@ -185,7 +187,7 @@ def _load_images(name: str, folder: str | None) -> Dataset:
         return _load_torchvision(name, folder)
     numpy = _import("numpy", name)
     try:
-        # The stream is ours, because numpy leaves its own open when the file is broken.
+        # Open the stream here: numpy leaves its own open if the file is damaged.
         with path.open("rb") as stream, numpy.load(stream) as file:
             arrays = [torch.from_numpy(file[key]) for key in _ARRAYS]
     except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
@@ -202,10 +204,10 @@ def _load_torchvision(name: str, folder: str | None) -> Dataset:
         raise _missing(name, folder, "torchvision is not installed") from None
     root = folder or str(Path("~/.cache/lightning_lopt").expanduser())
     try:
-        parts = [getattr(torchvision, _TORCHVISION[name])(root, train=train, download=True) for train in (True, False)]
+        splits = [getattr(torchvision, _TORCHVISION[name])(root, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:
         raise _missing(name, folder, f"torchvision could not provide it ({error})") from error
-    arrays = [torch.as_tensor(array) for part in parts for array in (part.data, part.targets)]
+    arrays = [torch.as_tensor(array) for split in splits for array in (split.data, split.targets)]
     return _from_arrays(name, arrays)
 
 
@@ -218,7 +220,7 @@ def _from_arrays(name: str, arrays: list[Tensor]) -> Dataset:
 def _images(array: Tensor) -> Tensor:
     """(n, h, w) or (n, h, w, c) uint8 -> (n, c, h, w) float32 in [0, 1]."""
     array = array.unsqueeze(1) if array.dim() == 3 else array.permute(0, 3, 1, 2)
-    return array.contiguous().float().div_(255.0)  # reordered while it is small
+    return array.contiguous().float().div_(255.0)  # reorder as uint8, which is smaller
 
 
 def _load_text(name: str, folder: str | None) -> Dataset:
@@ -229,7 +231,7 @@ def _load_text(name: str, folder: str | None) -> Dataset:
     vocabulary = {character: token for token, character in enumerate(sorted(set(text)))}
     if not 2 <= len(vocabulary) <= 256 or len(text) < 1000:
         raise ValueError(
-            f"{path} cannot be used: it must be a text of 1,000 characters or more, of 2 to 256 different ones."
+            f"{path} cannot be used: it must be a text of at least 1,000 characters, with 2 to 256 different ones."
         )
     tokens = torch.tensor([vocabulary[character] for character in text], dtype=torch.uint8)
     split = int(0.9 * len(tokens))
@@ -245,7 +247,7 @@ def _load_digits(name: str, folder: str | None) -> Dataset:
 
 
 def _load_table(name: str, folder: str | None) -> Dataset:
-    """Tabular data: features, and regression targets, at mean 0 and standard deviation 1 over the training part."""
+    """Load tabular data. Features and regression targets have mean 0 and standard deviation 1 over the training set."""
     data = getattr(_import("sklearn.datasets", name), f"load_{name}")()
     regression = name == "diabetes"
     y = torch.from_numpy(data.target)
@@ -258,19 +260,21 @@ def _load_table(name: str, folder: str | None) -> Dataset:
 
 
 def _load_two_moons(name: str, folder: str | None) -> Dataset:
-    """The 1,024 points of Maheswaranathan et al. 2021 (arXiv 2011.02159), and 256 of another seed as the test part."""
-    moons = _import("sklearn.datasets", name).make_moons
-    parts = []
-    for num, seed in ((1024, 0), (256, 1)):
-        x, y = moons(n_samples=num, shuffle=True, noise=0.1, random_state=seed)
-        parts += [torch.from_numpy(x).float(), torch.from_numpy(y).long()]
-    train_x, train_y, test_x, test_y = parts
+    """Make the 1,024 points of Maheswaranathan et al. 2021 (arXiv 2011.02159), and a test set of 256 points."""
+    make_moons = _import("sklearn.datasets", name).make_moons
+
+    def moons(num: int, seed: int) -> tuple[Tensor, Tensor]:
+        x, y = make_moons(n_samples=num, shuffle=True, noise=0.1, random_state=seed)
+        return torch.from_numpy(x).float(), torch.from_numpy(y).long()
+
+    train_x, train_y = moons(1024, seed=0)
+    test_x, test_y = moons(256, seed=1)
     return Dataset(name, train_x, train_y, test_x, test_y, 2)
 
 
 def _split(name: str, x: Tensor, y: Tensor, num_classes: int) -> Dataset:
-    """First 80 % of a fixed permutation for training, the rest for testing."""
-    # numpy's legacy generator is frozen: this permutation is the same on every version and machine.
+    """Split a data set: the first 80 % of a fixed permutation for training, the rest for testing."""
+    # numpy's legacy generator is frozen, so this permutation is the same with every version and on every machine.
     order = torch.from_numpy(_import("numpy", name).random.RandomState(0).permutation(len(x)))
     train, test = order[: int(0.8 * len(x))], order[int(0.8 * len(x)) :]
     return Dataset(name, x[train], y[train], x[test], y[test], num_classes)

@@ -1,9 +1,9 @@
-"""Distributions of tasks for meta-training: a family samples static architectures, a task varies from member to member.
+"""Distributions of tasks for meta-training.
 
-vmap needs equal shapes across a population, so `sample` fixes what shapes and code paths depend on: network, depth,
-width, activation, norm, data, batch size, scheme. What may differ between the members of a population is drawn by the
-task itself, in `init`: the scale of the start, the share of the data and of wrong labels (`Supervised`), and the scales
-of a reparametrization (`wrappers`).
+vmap needs equal shapes across a population. So a family's `sample` fixes everything that shapes and code paths depend
+on: network, depth, width, activation, norm, data, batch size, scheme. What may differ between the members of a
+population is drawn by the task itself in `init`: the scale of the initialization, the fraction of the data and of wrong
+labels (`Supervised`), and the scales of a reparametrization (`wrappers`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ AUGMENTATIONS: tuple[Augmentation, ...] = (
     ("tensor", (1e-2, 1e2)),
     ("parameter", (1e-1, 1e1)),
 )
-"""Levels and ranges of VeLO's and Celo's reparametrizations, each as likely as any other."""
+"""Levels and ranges of VeLO's and Celo's reparametrizations, with equal probabilities."""
 
 
 class Family(Protocol):
@@ -45,13 +45,13 @@ class Family(Protocol):
         ...
 
     def sample(self, generator: torch.Generator) -> Task:
-        """A task with everything static fixed; draws from the generator alone."""
+        """Sample a task; the generator is the only source of randomness."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NetworkFamily:
-    """Classifiers and autoencoders of many kinds. Tuples of choices are uniform, ranges are inclusive.
+    """A family of classifiers and autoencoders. Choices from tuples are uniform, and ranges are inclusive.
 
     Example:
         >>> family = NetworkFamily(name="tiny", depth=(1, 2), width=(8, 16))
@@ -64,34 +64,35 @@ class NetworkFamily:
     networks: tuple[str, ...] = ("mlp",)
     """mlp, conv, resnet, vit or autoencoder."""
     datasets: tuple[str, ...] = ("digits",)
-    """Names for `datasets.load`; of images, unless all networks are MLPs."""
+    """Names for `datasets.load`. They must have images, unless all networks are MLPs."""
     image_sizes: tuple[int | None, ...] = (None,)
-    """Side in pixels; None leaves the images as they are."""
+    """Side in pixels; None keeps the images' own size."""
     grayscale: bool = False
     depth: tuple[int, int] = (1, 4)
-    """Hidden layers, convolutions, groups of residual blocks or transformer blocks."""
+    """Number of hidden layers, convolutions, groups of residual blocks or transformer blocks."""
     width: tuple[int, int] = (16, 64)
-    """Units of a hidden layer, log-uniform; channels are a quarter of it."""
+    """Units of a hidden layer, log-uniform. Convolutions have a quarter as many channels."""
     activations: tuple[str, ...] = ("relu", "tanh", "gelu", "sigmoid", "leaky_relu", "elu")
     norms: tuple[str, ...] = ("none", "none", "layer", "batch")
     batch_sizes: tuple[int, ...] = (32, 64, 128)
     schemes: tuple[str, ...] = ("haiku", "torch")
     init_scale: tuple[float, float] = (0.5, 2.0)
-    """Per member: factor on the initial weights, log-uniform."""
+    """Factor on the initial weights of a member, log-uniform."""
     subset: tuple[float, float] = (0.5, 1.0)
-    """Per member: share of the training data, uniform."""
+    """Fraction of the training data that a member sees, uniform."""
     label_noise: tuple[float, float] = (0.0, 0.1)
-    """Per member: probability of a wrong label, uniform; for classifiers."""
+    """Probability of a wrong label for a member of a classifier, uniform."""
     augmentations: tuple[Augmentation, ...] = AUGMENTATIONS
-    """Per member: scales of a reparametrization; which level and range is the task's."""
+    """Reparametrizations. The task draws one level and range, and each member its scales."""
 
     def __post_init__(self) -> None:
         for network in self.networks:
             check_choice("network", network, ("mlp", "conv", "resnet", "vit", "autoencoder"))
 
     def sample(self, generator: torch.Generator) -> Task:
-        """A network on a data set."""
-        kind, dataset = _choose(generator, self.networks), _choose(generator, self.datasets)
+        """Sample a network and a data set."""
+        kind = _choose(generator, self.networks)
+        dataset = _choose(generator, self.datasets)
         depth = _integer(generator, *self.depth)
         widths = [_log_integer(generator, *self.width) for _ in range(depth)]
         options: dict[str, Any] = {
@@ -101,7 +102,8 @@ class NetworkFamily:
             "grayscale": self.grayscale,
             "subset": self.subset,
         }
-        activation, norm = _choose(generator, self.activations), _choose(generator, self.norms)
+        activation = _choose(generator, self.activations)
+        norm = _choose(generator, self.norms)
         if kind == "autoencoder":
             options["objective"] = "reconstruction"
         else:
@@ -117,15 +119,15 @@ class NetworkFamily:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LanguageFamily:
-    """Character-level LSTM and transformer language models."""
+    """A family of character-level LSTM and transformer language models."""
 
     name: str
     networks: tuple[str, ...] = ("lstm", "transformer")
     dataset: str = "tinyshakespeare"
     depth: tuple[int, int] = (1, 3)
-    """Transformer blocks; an LSTM has one layer."""
+    """Number of transformer blocks; an LSTM has one layer."""
     width: tuple[int, int] = (16, 64)
-    """Log-uniform, to a multiple of 4."""
+    """Width of the network, log-uniform, rounded up to a multiple of 4."""
     lengths: tuple[int, ...] = (8, 16, 32)
     batch_sizes: tuple[int, ...] = (8, 16, 32)
     init_scale: tuple[float, float] = (0.5, 2.0)
@@ -133,8 +135,9 @@ class LanguageFamily:
     augmentations: tuple[Augmentation, ...] = AUGMENTATIONS
 
     def sample(self, generator: torch.Generator) -> Task:
-        """A language model."""
-        kind, depth = _choose(generator, self.networks), _integer(generator, *self.depth)
+        """Sample a language model."""
+        kind = _choose(generator, self.networks)
+        depth = _integer(generator, *self.depth)
         width = 4 * math.ceil(_log_integer(generator, *self.width) / 4)
         options: dict[str, Any] = {"embed": width, "hidden": width}
         if kind == "transformer":
@@ -147,49 +150,52 @@ class LanguageFamily:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuadraticFamily:
-    """Deterministic and noisy quadratics with log-uniform eigenvalues."""
+    """A family of deterministic and noisy quadratics with log-uniform eigenvalues."""
 
     name: str
     dims: tuple[int, int] = (2, 50)
-    """Log-uniform."""
+    """Number of dimensions, log-uniform."""
     log10_low: tuple[float, float] = (-3.0, -1.0)
-    """Range of the smallest eigenvalue's decimal logarithm; the largest is 1."""
+    """Decimal logarithm of the smallest eigenvalue, uniform; the largest is at most 1."""
     noisy: float = 0.5
-    """How often the two-dimensional noisy quadratic model is drawn instead."""
+    """Probability of the two-dimensional noisy quadratic model instead."""
     noise_std: tuple[float, float] = (0.1, 1.0)
-    """Log-uniform."""
+    """Standard deviation of its noise, log-uniform."""
     augmentations: tuple[Augmentation, ...] = AUGMENTATIONS
 
     def sample(self, generator: torch.Generator) -> Task:
-        """A quadratic."""
+        """Sample a quadratic."""
         task: Task
         if _uniform(generator, 0.0, 1.0) < self.noisy:
-            std = math.exp(_uniform(generator, *(math.log(value) for value in self.noise_std)))
+            low, high = self.noise_std
+            std = math.exp(_uniform(generator, math.log(low), math.log(high)))
             task = NoisyQuadratic(name=f"noisy-quadratic-{std:.2g}", noise_std=std)
         else:
-            dim, low = _log_integer(generator, *self.dims), _uniform(generator, *self.log10_low)
+            dim = _log_integer(generator, *self.dims)
+            low = _uniform(generator, *self.log10_low)
             task = LogUniformQuadratic(name=f"quadratic-{dim}d-{low:.1f}", dim=dim, log10_range=(low, 0.0))
         return _augment(task, (1.0, 1.0), _choose(generator, self.augmentations))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mixture:
-    """One of several families at each draw, in proportion to the weights."""
+    """A mixture of families."""
 
     name: str
     families: tuple[Family, ...]
     weights: tuple[float, ...] | None = None
-    """None: equal."""
+    """Relative probabilities of the families; None for equal ones."""
 
     def __post_init__(self) -> None:
         weights = self.weights
         if not self.families or (weights is not None and (len(weights) != len(self.families) or min(weights) < 0)):
             raise ValueError(
-                f"weights={weights!r} is not allowed: it must be a number for each of {len(self.families)} families."
+                f"weights={weights!r} is not allowed: it must be one number >= 0 for each of the {len(self.families)} "
+                "families, of which there must be at least one."
             )
 
     def sample(self, generator: torch.Generator) -> Task:
-        """A task of one of the families."""
+        """Sample a family, and a task from it."""
         weights = torch.tensor(
             self.weights or (1.0,) * len(self.families), device=generator.device, dtype=torch.float32
         )
@@ -234,24 +240,24 @@ FAMILIES: dict[str, Family] = {
         _EIGHT_BY_EIGHT,
         _LANGUAGE,
         _QUADRATICS,
-        # Needs scikit-learn only.
+        # This mixture needs only scikit-learn's data.
         Mixture(name="small-mix", families=(_SMALL_MLPS, _SMALL_IMAGES, _TABLES, _QUADRATICS), weights=(4, 3, 2, 1)),
     )
 }
 
 
 def make(name: str, **changes: Any) -> Family:
-    """A family by name.
+    """Make a family by name.
 
     Args:
-        name: one of `list_families()`: "small-mlps" and "small-mlps-plain" (digits), "small-images" (convolutional,
-        residual and
-            transformer networks and autoencoders on digits), "tables", "quadratics", "small-mix" of these; "8x8-mlps"
-            (Celo's, on the three of its four data sets that are here) and "small-language", which need data files.
-        changes: fields of the family that are to differ.
+        name: one of `list_families()`. On digits: "small-mlps", "small-mlps-plain" and "small-images" (convolutional,
+            residual and transformer networks and autoencoders). Others without data files: "tables", "quadratics", and
+            the mixture "small-mix". With data files: "8x8-mlps" (Celo's, on three of its four data sets) and
+            "small-language".
+        changes: fields of the family to change.
 
     Raises:
-        ValueError: unknown name or field.
+        ValueError: for an unknown name or field.
 
     Example:
         >>> make("small-mlps", depth=(2, 2)).sample(torch.Generator().manual_seed(0)).name.startswith("digits-mlp")
@@ -267,12 +273,12 @@ def make(name: str, **changes: Any) -> Family:
 
 
 def list_families() -> list[str]:
-    """The names that `make` knows."""
+    """Return the names of all families."""
     return sorted(FAMILIES)
 
 
 def _architecture(network: str, widths: list[int], activation: str, norm: str) -> dict[str, Any]:
-    """The options of a network of these widths; residual networks and transformers have a norm of their own."""
+    """Options of a network with these widths. Residual networks and transformers have their own norms."""
     channels = tuple(max(width // 4, 4) for width in widths)
     if network == "mlp":
         return {"hidden": tuple(widths), "activation": activation, "norm": norm}

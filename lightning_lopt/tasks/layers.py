@@ -1,7 +1,7 @@
-"""Parameter specifications, initializers and functional layers that the networks are made of.
+"""Parameter specifications, initialization, and the functional layers of the networks.
 
-Everything works on dicts of tensors and on one member: vmap adds the population. Weights have torch's layout, (out, in)
-and (out, in, kh, kw); epsilon of the norms is 1e-5, as in Haiku and torch.
+Functions take dicts of tensors and work on one member; vmap adds the population. Weights have torch's layout, (out, in)
+and (out, in, kh, kw). The epsilon of the norms is 1e-5, as in Haiku and torch.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ SCHEMES = ("haiku", "torch", "normal")
 
 
 class Spec(NamedTuple):
-    """One parameter: its shape, and what its initial values depend on."""
+    """The specification of a parameter: its shape, and how it is initialized."""
 
     shape: tuple[int, ...]
-    kind: str  # "weight", "bias" or "embedding": drawn by the scheme; "ones" or "zeros": the same in each
+    kind: str  # "weight", "bias" and "embedding" are drawn as the scheme says; "ones" and "zeros" are constant
     fan_in: int = 1
-    gain: float = 1.0  # multiplies the standard deviation of "haiku" weights and embeddings
+    gain: float = 1.0  # multiplies the standard deviation of weights and embeddings with the scheme "haiku"
 
 
 class Network(Protocol):
-    """A network as static configuration: parameter specifications and a pure forward function."""
+    """The interface of networks: static configurations with parameter specifications and a pure forward function."""
 
     def specs(self) -> dict[str, Spec]:
-        """Name -> specification, in forward order."""
+        """Return name -> specification, in forward order."""
         ...
 
     def mask_shapes(self, batch_size: int) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the dropout masks of one batch; empty without dropout."""
+        """Return the shapes of the dropout masks of one batch; empty without dropout."""
         ...
 
     @property
@@ -56,8 +56,21 @@ class Network(Protocol):
         ...
 
     def apply(self, params: Params, x: Tensor, masks: tuple[Tensor, ...] = ()) -> Tensor:
-        """The outputs for a batch: x (b, ...) -> (b, ..., outputs). No masks: no dropout."""
+        """Map inputs (b, ...) to outputs (b, ..., outputs), with dropout if masks are given."""
         ...
+
+
+class WithoutDropout:
+    """Base of the networks that have no dropout."""
+
+    @property
+    def dropout(self) -> float:
+        """The dropout rate, 0."""
+        return 0.0
+
+    def mask_shapes(self, batch_size: int) -> tuple[tuple[int, ...], ...]:
+        """Return no shapes: there are no dropout masks."""
+        return ()
 
 
 def init_params(
@@ -67,24 +80,24 @@ def init_params(
     scheme: str = "haiku",
     std: float = 0.01,
 ) -> Params:
-    """Initial parameters.
+    """Draw initial parameters.
 
     Args:
         specs: name -> specification.
         generator: the only source of randomness.
-        population: leading axis, or None.
-        scheme: "haiku": weights truncated normal of std 1 / sqrt(fan_in), biases 0, embeddings truncated normal of std
-        1;
-            "torch": what nn.Linear, nn.Conv2d and nn.Embedding draw, U(+-1 / sqrt(fan_in)) and N(0, 1);
-            "normal": all three N(0, std^2), as Andrychowicz et al. 2016 do.
-        std: of "normal".
+        population: size of the leading axis, or None for none.
+        scheme: "haiku" draws weights from a truncated normal with std 1 / sqrt(fan_in) and embeddings with std 1, and
+            sets biases to 0; "torch" draws like nn.Linear, nn.Conv2d and nn.Embedding, from U(+-1 / sqrt(fan_in)) and
+            N(0, 1); "normal" draws all three from N(0, std^2), as Andrychowicz et al. 2016 do.
+        std: standard deviation of the scheme "normal".
     """
     check_choice("scheme", scheme, SCHEMES)
     return {name: _draw(spec, generator, population, scheme, std) for name, spec in specs.items()}
 
 
 def _draw(spec: Spec, generator: torch.Generator, population: int | None, scheme: str, std: float) -> Tensor:
-    shape, bound = spec.shape, 1.0 / math.sqrt(spec.fan_in)
+    shape = spec.shape
+    bound = 1.0 / math.sqrt(spec.fan_in)
     if spec.kind == "ones":
         return torch.ones((*draws.lead(population), *shape), device=generator.device)
     if spec.kind == "zeros" or (spec.kind == "bias" and scheme == "haiku"):
@@ -101,7 +114,7 @@ def _draw(spec: Spec, generator: torch.Generator, population: int | None, scheme
 
 
 def linear_specs(name: str, inputs: int, outputs: int, *, gain: float = 1.0, zero: bool = False) -> dict[str, Spec]:
-    """Specifications of a linear layer; `zero`: weight and bias start at 0."""
+    """Return the specifications of a linear layer; with `zero`, its weight and bias start at 0."""
     kinds = ("zeros", "zeros") if zero else ("weight", "bias")
     return {
         f"{name}.weight": Spec((outputs, inputs), kinds[0], inputs, gain),
@@ -110,24 +123,24 @@ def linear_specs(name: str, inputs: int, outputs: int, *, gain: float = 1.0, zer
 
 
 def conv_specs(name: str, inputs: int, outputs: int, kernel_size: int, *, bias: bool = True) -> dict[str, Spec]:
-    """Specifications of a 2-d convolution with a square kernel."""
+    """Return the specifications of a 2-d convolution with a square kernel."""
     fan_in = inputs * kernel_size**2
     specs = {f"{name}.weight": Spec((outputs, inputs, kernel_size, kernel_size), "weight", fan_in)}
     return {**specs, f"{name}.bias": Spec((outputs,), "bias", fan_in)} if bias else specs
 
 
 def norm_specs(name: str, size: int) -> dict[str, Spec]:
-    """Specifications of a norm's scale (1) and offset (0)."""
+    """Return the specifications of a norm's scale, which starts at 1, and offset, which starts at 0."""
     return {f"{name}.weight": Spec((size,), "ones"), f"{name}.bias": Spec((size,), "zeros")}
 
 
 def linear(params: Params, name: str, x: Tensor) -> Tensor:
-    """(..., in) -> (..., out)."""
+    """Apply a linear layer: (..., in) -> (..., out)."""
     return F.linear(x, params[f"{name}.weight"], params[f"{name}.bias"])
 
 
 def conv(params: Params, name: str, x: Tensor, stride: int = 1, padding: str = "same") -> Tensor:
-    """(b, in, h, w) -> (b, out, h', w'), padded as `pad_same` does or ("valid") not at all."""
+    """Apply a convolution: (b, in, h, w) -> (b, out, h', w'), with `pad_same` or ("valid") without padding."""
     weight = params[f"{name}.weight"]
     if padding == "same":
         x = pad_same(x, weight.shape[-1], stride)
@@ -137,8 +150,8 @@ def conv(params: Params, name: str, x: Tensor, stride: int = 1, padding: str = "
 def pad_same(x: Tensor, kernel_size: int, stride: int, value: float = 0.0) -> Tensor:
     """Pad (b, c, h, w) so that a window of `kernel_size` gives ceil(size / stride) outputs.
 
-    An odd pixel goes after the end: this is XLA's and TensorFlow's "SAME"; torch's symmetric padding differs from it
-    for stride 2 on an even size.
+    An odd pixel of padding goes to the end, as in XLA's and TensorFlow's "SAME". torch's symmetric padding differs for
+    stride 2 on an even size.
 
     Example:
         >>> pad_same(torch.zeros(1, 1, 4, 4), kernel_size=3, stride=2).shape
@@ -152,14 +165,15 @@ def pad_same(x: Tensor, kernel_size: int, stride: int, value: float = 0.0) -> Te
 
 
 def max_pool_same(x: Tensor, kernel_size: int = 3, stride: int = 2) -> Tensor:
-    """Max pooling of (b, c, h, w) with `pad_same`'s padding."""
+    """Apply max pooling to (b, c, h, w), with the padding of `pad_same`."""
     return F.max_pool2d(pad_same(x, kernel_size, stride, -math.inf), kernel_size, stride)
 
 
 def local_response_norm(x: Tensor, size: int = 9, alpha: float = 1e-3, beta: float = 0.75) -> Tensor:
-    """Divide (b, c, h, w) by (1 + alpha / size sum of squares of the `size` nearest channels)^beta, fewer at the ends.
+    """Divide (b, c, h, w) by (1 + alpha / size * sum of squares of the `size` nearest channels)^beta.
 
-    Krizhevsky et al. 2012, with the defaults of TensorFlow's CIFAR-10 tutorial.
+    Source: Krizhevsky et al. 2012, with the defaults of TensorFlow's CIFAR-10 tutorial. The first and last channels
+    have fewer neighbors.
     """
     reach = size // 2
     padded = F.pad(x.square(), (0, 0, 0, 0, reach, reach))
@@ -168,17 +182,18 @@ def local_response_norm(x: Tensor, size: int = 9, alpha: float = 1e-3, beta: flo
 
 
 def norm(params: Params, name: str, x: Tensor, kind: str) -> Tensor:
-    """Normalize (b, c) or (b, c, h, w), then scale and shift per channel; "none" does nothing.
+    """Normalize (b, c) or (b, c, h, w), then scale and shift each channel; "none" does nothing.
 
-    "layer" normalizes over the channels of each example and position, "batch" each channel over examples and positions,
-    always with the statistics of the batch at hand: there is no running average, so the loss stays a pure function.
+    "layer" normalizes over the channels of each example and position, "batch" each channel over examples and positions.
+    Batch norm always uses the statistics of the current batch. A running average would make the loss impure.
     """
     if kind == "none":
         return x
     spatial = tuple(range(2, x.dim()))
     var, mean = torch.var_mean(x, (1,) if kind == "layer" else (0, *spatial), correction=0, keepdim=True)
     per_channel = (-1, *[1] * len(spatial))
-    weight, bias = (params[f"{name}.{part}"].reshape(per_channel) for part in ("weight", "bias"))
+    weight = params[f"{name}.weight"].reshape(per_channel)
+    bias = params[f"{name}.bias"].reshape(per_channel)
     return (x - mean) * torch.rsqrt(var + 1e-5) * weight + bias
 
 
@@ -189,5 +204,5 @@ def layer_norm(params: Params, name: str, x: Tensor) -> Tensor:
 
 
 def mask(x: Tensor, masks: tuple[Tensor, ...], index: int) -> Tensor:
-    """Dropout with a mask that was drawn into the batch; without masks, none."""
+    """Apply dropout with a mask from the batch; without masks, do nothing."""
     return x * masks[index] if masks else x

@@ -1,4 +1,4 @@
-"""Image and tabular networks: MLP (logistic regression without hidden layers), convolutional and residual networks."""
+"""Networks for images and tables: MLP (logistic regression without hidden layers), convolutional and residual ones."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from lightning_lopt.tasks.layers import (
     ACTIVATIONS,
     NORMS,
     Spec,
+    WithoutDropout,
     conv,
     conv_specs,
     linear,
@@ -32,9 +33,10 @@ def check_dropout(rate: float) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MLP:
-    """Linear layers with, between them, norm, dropout and activation in this order (the STAR reference's).
+    """A multilayer perceptron: linear layers with norm, dropout and activation between them.
 
-    Inputs are flattened. Parameters: `layers.<i>.weight, .bias`, and `norms.<i>.weight, .bias` with a norm.
+    The order is that of the STAR reference. Inputs are flattened. Parameters: `layers.<i>.weight, .bias`, and with a
+    norm `norms.<i>.weight, .bias`.
 
     Example:
         >>> net = MLP(inputs=64, hidden=(32,), outputs=10)
@@ -57,7 +59,7 @@ class MLP:
         check_dropout(self.dropout)
 
     def specs(self) -> dict[str, Spec]:
-        """Name -> specification, in forward order."""
+        """Return name -> specification, in forward order."""
         sizes = (self.inputs, *self.hidden, self.outputs)
         specs: dict[str, Spec] = {}
         for i, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
@@ -67,11 +69,11 @@ class MLP:
         return specs
 
     def mask_shapes(self, batch_size: int) -> tuple[tuple[int, ...], ...]:
-        """One mask per hidden layer: (b, width)."""
+        """Return a shape (b, width) for each hidden layer."""
         return tuple((batch_size, width) for width in self.hidden) if self.dropout else ()
 
     def apply(self, params: Params, x: Tensor, masks: tuple[Tensor, ...] = ()) -> Tensor:
-        """(b, ...) -> (b, outputs)."""
+        """Map (b, ...) to (b, outputs)."""
         x = x.flatten(1)
         for i in range(len(self.hidden)):
             x = norm(params, f"norms.{i}", linear(params, f"layers.{i}", x), self.norm)
@@ -80,10 +82,10 @@ class MLP:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ConvNet:
-    """Convolutions, each followed by activation and norm in this order (the reference's), pooling, and a linear layer.
+class ConvNet(WithoutDropout):
+    """Convolutions, each followed by activation and norm in the reference's order, then pooling and a linear layer.
 
-    Parameters: `convs.<i>.weight, .bias`, `norms.<i>.weight, .bias` with a norm, `head.weight, .bias`.
+    Parameters: `convs.<i>.weight, .bias`, with a norm `norms.<i>.weight, .bias`, `head.weight, .bias`.
 
     Example:
         >>> net = ConvNet(in_shape=(3, 32, 32))  # Conv_Cifar10_32x64x64, on which STAR is meta-trained
@@ -113,13 +115,8 @@ class ConvNet:
         check_choice("norm", self.norm, NORMS)
         check_choice("pool", self.pool, ("avg", "max", "flatten"))
 
-    @property
-    def dropout(self) -> float:
-        """None here."""
-        return 0.0
-
     def specs(self) -> dict[str, Spec]:
-        """Name -> specification, in forward order."""
+        """Return name -> specification, in forward order."""
         specs: dict[str, Spec] = {}
         for i, (fan_in, fan_out) in enumerate(zip((self.in_shape[0], *self.channels), self.channels, strict=False)):
             specs |= conv_specs(f"convs.{i}", fan_in, fan_out, self.kernel_size)
@@ -127,12 +124,8 @@ class ConvNet:
                 specs |= norm_specs(f"norms.{i}", fan_out)
         return specs | linear_specs("head", self._features(), self.outputs)
 
-    def mask_shapes(self, batch_size: int) -> tuple[tuple[int, ...], ...]:
-        """No dropout."""
-        return ()
-
     def apply(self, params: Params, x: Tensor, masks: tuple[Tensor, ...] = ()) -> Tensor:
-        """(b, c, h, w) -> (b, outputs)."""
+        """Map (b, c, h, w) to (b, outputs)."""
         for i, stride in enumerate(self.strides):
             x = ACTIVATIONS[self.activation](conv(params, f"convs.{i}", x, stride, self.padding))
             x = norm(params, f"norms.{i}", x, self.norm)
@@ -153,17 +146,18 @@ class ConvNet:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PooledConvNet:
-    """Convolutions, each followed by relu, local response norm where asked for, and max pooling; then hidden layers.
+class PooledConvNet(WithoutDropout):
+    """Convolutions with relu, optional local response norm and max pooling, then fully connected layers.
 
-    TensorFlow's tutorial networks for MNIST and, with `local_norm`, for CIFAR-10, on which the multiscale-Adam thesis
-    (section 2.3) experiments. There the first of the two CIFAR layers is pooled before it is normalized; here none is.
+    These are the networks of TensorFlow's tutorials for MNIST and, with `local_norm`, for CIFAR-10, which the
+    multiscale-Adam thesis (section 2.3) uses. The tutorial pools the first of the two CIFAR layers before it normalizes
+    it; here each layer is normalized first.
 
     Parameters: `convs.<i>.weight, .bias`, `layers.<i>.weight, .bias`.
 
     Example:
         >>> net = PooledConvNet(in_shape=(3, 24, 24), channels=(64, 64), hidden=(384, 192), pool_size=3)
-        >>> sum(math.prod(spec.shape) for spec in net.specs().values())  # the thesis counts as many
+        >>> sum(math.prod(spec.shape) for spec in net.specs().values())  # as in the thesis
         1068298
     """
 
@@ -173,21 +167,16 @@ class PooledConvNet:
     outputs: int = 10
     kernel_size: int = 5
     pool_size: int = 2
-    """Side of the windows of max pooling, whose stride is 2."""
+    """Side of the max-pooling windows; their stride is 2."""
     local_norm: bool = False
-    """Divide by (1 + .001 / 9 sum of squares of the nine nearest channels)^.75, as Krizhevsky et al. 2012 do."""
+    """Apply `layers.local_response_norm` before the pooling."""
 
     def __post_init__(self) -> None:
         for size in (*self.in_shape, *self.channels, *self.hidden, self.outputs, self.kernel_size, self.pool_size):
             check_positive("size", size)
 
-    @property
-    def dropout(self) -> float:
-        """None here."""
-        return 0.0
-
     def specs(self) -> dict[str, Spec]:
-        """Name -> specification, in forward order."""
+        """Return name -> specification, in forward order."""
         specs: dict[str, Spec] = {}
         for i, (fan_in, fan_out) in enumerate(zip((self.in_shape[0], *self.channels), self.channels, strict=False)):
             specs |= conv_specs(f"convs.{i}", fan_in, fan_out, self.kernel_size)
@@ -199,12 +188,8 @@ class PooledConvNet:
             specs |= linear_specs(f"layers.{i}", fan_in, fan_out)
         return specs
 
-    def mask_shapes(self, batch_size: int) -> tuple[tuple[int, ...], ...]:
-        """No dropout."""
-        return ()
-
     def apply(self, params: Params, x: Tensor, masks: tuple[Tensor, ...] = ()) -> Tensor:
-        """(b, c, h, w) -> (b, outputs)."""
+        """Map (b, c, h, w) to (b, outputs)."""
         for i in range(len(self.channels)):
             x = conv(params, f"convs.{i}", x).relu()
             x = max_pool_same(local_response_norm(x) if self.local_norm else x, self.pool_size)
@@ -215,12 +200,13 @@ class PooledConvNet:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ResNet:
-    """Pre-activation residual network (He et al. 2016, arXiv 1603.05027) with batch statistics.
+class ResNet(WithoutDropout):
+    """A pre-activation residual network (He et al. 2016, arXiv 1603.05027) with batch statistics.
 
-    As in the STAR reference: a stem convolution, groups of blocks (the first of each group but the first at stride 2,
-    with a projection on the shortcut), norm, relu, mean over positions, linear. A block is norm, relu, conv, two or
-    (bottleneck: 1x1, 3x3, 1x1) three times. The head starts at zero in the reference.
+    As in the STAR reference it has a stem convolution, groups of blocks, norm, relu, a mean over positions and a linear
+    head. A block is norm, relu and convolution, twice or, as a bottleneck (1x1, 3x3, 1x1), three times. The first block
+    of each group has a projection on the shortcut and, except in the first group, stride 2. The reference initializes
+    the head with zeros (`zero_head`).
 
     Parameters: `stem.weight`, `groups.<g>.<b>.{norms.<i>.weight, .bias; convs.<i>.weight; projection.weight}`, `norm`,
     `head`.
@@ -251,17 +237,8 @@ class ResNet:
         if len(self.channels) != len(self.blocks) or not self.channels:
             raise ValueError(f"channels={self.channels} and blocks={self.blocks} must be of equal length, at least 1.")
 
-    @property
-    def dropout(self) -> float:
-        """None here."""
-        return 0.0
-
-    def mask_shapes(self, batch_size: int) -> tuple[tuple[int, ...], ...]:
-        """No dropout."""
-        return ()
-
     def specs(self) -> dict[str, Spec]:
-        """Name -> specification, in forward order."""
+        """Return name -> specification, in forward order."""
         specs = conv_specs("stem", self.in_shape[0], self.stem_channels, self.stem_kernel_size, bias=False)
         inputs = self.stem_channels
         for name, channels, _, projects in self._plan():
@@ -276,7 +253,7 @@ class ResNet:
         return specs | norm_specs("norm", inputs) | linear_specs("head", inputs, self.outputs, zero=self.zero_head)
 
     def apply(self, params: Params, x: Tensor, masks: tuple[Tensor, ...] = ()) -> Tensor:
-        """(b, c, h, w) -> (b, outputs)."""
+        """Map (b, c, h, w) to (b, outputs)."""
         x = conv(params, "stem", x, self.stem_stride)
         if self.max_pool:
             x = max_pool_same(x)
@@ -286,7 +263,7 @@ class ResNet:
         return linear(params, "head", x.mean((2, 3)))
 
     def _plan(self) -> list[tuple[str, int, int, bool]]:
-        """(name, channels, stride, has a projection) of each block."""
+        """(name, channels, stride, whether it has a projection) of each block."""
         return [
             (f"groups.{group}.{block}", channels, 2 if group > 0 and block == 0 else 1, block == 0)
             for group, (channels, count) in enumerate(zip(self.channels, self.blocks, strict=True))
@@ -295,7 +272,7 @@ class ResNet:
 
     def _block(self, params: Params, name: str, x: Tensor, stride: int, projects: bool) -> Tensor:
         shortcut = x
-        # The 3x3 convolution of a bottleneck carries the stride, else the first one.
+        # The stride belongs to the 3x3 convolution of a bottleneck, else to the first convolution.
         strides = (1, stride, 1) if self.bottleneck else (stride, 1)
         for i, conv_stride in enumerate(strides):
             x = norm(params, f"{name}.norms.{i}", x, "batch").relu()

@@ -2,7 +2,7 @@
 
 Sources: Vaswani et al. 2017 (arXiv 1706.03762) in pre-norm form, Dosovitskiy et al. 2021 (arXiv 2010.11929), and the
 released code of Metz et al. 2022 (arXiv 2203.11860), whose language models the STAR paper evaluates on. Attention is
-written out, so that second derivatives exist for meta-training through the unroll.
+written out because backpropagation through the unroll needs second derivatives, which fused attention lacks.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lopt.tasks.base import Params, check_positive
-from lightning_lopt.tasks.layers import Spec, layer_norm, linear, linear_specs, mask, norm_specs
+from lightning_lopt.tasks.layers import Spec, WithoutDropout, layer_norm, linear, linear_specs, mask, norm_specs
 from lightning_lopt.tasks.networks import check_dropout
 
-# Haiku's VarianceScaling corrects for the truncation of its normal, its Linear does not.
+# Standard deviation of a unit normal truncated at 2. Haiku's VarianceScaling corrects for it, its Linear does not.
 _TRUNCATION = 0.87962566103423978
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LSTMLanguageModel:
-    """Embedding, one LSTM layer with a trained initial state, linear layer: tokens (b, t) -> logits (b, t, vocab).
+class LSTMLanguageModel(WithoutDropout):
+    """A language model with one LSTM layer and a trained initial state: tokens (b, t) -> logits (b, t, vocab).
 
-    Gates come in torch's order (input, forget, cell, output) from one matrix over [input, hidden]; the forget gate has
-    1 added to it, as in Haiku.
+    The gates are in torch's order (input, forget, cell, output), from one matrix over [input, hidden]. As in Haiku, the
+    forget gate has a bias of 1 added.
 
     Parameters: `embedding.weight (vocab, embed)`, `initial_h`, `initial_c (hidden,)`, `cell.weight (4 hidden, embed +
     hidden)`, `cell.bias`, `head.weight, .bias`.
@@ -46,17 +46,8 @@ class LSTMLanguageModel:
         for name in ("vocab", "embed", "hidden"):
             check_positive(name, getattr(self, name))
 
-    @property
-    def dropout(self) -> float:
-        """None here."""
-        return 0.0
-
-    def mask_shapes(self, batch_size: int) -> tuple[tuple[int, ...], ...]:
-        """No dropout."""
-        return ()
-
     def specs(self) -> dict[str, Spec]:
-        """Name -> specification, in forward order."""
+        """Return name -> specification, in forward order."""
         return {
             "embedding.weight": Spec((self.vocab, self.embed), "embedding"),
             "initial_h": Spec((self.hidden,), "zeros"),
@@ -66,12 +57,13 @@ class LSTMLanguageModel:
         }
 
     def apply(self, params: Params, x: Tensor, masks: tuple[Tensor, ...] = ()) -> Tensor:
-        """(b, t) -> (b, t, vocab)."""
+        """Map (b, t) to (b, t, vocab)."""
         weight = params["cell.weight"]
-        # All inputs at once; only the recurrent product has to wait for its predecessor.
+        # The product with the inputs is computed for all positions at once; only the recurrent one is sequential.
         gates = F.linear(F.embedding(x, params["embedding.weight"]), weight[:, : self.embed], params["cell.bias"])
         recurrent = weight[:, self.embed :]
-        h, c = (params[name].expand(x.shape[0], -1) for name in ("initial_h", "initial_c"))
+        h = params["initial_h"].expand(x.shape[0], -1)
+        c = params["initial_c"].expand(x.shape[0], -1)
         outputs = []
         for gate in gates.unbind(1):
             i, f, g, o = (gate + F.linear(h, recurrent)).chunk(4, -1)
@@ -104,7 +96,7 @@ class Blocks:
         check_dropout(self.dropout)
 
     def specs(self) -> dict[str, Spec]:
-        """Name -> specification, in forward order."""
+        """Return name -> specification, in forward order."""
         inner = self.heads * self.head_size
         specs: dict[str, Spec] = {}
         for i in range(self.depth):
@@ -119,7 +111,7 @@ class Blocks:
         return specs
 
     def apply(self, params: Params, x: Tensor, masks: tuple[Tensor, ...] = ()) -> Tensor:
-        """(b, t, width) -> (b, t, width); masks: two per block, on the attention's and the MLP's output."""
+        """Map (b, t, width) to the same shape, with two masks per block, on the outputs of attention and MLP."""
         for i in range(self.depth):
             name = f"blocks.{i}"
             x = x + mask(self._attention(params, name, layer_norm(params, f"{name}.norm1", x)), masks, 2 * i)
@@ -141,9 +133,9 @@ class Blocks:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerLanguageModel:
-    """Decoder-only transformer: tokens (b, t) -> logits (b, t, vocab).
+    """A decoder-only transformer: tokens (b, t) -> logits (b, t, vocab).
 
-    The reference has no position embedding (causal attention alone tells positions apart, weakly) and heads of size 32
+    The reference has no position embedding, so that only causal attention distinguishes positions, and heads of size 32
     whatever the width: `positions=False, head_size=32`.
 
     Parameters: `embedding.weight`, `positions (context, width)`, those of `Blocks`, `norm`, `head`.
@@ -174,11 +166,11 @@ class TransformerLanguageModel:
         object.__setattr__(self, "blocks", blocks)
 
     def mask_shapes(self, batch_size: int) -> tuple[tuple[int, ...], ...]:
-        """Two masks per block: (b, context, width)."""
+        """Return two shapes (b, context, width) per block."""
         return 2 * self.depth * ((batch_size, self.context, self.width),) if self.dropout else ()
 
     def specs(self) -> dict[str, Spec]:
-        """Name -> specification, in forward order."""
+        """Return name -> specification, in forward order."""
         specs = {"embedding.weight": Spec((self.vocab, self.width), "embedding")}
         if self.positions:
             specs["positions"] = Spec((self.context, self.width), "embedding")
@@ -187,7 +179,7 @@ class TransformerLanguageModel:
         )
 
     def apply(self, params: Params, x: Tensor, masks: tuple[Tensor, ...] = ()) -> Tensor:
-        """(b, t) -> (b, t, vocab), t up to `context`."""
+        """Map (b, t) to (b, t, vocab), for t up to `context`."""
         h = F.embedding(x, params["embedding.weight"])
         if self.positions:
             h = h + params["positions"][: x.shape[1]]
@@ -196,10 +188,10 @@ class TransformerLanguageModel:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VisionTransformer:
-    """Vision transformer with a class token and learned positions: images (b, c, h, w) -> logits (b, outputs).
+class VisionTransformer(WithoutDropout):
+    """A vision transformer with a class token and learned positions: images (b, c, h, w) -> logits (b, outputs).
 
-    The head starts at zero, as in the authors' code; weights follow the task's scheme, where that code has Xavier's.
+    The head starts at zero, as in the authors' code. Weights follow the task's scheme; that code uses Xavier's.
 
     Parameters: `patch.weight, .bias`, `token (1, width)`, `positions (patches + 1, width)`, those of `Blocks`, `norm`,
     `head`.
@@ -222,17 +214,8 @@ class VisionTransformer:
         blocks = Blocks(width=self.width, depth=self.depth, heads=self.heads, head_size=size, causal=False)
         object.__setattr__(self, "blocks", blocks)
 
-    @property
-    def dropout(self) -> float:
-        """None here."""
-        return 0.0
-
-    def mask_shapes(self, batch_size: int) -> tuple[tuple[int, ...], ...]:
-        """No dropout."""
-        return ()
-
     def specs(self) -> dict[str, Spec]:
-        """Name -> specification, in forward order."""
+        """Return name -> specification, in forward order."""
         channels, height, width = self.in_shape
         patches = (height // self.patch) * (width // self.patch)
         return {
@@ -245,7 +228,7 @@ class VisionTransformer:
         }
 
     def apply(self, params: Params, x: Tensor, masks: tuple[Tensor, ...] = ()) -> Tensor:
-        """(b, c, h, w) -> (b, outputs)."""
+        """Map (b, c, h, w) to (b, outputs)."""
         patches = F.unfold(x, self.patch, stride=self.patch).transpose(1, 2)  # (b, patches, c * patch^2)
         token = params["token"].expand(x.shape[0], -1, -1)
         h = torch.cat([token, linear(params, "patch", patches)], 1) + params["positions"]
@@ -257,5 +240,5 @@ def _head_size(width: int, heads: int, head_size: int | None) -> int:
     check_positive("width", width)
     check_positive("heads", heads)
     if head_size is None and width % heads:
-        raise ValueError(f"heads={heads} is not allowed: without a head_size it must divide width={width}.")
+        raise ValueError(f"heads={heads} is not allowed: it must divide width={width} unless head_size is given.")
     return head_size or width // heads

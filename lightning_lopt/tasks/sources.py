@@ -1,4 +1,4 @@
-"""Where supervised tasks draw from: a table of examples, or windows of a text. One gather serves a population."""
+"""Sources of training data: a table of examples, or windows of a text. One gather draws for a whole population."""
 
 from __future__ import annotations
 
@@ -10,38 +10,38 @@ import torch
 from torch import Tensor
 
 from lightning_lopt.tasks import datasets
-from lightning_lopt.tasks.base import check_choice, check_positive
+from lightning_lopt.tasks.base import check_positive
 from lightning_lopt.tasks.datasets import Dataset
 
 
 class Source(Protocol):
-    """Examples by index, in named splits."""
+    """The interface of sources: indexed examples in named splits."""
 
     @property
     def num_classes(self) -> int:
-        """Classes, or tokens; 0 for regression."""
+        """Number of classes or of tokens; 0 for regression."""
         ...
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The splits' names."""
+        """The names of the splits."""
         ...
 
     @property
     def device(self) -> torch.device:
-        """Where the examples are."""
+        """The device of the examples."""
         ...
 
     def size(self, split: str) -> int:
-        """How many examples a split has."""
+        """Return the number of examples in a split."""
         ...
 
     def take(self, split: str, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs and targets by index: (...) int64 -> (..., *example), (..., *target)."""
+        """Return inputs (..., *example) and targets (..., *target) for an index (...) int64."""
         ...
 
     def to(self, device: torch.device | str) -> Source:
-        """The same examples on a device."""
+        """Return the same examples on a device."""
         ...
 
 
@@ -55,12 +55,12 @@ class Examples:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The splits' names."""
+        """The names of the splits."""
         return tuple(self.inputs)
 
     @property
     def device(self) -> torch.device:
-        """Where the examples are."""
+        """The device of the examples."""
         return self.inputs["train"].device
 
     @property
@@ -69,66 +69,66 @@ class Examples:
         return tuple(self.inputs["train"].shape[1:])
 
     def size(self, split: str) -> int:
-        """How many examples a split has."""
+        """Return the number of examples in a split."""
         return len(self.inputs[split])
 
     def take(self, split: str, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs and targets by index: (...) -> (..., *example), (...)."""
-        # index_select on the flat index is several times faster on the CPU than indexing with a matrix.
+        """Return inputs (..., *example) and targets (...) for an index (...)."""
+        # On the CPU, index_select with a flat index is several times faster than indexing with a matrix.
         flat = index.flatten()
-        inputs, targets = (part[split].index_select(0, flat) for part in (self.inputs, self.targets))
+        inputs = self.inputs[split].index_select(0, flat)
+        targets = self.targets[split].index_select(0, flat)
         return inputs.reshape(*index.shape, *self.shape), targets.reshape(index.shape)
 
     def to(self, device: torch.device | str) -> Examples:
-        """The same examples on a device."""
-        inputs, targets = ({k: v.to(device) for k, v in part.items()} for part in (self.inputs, self.targets))
-        return dataclasses.replace(self, inputs=inputs, targets=targets)
+        """Return the same examples on a device."""
+        return dataclasses.replace(self, inputs=_move(self.inputs, device), targets=_move(self.targets, device))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Windows:
-    """Windows of a text: an example is `length` tokens, its target the tokens that follow each of them."""
+    """Windows of a text. An example has `length` tokens, and its target the token after each of them."""
 
     tokens: dict[str, Tensor] = dataclasses.field(repr=False)  # split -> (n,) uint8
     length: int
-    num_classes: int  # the vocabulary's size
+    num_classes: int  # size of the vocabulary
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The splits' names."""
+        """The names of the splits."""
         return tuple(self.tokens)
 
     @property
     def device(self) -> torch.device:
-        """Where the text is."""
+        """The device of the text."""
         return self.tokens["train"].device
 
     def size(self, split: str) -> int:
-        """How many windows a split has."""
+        """Return the number of windows in a split."""
         return len(self.tokens[split]) - self.length
 
     def take(self, split: str, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Windows by where they start: (...) -> (..., length), (..., length)."""
+        """Return inputs (..., length) and targets (..., length) of the windows that start at an index (...)."""
         offsets = torch.arange(self.length + 1, device=self.device)
         window = self.tokens[split][index.unsqueeze(-1) + offsets].long()
         return window[..., :-1], window[..., 1:]
 
     def to(self, device: torch.device | str) -> Windows:
-        """The same text on a device."""
-        return dataclasses.replace(self, tokens={k: v.to(device) for k, v in self.tokens.items()})
+        """Return the same text on a device."""
+        return dataclasses.replace(self, tokens=_move(self.tokens, device))
 
 
 def examples(
     dataset: str | Dataset, *, image_size: int | None = None, grayscale: bool = False, train_fraction: float = 0.8
 ) -> Examples:
-    """A data set's examples. Its training part is cut in two, in its own order: training first, then validation.
+    """Make a source of a data set's examples. Its training set is split, without shuffling, into "train" and "valid".
 
     Args:
         dataset: a name for `datasets.load`, or a data set.
-        image_size: side in pixels to bring images to; None leaves them.
+        image_size: resize images to this side in pixels (default: keep their size).
         grayscale: average the channels.
-        train_fraction: of the training part, for training; the rest is "valid", which 1.0 does without. The default,
-            0.8, is the STAR reference's.
+        train_fraction: fraction of the training set that becomes "train"; with 1.0 there is no "valid". The default,
+            0.8, is that of the STAR reference.
 
     Example:
         >>> source = examples("digits")
@@ -137,35 +137,30 @@ def examples(
     """
     data = _prepared(datasets.load(dataset) if isinstance(dataset, str) else dataset, image_size, grayscale)
     if data.is_text:
-        raise ValueError(f"dataset={data.name!r} is not allowed: it is a text, and this task is of images or features.")
+        raise ValueError(f"dataset={data.name!r} is not allowed: it is a text, but this task needs images or features.")
     num_train = _num_train(data, train_fraction)
-    parts = {"train": slice(None, num_train), "valid": slice(num_train, None)}
-    inputs = {split: data.train_x[part] for split, part in parts.items() if len(data.train_x[part])}
-    targets = {split: data.train_y[part] for split, part in parts.items() if split in inputs}
-    return Examples({**inputs, "test": data.test_x}, {**targets, "test": data.test_y}, data.num_classes)
+    inputs = {"train": data.train_x[:num_train], "valid": data.train_x[num_train:], "test": data.test_x}
+    targets = {"train": data.train_y[:num_train], "valid": data.train_y[num_train:], "test": data.test_y}
+    if not len(inputs["valid"]):
+        del inputs["valid"], targets["valid"]
+    return Examples(inputs, targets, data.num_classes)
 
 
 def windows(dataset: str | Dataset, length: int, *, train_fraction: float = 0.8) -> Windows:
-    """A text's windows of `length` tokens; split as by `examples`."""
+    """Make a source of windows of `length` tokens from a text, which is split as by `examples`."""
     data = datasets.load(dataset) if isinstance(dataset, str) else dataset
     check_positive("length", length)
     if not data.is_text:
         raise ValueError(
-            f"dataset={data.name!r} is not allowed: a language model needs a text, e.g. 'tinyshakespeare'."
+            f"dataset={data.name!r} is not allowed: a language model needs a text, such as 'tinyshakespeare'."
         )
     num_train = _num_train(data, train_fraction)
     tokens = {"train": data.train_x[:num_train], "valid": data.train_x[num_train:], "test": data.test_x}
-    tokens = {split: part for split, part in tokens.items() if len(part)}
-    if any(len(part) <= length for part in tokens.values()):
-        raise ValueError(
-            f"length={length} is not allowed: it must be below {min(len(part) for part in tokens.values())}."
-        )
+    tokens = {split: text for split, text in tokens.items() if len(text)}
+    shortest = min(len(text) for text in tokens.values())
+    if length >= shortest:
+        raise ValueError(f"length={length} is not allowed: it must be below {shortest}.")
     return Windows(tokens, length, data.num_classes)
-
-
-def check_split(source: Source, split: str) -> None:
-    """Raise a ValueError unless the source has the split."""
-    check_choice("split", split, source.splits)
 
 
 def _num_train(data: Dataset, train_fraction: float) -> int:
@@ -174,9 +169,13 @@ def _num_train(data: Dataset, train_fraction: float) -> int:
     return max(int(train_fraction * len(data.train_x)), 1)
 
 
+def _move(tensors: dict[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
+    return {split: tensor.to(device) for split, tensor in tensors.items()}
+
+
 @functools.lru_cache(maxsize=32)
 def _prepared(dataset: Dataset, image_size: int | None, grayscale: bool) -> Dataset:
-    """Cached, so that tasks on the same data share one copy."""
+    """Cached, so that tasks on the same data have one copy in common."""
     if grayscale:
         dataset = datasets.grayscale(dataset)
     return dataset if image_size is None else datasets.resize(dataset, image_size)

@@ -1,8 +1,8 @@
-"""Networks on data: the supervised task, its objectives, and `build`, which puts a task together by name.
+"""Supervised tasks: networks on data, their objectives, and `build`, which makes a task from names.
 
 The tasks are those of the STAR paper (Harrison et al. 2022, arXiv 2209.11208; defined in the released code of Metz et
-al. 2022, arXiv 2203.11860), with one deviation that holds throughout: minibatches are drawn with replacement, where the
-reference reshuffles each epoch. A draw then needs no state, and one gather serves a whole population.
+al. 2022, arXiv 2203.11860), with one general deviation: minibatches are drawn with replacement, where the reference
+reshuffles the data every epoch. So a draw needs no state, and one gather draws for a whole population.
 """
 
 from __future__ import annotations
@@ -31,43 +31,43 @@ class Batch(NamedTuple):
 
     x: Tensor  # (b, *example)
     y: Tensor  # (b, *target)
-    masks: tuple[Tensor, ...] = ()  # dropout masks, as `Network.mask_shapes` has them
+    masks: tuple[Tensor, ...] = ()  # dropout masks, of the shapes that `Network.mask_shapes` returns
 
 
 def cross_entropy(outputs: Tensor, batch: Batch) -> Tensor:
-    """Softmax cross entropy, mean over examples (and positions): outputs (b, ..., classes).
+    """Compute the softmax cross entropy of outputs (b, ..., classes), as a mean over examples and positions.
 
     Example:
         >>> cross_entropy(torch.zeros(2, 10), Batch(torch.zeros(2), torch.tensor([3, 4])))
         tensor(2.3026)
     """
-    # On the CPU and for few classes several times faster than log_softmax.
+    # For few classes on the CPU, this is several times faster than log_softmax.
     return (outputs.logsumexp(-1) - outputs.gather(-1, batch.y.unsqueeze(-1)).squeeze(-1)).mean()
 
 
 def sigmoid_cross_entropy(outputs: Tensor, batch: Batch) -> Tensor:
-    """Cross entropy of sigmoid outputs divided by their sum: what Keras makes of a sigmoid layer (the LSTM thesis)."""
+    """Compute the cross entropy of normalized sigmoid outputs, as Keras does for a sigmoid layer (the LSTM thesis)."""
     return cross_entropy(F.logsigmoid(outputs), batch)
 
 
 def mse(outputs: Tensor, batch: Batch) -> Tensor:
-    """Mean squared difference of outputs and one-hot classes, over examples and classes: outputs (b, classes)."""
+    """Compute the mean squared difference of outputs (b, classes) and one-hot classes, over examples and classes."""
     classes = torch.arange(outputs.shape[-1], device=outputs.device)
     return (outputs - (batch.y.unsqueeze(-1) == classes).to(outputs.dtype)).square().mean()
 
 
 def regression(outputs: Tensor, batch: Batch) -> Tensor:
-    """Mean squared error: outputs (b, 1), targets (b,)."""
+    """Compute the mean squared error of outputs (b, 1) and targets (b,)."""
     return (outputs.squeeze(-1) - batch.y).square().mean()
 
 
 def reconstruction(outputs: Tensor, batch: Batch) -> Tensor:
-    """Mean squared difference of the sigmoid of the outputs and the inputs: outputs (b, pixels)."""
+    """Compute the mean squared difference of the sigmoid of the outputs (b, pixels) and the inputs."""
     return (torch.sigmoid(outputs) - batch.x.flatten(1)).square().mean()
 
 
 def logistic(outputs: Tensor, batch: Batch) -> Tensor:
-    """Binary cross entropy: outputs (b, 1), targets 0 or 1 (b,)."""
+    """Compute the binary cross entropy of outputs (b, 1) and targets (b,) that are 0 or 1."""
     logits = outputs.squeeze(-1)
     return (F.softplus(logits) - batch.y * logits).mean()
 
@@ -76,15 +76,16 @@ OBJECTIVES: dict[str, Callable[[Tensor, Batch], Tensor]] = {
     function.__name__: function
     for function in (cross_entropy, sigmoid_cross_entropy, mse, regression, reconstruction, logistic)
 }
-_OF_CLASSES = ("cross_entropy", "sigmoid_cross_entropy", "mse")
+_CLASSIFICATION = ("cross_entropy", "sigmoid_cross_entropy", "mse")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Supervised(Task):
-    """A network, a source of examples and an objective.
+    """A task with a network, a source of examples and an objective.
 
-    Members of a population differ in initial parameters and batches, and, where asked for, in the share of the training
-    data that they see and in how many labels are wrong (constants `first`, `count` and `label_noise`).
+    Members of a population differ in their initial parameters and batches. With `subset` and `label_noise` they also
+    differ in the part of the training data that they see, and in the number of wrong labels (constants `first`, `count`
+    and `label_noise`).
 
     Example:
         >>> from torch.func import vmap
@@ -99,21 +100,21 @@ class Supervised(Task):
     objective: str = "cross_entropy"
     """One of `OBJECTIVES`."""
     batch_size: int | None = 128
-    """None for all training examples at once."""
+    """None uses all training examples at every step."""
     scheme: str = "haiku"
-    """How `layers.init_params` draws the initial parameters."""
+    """Initialization scheme, see `layers.init_params`."""
     std: float = 0.01
-    """Of the scheme "normal"."""
+    """Standard deviation of the scheme "normal"."""
     l2: float = 0.0
-    """Multiplies the norm (not its square) of all parameters, which is added to the loss."""
+    """Adds l2 times the norm (not the squared norm) of all parameters to the loss."""
     weight_decay: float = 0.0
-    """Half of it multiplies the squares of the `decayed` parameters, whose sum is added to the loss."""
+    """Adds weight_decay / 2 times the sum of squares of the `decayed` parameters to the loss."""
     decayed: tuple[str, ...] = ()
-    """Names of the parameters that decay."""
+    """Names of the parameters with weight decay."""
     subset: tuple[float, float] = (1.0, 1.0)
-    """Range of the share of the training data that a member sees, uniform."""
+    """Range of the fraction of the training data that a member sees, uniform."""
     label_noise: tuple[float, float] = (0.0, 0.0)
-    """Range of the probability that a training label is replaced by a random one at a draw, uniform per member."""
+    """Range of a member's probability, uniform, that a drawn training label is replaced by a random one."""
 
     def __post_init__(self) -> None:
         check_choice("objective", self.objective, OBJECTIVES)
@@ -125,37 +126,39 @@ class Supervised(Task):
         if self.batch_size is not None:
             check_positive("batch_size", self.batch_size)
         elif self.subset != (1.0, 1.0):
-            raise ValueError(f"subset={self.subset} is not allowed with batch_size=None, which takes all examples.")
-        if self.label_noise != (0.0, 0.0) and self.objective not in _OF_CLASSES:
-            raise ValueError(f"label_noise is not allowed with objective={self.objective!r}; it is for {_OF_CLASSES}.")
+            raise ValueError(f"subset={self.subset} is not allowed with batch_size=None, which uses all examples.")
+        if self.label_noise != (0.0, 0.0) and self.objective not in _CLASSIFICATION:
+            raise ValueError(
+                f"label_noise is not allowed with objective={self.objective!r}, only with {_CLASSIFICATION}."
+            )
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The splits that `eval_batch` knows."""
+        """The splits of the data."""
         return self.source.splits
 
     @property
     def device(self) -> torch.device:
-        """Where the data are."""
+        """The device of the data."""
         return self.source.device
 
     def init(self, generator: torch.Generator, population: int | None = None) -> Start:
-        """Draw parameters, and each member's data where members differ in them."""
+        """Draw parameters, and for each member its subset of the data and its label noise."""
         params = init_params(self.network.specs(), generator, population, self.scheme, self.std)
         constants: dict[str, Tensor] = {}
         if self.subset != (1.0, 1.0):
             num = self.source.size("train")
-            share = draws.uniform(generator, (), population, *self.subset)
+            fraction = draws.uniform(generator, (), population, *self.subset)
             constants["first"] = draws.integers(generator, num, (), population)
-            constants["count"] = (share * num).long().clamp(min=1)
+            constants["count"] = (fraction * num).long().clamp(min=1)
         if self.label_noise != (0.0, 0.0):
             constants["label_noise"] = draws.uniform(generator, (), population, *self.label_noise)
         return Start(self._place(params), self._place(constants))
 
     def batch(self, generator: torch.Generator, constants: Any, population: int | None = None) -> Batch:
-        """A minibatch per member, with dropout masks."""
+        """Draw a minibatch for each member, with dropout masks."""
         if self.batch_size is None:
-            x, y = self._shared("train", torch.arange(self.source.size("train")), population)
+            x, y = self._same_for_all("train", torch.arange(self.source.size("train")), population)
         else:
             x, y = self.source.take("train", self._indices(generator, constants, population, self.batch_size))
         if "label_noise" in constants:
@@ -165,7 +168,7 @@ class Supervised(Task):
         return Batch(x, y, tuple(mask.to(x.device) for mask in masks))
 
     def loss(self, params: Params, batch: Batch) -> Tensor:
-        """The objective, with the penalty where there is one."""
+        """Compute the objective plus the penalties."""
         loss = OBJECTIVES[self.objective](self.network.apply(params, batch.x, batch.masks), batch)
         if self.l2:
             loss = loss + self.l2 * torch.stack([param.square().sum() for param in params.values()]).sum().sqrt()
@@ -174,8 +177,8 @@ class Supervised(Task):
         return loss
 
     def metrics(self, params: Params, batch: Batch) -> dict[str, Tensor]:
-        """The accuracy, for classifiers and language models."""
-        if self.objective not in (*_OF_CLASSES, "logistic"):
+        """Compute the accuracy of classifiers and language models."""
+        if self.objective not in (*_CLASSIFICATION, "logistic"):
             return {}
         outputs = self.network.apply(params, batch.x, batch.masks)
         guess = (outputs.squeeze(-1) > 0) if self.objective == "logistic" else outputs.argmax(-1)
@@ -190,8 +193,8 @@ class Supervised(Task):
         size: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Batch:
-        """Examples of a split, the same for each member; "train" is all of it, whatever share a member sees."""
-        sources.check_split(self.source, split)
+        """Return examples of a split, the same for each member; "train" ignores the members' subsets."""
+        check_choice("split", split, self.splits)
         if size is not None:
             check_positive("size", size)
         available = self.source.size(split)
@@ -200,10 +203,11 @@ class Supervised(Task):
             index = torch.arange(num) * available // num
         else:
             index = torch.randperm(available, generator=generator, device=generator.device)[:num]
-        return Batch(*self._shared(split, index, population))
+        x, y = self._same_for_all(split, index, population)
+        return Batch(x, y)
 
     def to(self, device: torch.device | str) -> Supervised:
-        """The same task with its data on `device`."""
+        """Return the same task with its data on a device."""
         return dataclasses.replace(self, source=self.source.to(device))
 
     def _place(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -213,21 +217,23 @@ class Supervised(Task):
         num = self.source.size("train")
         if "first" not in constants:
             return draws.integers(generator, num, (batch_size,), population).to(self.device)
-        # A member's share is a window of the data, which wraps around the end.
+        # A member's subset is a window of the data, which wraps around at the end.
         unit = draws.uniform(generator, (batch_size,), population).to(self.device)
-        first, count = (constants[name].unsqueeze(-1) for name in ("first", "count"))
+        first = constants["first"].unsqueeze(-1)
+        count = constants["count"].unsqueeze(-1)
         index: Tensor = (first + (unit * count).long().clamp(max=count - 1)) % num
         return index
 
-    def _shared(self, split: str, index: Tensor, population: int | None) -> tuple[Tensor, Tensor]:
-        """The same examples for each member, as views of one copy."""
+    def _same_for_all(self, split: str, index: Tensor, population: int | None) -> tuple[Tensor, Tensor]:
+        """Examples that are the same for each member, as views of one copy."""
         x, y = self.source.take(split, index.to(self.device))
         if population is None:
             return x, y
         return x.expand(population, *x.shape), y.expand(population, *y.shape)
 
     def _corrupt(self, generator: torch.Generator, rate: Tensor, y: Tensor) -> Tensor:
-        shape, rate = tuple(y.shape), rate.reshape(*rate.shape, *[1] * (y.dim() - rate.dim()))
+        shape = tuple(y.shape)
+        rate = rate.reshape(*rate.shape, *[1] * (y.dim() - rate.dim()))
         wrong = draws.uniform(generator, shape).to(y.device) < rate
         return torch.where(wrong, draws.integers(generator, self.source.num_classes, shape).to(y.device), y)
 
@@ -241,7 +247,7 @@ _NETWORKS: dict[str, Any] = {
     "lstm": LSTMLanguageModel,
     "transformer": TransformerLanguageModel,
 }
-_OF_TEXT = ("lstm", "transformer")
+_LANGUAGE_MODELS = ("lstm", "transformer")
 
 
 def build(
@@ -256,21 +262,21 @@ def build(
     train_fraction: float = 0.8,
     **options: Any,
 ) -> Supervised:
-    """A supervised task from names; input and output sizes follow from the data and the objective.
+    """Make a supervised task from names. Input and output sizes follow from the data and the objective.
 
     Args:
-        name: the task's.
+        name: name of the task.
         network: mlp, conv, pooled_conv, resnet, vit, lstm or transformer.
-        dataset: a name for `datasets.load`, or a data set; a text for lstm and transformer.
-        objective: one of `OBJECTIVES`, default cross entropy.
-        image_size: side in pixels to bring images to by area averaging; None leaves them.
+        dataset: a name for `datasets.load`, or a data set; lstm and transformer need a text.
+        objective: one of `OBJECTIVES` (default: cross entropy).
+        image_size: resize images to this side in pixels by area averaging (default: keep their size).
         grayscale: average the channels of images.
-        length: tokens of an example, for texts, default 32.
-        train_fraction: of the training part, for training; the rest is the split "valid". Default 0.8.
+        length: tokens per example of a text (default: 32).
+        train_fraction: fraction of the training set that becomes the split "train" (default: 0.8); the rest is "valid".
         options: further fields of `Supervised`, and of the network's class (see `networks` and `sequences`).
 
     Raises:
-        ValueError: unknown network, option or value.
+        ValueError: for an unknown network or option, or a value that is not allowed.
 
     Example:
         >>> build("paper", "mlp", "digits", hidden=(128, 128), norm="layer", batch_size=32).num_params
@@ -278,7 +284,7 @@ def build(
     """
     check_choice("network", network, _NETWORKS)
     source: sources.Examples | sources.Windows
-    if network in _OF_TEXT:
+    if network in _LANGUAGE_MODELS:
         source = sources.windows(dataset, length, train_fraction=train_fraction)
     else:
         source = sources.examples(dataset, image_size=image_size, grayscale=grayscale, train_fraction=train_fraction)
@@ -295,14 +301,15 @@ def build(
 
 
 def _sizes(network: str, source: sources.Examples | sources.Windows, objective: str) -> dict[str, Any]:
-    """The options of a network that follow from its data."""
+    """Options of a network that follow from its data and objective."""
     check_choice("objective", objective, OBJECTIVES)
     if isinstance(source, sources.Windows):
         check_choice("objective", objective, ("cross_entropy",))
-        return {"vocab": source.num_classes, **({"context": source.length} if network == "transformer" else {})}
-    if objective in _OF_CLASSES and source.num_classes < 2:
-        raise ValueError(f"objective={objective!r} is not allowed on data without classes: take 'regression'.")
-    outputs = source.num_classes if objective in _OF_CLASSES else 1
+        vocab = {"vocab": source.num_classes}
+        return vocab | {"context": source.length} if network == "transformer" else vocab
+    if objective in _CLASSIFICATION and source.num_classes < 2:
+        raise ValueError(f"objective={objective!r} is not allowed on data without classes: use 'regression'.")
+    outputs = source.num_classes if objective in _CLASSIFICATION else 1
     if objective == "reconstruction":
         outputs = math.prod(source.shape)
     if network == "mlp":
@@ -313,7 +320,7 @@ def _sizes(network: str, source: sources.Examples | sources.Windows, objective: 
 
 
 def _loss_cap(objective: str, num_classes: int) -> float | None:
-    """1.5 ln C for cross entropy and 1 for squared differences, as in the reference."""
+    """As in the reference, 1.5 ln C for cross entropy and 1 for squared differences."""
     if objective in ("cross_entropy", "sigmoid_cross_entropy"):
         return 1.5 * math.log(num_classes)
     return 1.0 if objective in ("mse", "reconstruction") else None

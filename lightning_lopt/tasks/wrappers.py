@@ -1,4 +1,4 @@
-"""Tasks made of a task: re-scaled parameters, re-scaled starts, and gradients by evolution strategies."""
+"""Wrappers that vary a task: rescaled parameters, rescaled initialization, and gradients by evolution strategies."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ LEVELS = ("global", "tensor", "parameter")
 
 
 class Scaled(NamedTuple):
-    """The constants, and a batch, of `Reparametrized`: the inner task's, and the scales."""
+    """The constants, or a batch, of `Reparametrized`: those of the inner task, and the scales."""
 
     inner: Any
     scale: Params  # name -> broadcastable to the parameter
 
 
 class Perturbed(NamedTuple):
-    """A batch of `ESGradient`: the inner task's and the perturbations; none in an evaluation batch."""
+    """A batch of `ESGradient`: that of the inner task, and the perturbations, which an evaluation batch lacks."""
 
     inner: Any
     noise: Params  # name -> (pairs, *shape), standard normal
@@ -30,11 +30,11 @@ class Perturbed(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Wrapper(Task):
-    """Base of the tasks that hold a task: what a wrapper leaves alone is the inner task's."""
+    """Base class of wrappers, which delegates everything to the inner task."""
 
     task: Task
     name: str = ""
-    """Default: the inner task's name."""
+    """Name of the task (default: that of the inner task)."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", self.name or self.task.name)
@@ -42,59 +42,51 @@ class Wrapper(Task):
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The inner task's."""
+        """The splits of the inner task."""
         return self.task.splits
 
     @property
     def device(self) -> torch.device | None:
-        """The inner task's."""
+        """The device of the inner task."""
         return self.task.device
 
     def init(self, generator: torch.Generator, population: int | None = None) -> Start:
-        """The inner task's start."""
+        """Draw the start of the inner task."""
         return self.task.init(generator, population)
 
     def batch(self, generator: torch.Generator, constants: Any, population: int | None = None) -> Any:
-        """The inner task's batch."""
+        """Draw a batch of the inner task."""
         return self.task.batch(generator, constants, population)
 
     def loss(self, params: Params, batch: Any) -> Tensor:
-        """The inner task's loss."""
+        """Compute the loss of the inner task."""
         return self.task.loss(params, batch)
 
     def grad_and_value(self, params: Params, batch: Any) -> tuple[Params, Tensor]:
-        """The inner task's gradient or estimate, and loss."""
+        """Compute the gradient, or its estimate, and the loss of the inner task."""
         return self.task.grad_and_value(params, batch)
 
     def metrics(self, params: Params, batch: Any) -> dict[str, Tensor]:
-        """The inner task's."""
+        """Compute the metrics of the inner task."""
         return self.task.metrics(params, batch)
 
-    def eval_batch(
-        self,
-        split: str,
-        constants: Any,
-        population: int | None = None,
-        *,
-        size: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Any:
-        """The inner task's."""
-        return self.task.eval_batch(split, constants, population, size=size, generator=generator)
+    def eval_batch(self, split: str, constants: Any, population: int | None = None, **options: Any) -> Any:
+        """Return an evaluation batch of the inner task."""
+        return self.task.eval_batch(split, constants, population, **options)
 
     def to(self, device: torch.device | str) -> Task:
-        """The same task with its data on `device`."""
+        """Return the same task with its data on a device."""
         return dataclasses.replace(self, task=self.task.to(device))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Reparametrized(Wrapper):
-    """The task in other units: it optimizes phi = theta / c, with loss(c phi). The same functions, at another scale.
+    """A task in other units: it optimizes phi = theta / c with the loss(c phi).
 
-    The scales c are drawn in `init`, log-uniform, and are constants: neither trained nor seen by the optimizer. The
-    augmentation of VeLO (Metz et al. 2022, arXiv 2211.09760) and Celo, whose levels and ranges are in
-    `families.AUGMENTATIONS`; "parameter" with (e^-3, e^3) is the random scaling of RNNProp (Lv et al. 2017, arXiv
-    1703.03633).
+    The log-uniform scales c are drawn in `init`. They are constants, neither trained nor seen by the optimizer. This is
+    the augmentation of VeLO (Metz et al. 2022, arXiv 2211.09760) and Celo, whose levels and ranges are in
+    `families.AUGMENTATIONS`. The level "parameter" with (e^-3, e^3) is the random scaling of RNNProp (Lv et al. 2017,
+    arXiv 1703.03633).
 
     Example:
         >>> from lightning_lopt import tasks
@@ -106,7 +98,7 @@ class Reparametrized(Wrapper):
     """
 
     level: str = "global"
-    """What has a scale of its own: "global" the member, "tensor" each tensor, "parameter" each number."""
+    """Draw a scale for each member ("global"), each tensor ("tensor"), or each scalar parameter ("parameter")."""
     scale_range: tuple[float, float] = (1e-3, 1e3)
 
     def __post_init__(self) -> None:
@@ -115,62 +107,53 @@ class Reparametrized(Wrapper):
         check_range("scale_range", self.scale_range, 1e-30, 1e30)
 
     def init(self, generator: torch.Generator, population: int | None = None) -> Start:
-        """The inner task's start in units of the scales that are drawn."""
+        """Draw scales, and the start of the inner task in these units."""
         start = self.task.init(generator, population)
         scale = self._draw(generator, start.params, population)
         params = {name: param / scale[name] for name, param in start.params.items()}
         return Start(params, Scaled(start.constants, scale))
 
     def batch(self, generator: torch.Generator, constants: Any, population: int | None = None) -> Scaled:
-        """The inner task's batch, with the scales."""
+        """Draw a batch of the inner task, and add the scales."""
         return Scaled(self.task.batch(generator, constants.inner, population), constants.scale)
 
     def loss(self, params: Params, batch: Any) -> Tensor:
-        """The inner task's loss at c phi."""
+        """Compute the loss of the inner task at c phi."""
         return self.task.loss(_multiply(params, batch.scale), batch.inner)
 
     def grad_and_value(self, params: Params, batch: Any) -> tuple[Params, Tensor]:
-        """By the chain rule, c times the inner task's gradient or estimate at c phi."""
+        """Compute gradient and loss; by the chain rule, the gradient is c times that of the inner task at c phi."""
         grads, loss = self.task.grad_and_value(_multiply(params, batch.scale), batch.inner)
         return _multiply(grads, batch.scale), loss
 
     def metrics(self, params: Params, batch: Any) -> dict[str, Tensor]:
-        """The inner task's at c phi."""
+        """Compute the metrics of the inner task at c phi."""
         return self.task.metrics(_multiply(params, batch.scale), batch.inner)
 
-    def eval_batch(
-        self,
-        split: str,
-        constants: Any,
-        population: int | None = None,
-        *,
-        size: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Scaled:
-        """The inner task's, with the scales."""
-        inner = self.task.eval_batch(split, constants.inner, population, size=size, generator=generator)
+    def eval_batch(self, split: str, constants: Any, population: int | None = None, **options: Any) -> Scaled:
+        """Return an evaluation batch of the inner task, with the scales."""
+        inner = self.task.eval_batch(split, constants.inner, population, **options)
         return Scaled(inner, constants.scale)
 
     def _draw(self, generator: torch.Generator, params: Params, population: int | None) -> Params:
         axes = len(draws.lead(population))
-        one = draws.log_uniform(generator, (), population, *self.scale_range)
+        low, high = self.scale_range
+        value = draws.log_uniform(generator, (), population, low, high)  # of the whole member
         scale = {}
         for name, param in params.items():
-            shape = param.shape[axes:]
+            shape = tuple(param.shape[axes:])
             if self.level == "parameter":
-                value = draws.log_uniform(generator, tuple(shape), population, *self.scale_range)
-            else:
-                value = (
-                    draws.log_uniform(generator, (), population, *self.scale_range) if self.level == "tensor" else one
-                )
-                value = value.reshape(*value.shape, *[1] * len(shape))
-            scale[name] = value.to(param.device)
+                scale[name] = draws.log_uniform(generator, shape, population, low, high).to(param.device)
+                continue
+            if self.level == "tensor":
+                value = draws.log_uniform(generator, (), population, low, high)
+            scale[name] = value.reshape(*value.shape, *[1] * len(shape)).to(param.device)
         return scale
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class ScaledInit(Wrapper):
-    """The task from another initial scale: a log-uniform factor per member on its weights (two or more dims)."""
+    """A task with another initial scale: weights (two or more dims) get a log-uniform factor per member."""
 
     scale_range: tuple[float, float] = (0.5, 2.0)
 
@@ -179,8 +162,9 @@ class ScaledInit(Wrapper):
         check_range("scale_range", self.scale_range, 1e-30, 1e30)
 
     def init(self, generator: torch.Generator, population: int | None = None) -> Start:
-        """The inner task's start, its weights multiplied by each member's factor."""
-        start, axes = self.task.init(generator, population), len(draws.lead(population))
+        """Draw the start of the inner task, and multiply its weights by each member's factor."""
+        start = self.task.init(generator, population)
+        axes = len(draws.lead(population))
         factor = draws.log_uniform(generator, (), population, *self.scale_range)
         params = {}
         for name, param in start.params.items():
@@ -192,16 +176,16 @@ class ScaledInit(Wrapper):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class ESGradient(Wrapper):
-    """The task with its gradient estimated by antithetic evolution strategies; its loss stays what it was.
+    """A task whose gradient is estimated by antithetic evolution strategies; its loss is unchanged.
 
         g = 1/N sum_i e_i (f(x + e_i) - f(x - e_i)) / (2 std^2),  e_i ~ N(0, std^2 I)
 
-    As in the released code of Metz et al. 2022 (arXiv 2203.11860), whose ESWrapped tasks the STAR paper evaluates on.
-    The perturbations are drawn into the batch, so two unrolls that share batches share them.
+    Source: the released code of Metz et al. 2022 (arXiv 2203.11860), whose ESWrapped tasks the STAR paper evaluates on.
+    The perturbations are part of the batch, so two unrolls on the same batches see the same perturbations.
     """
 
     pairs: int = 1
-    """Antithetic pairs, N."""
+    """Number of antithetic pairs, N."""
     std: float = 0.01
     """Standard deviation of a perturbation."""
 
@@ -211,20 +195,21 @@ class ESGradient(Wrapper):
         check_range("(std, std)", (self.std, self.std), 1e-12, 1e12)
 
     def batch(self, generator: torch.Generator, constants: Any, population: int | None = None) -> Perturbed:
-        """The inner task's batch, with perturbations for every parameter."""
-        inner, device = self.task.batch(generator, constants, population), self.device or generator.device
-        shapes = self.task.param_shapes
+        """Draw a batch of the inner task, and perturbations for every parameter."""
+        inner = self.task.batch(generator, constants, population)
+        device = self.device or generator.device
         noise = {
-            name: draws.normal(generator, (self.pairs, *shape), population).to(device) for name, shape in shapes.items()
+            name: draws.normal(generator, (self.pairs, *shape), population).to(device)
+            for name, shape in self.task.param_shapes.items()
         }
         return Perturbed(inner, noise)
 
     def loss(self, params: Params, batch: Any) -> Tensor:
-        """The inner task's loss, not perturbed."""
+        """Compute the unperturbed loss of the inner task."""
         return self.task.loss(params, batch.inner)
 
     def grad_and_value(self, params: Params, batch: Any) -> tuple[Params, Tensor]:
-        """The estimate, and the loss that is not perturbed."""
+        """Estimate the gradient, and compute the unperturbed loss."""
 
         def difference(noise: Params) -> Tensor:
             plus = {name: param + self.std * noise[name] for name, param in params.items()}
@@ -236,20 +221,12 @@ class ESGradient(Wrapper):
         return grads, self.loss(params, batch)
 
     def metrics(self, params: Params, batch: Any) -> dict[str, Tensor]:
-        """The inner task's."""
+        """Compute the metrics of the inner task."""
         return self.task.metrics(params, batch.inner)
 
-    def eval_batch(
-        self,
-        split: str,
-        constants: Any,
-        population: int | None = None,
-        *,
-        size: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Perturbed:
-        """The inner task's, without perturbations."""
-        return Perturbed(self.task.eval_batch(split, constants, population, size=size, generator=generator), {})
+    def eval_batch(self, split: str, constants: Any, population: int | None = None, **options: Any) -> Perturbed:
+        """Return an evaluation batch of the inner task, without perturbations."""
+        return Perturbed(self.task.eval_batch(split, constants, population, **options), {})
 
 
 def _multiply(params: Params, scale: Params) -> Params:

@@ -1,4 +1,4 @@
-"""The analysis against optimizers whose answers are known: momentum, Adam's moments, linear recurrences."""
+"""The analysis of optimizers with known dynamics: momentum, Adam's moments, linear recurrences."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lopt import analysis
-from lightning_lopt.analysis import Cell, find_fixed_points, linearize, update_function
+from lightning_lopt.analysis import CoordinateDynamics, find_fixed_points, linearize, update_function
 from lightning_lopt.meta.unroll import Unroll
 from lightning_lopt.rules import REGISTRY, StepContext, UpdateRule, make
 from lightning_lopt.tasks import make as make_task
@@ -25,7 +25,7 @@ class HiddenState(NamedTuple):
 
 
 class HiddenMomenta(UpdateRule):
-    """Momenta v_j' = beta_j v_j + g, x' = x - sum_j alpha_j v_j', in a random basis, with a tanh in the readout's way.
+    """Momenta v_j' = beta_j v_j + g, x' = x - sum_j alpha_j v_j' in a random basis, with a tanh of the gradient.
 
     F(h, g) = M^-1 (B M (h - center) + 1 tanh(g)) + center: neither modes nor fixed point are where one would look.
     """
@@ -97,17 +97,17 @@ def test_a_conjugate_pair_is_recovered():
     assert modes.eigenvalues.angle().abs().tolist() == pytest.approx([angle, angle])
     first, second = modes.amplitudes.tolist()
     assert first == pytest.approx(second.conjugate())
-    # The modes together answer a gradient as the recurrence does, step by step.
+    # The response of all modes together equals that of the recurrence at every step.
     grads = torch.zeros(20, 1, dtype=F64)
     grads[0] = 1e-5
-    deltas, _ = Cell.of(rule).run(grads, start=rule.center.detach())
+    deltas, _ = CoordinateDynamics.from_rule(rule).run(grads, start=rule.center.detach())
     torch.testing.assert_close(modes.response(20), deltas[:, 0] / 1e-5, rtol=1e-6, atol=1e-8)
-    with pytest.raises(ValueError, match="name both of a pair"):
+    with pytest.raises(ValueError, match="lacks a conjugate mode. Pass both modes of a pair"):
         modes.rule([0])
 
 
 def test_modes_of_a_rule_with_plain_gradient_descent_beside_its_momentum():
-    """AggMo and the gradient itself: the nominal terms of a GRU whose network is silent."""
+    """AggMo and SGD, as the nominal terms of a GRU whose network returns 0."""
     rule = make("gru", hidden_size=1, nominal_stepsize=0.3, nominal_grad_estimator="AggMo")
     modes = linearize(rule, rule.init_state(torch.zeros(())))
     slow = modes.learning_rates.abs() > 1e-9
@@ -134,7 +134,7 @@ def test_the_linearized_rule_runs_as_the_rule_does():
     )
 
 
-def test_all_fixed_points_are_found_and_none_that_is_not_there():
+def test_exactly_the_fixed_points_are_found():
     class Cubic(HiddenMomenta):
         """h' = h - 0.5 (h^3 - h): fixed points -1, 0 and 1; with a gradient, h' = h + 0.1 + ...: none near."""
 
@@ -182,7 +182,7 @@ def test_update_functions_are_the_rules_updates():
 def test_effective_learning_rates_are_slopes_of_update_functions():
     torch.manual_seed(0)
     rule = make("lstm", hidden_size=5, preprocessing="none", out_scale=1.0)
-    _, states = Cell.of(rule).run(torch.randn(6, 2))
+    _, states = CoordinateDynamics.from_rule(rule).run(torch.randn(6, 2))
     rates = analysis.effective_learning_rate(rule, states, gradient=0.4)
     assert rates.shape == (7, 2)
     for state, rate in zip(states.reshape(14, -1), rates.flatten(), strict=True):
@@ -195,7 +195,7 @@ def test_jacobians_are_those_of_finite_differences():
     rule = make("gru", hidden_size=4)
     with torch.no_grad():
         rule.readout.normal_()
-    cell = Cell.of(rule)
+    cell = CoordinateDynamics.from_rule(rule)
     state, grad = torch.randn(4, dtype=F64), torch.tensor(0.3, dtype=F64)
     assert torch.autograd.gradcheck(lambda h, g: cell.step(h, g), (state.requires_grad_(), grad.requires_grad_()))
     found = cell.jacobians(state.detach(), grad.detach())
@@ -215,10 +215,10 @@ def test_clipping_is_where_tanh_has_lost_half(slope):
     found = analysis.clipping(rule, torch.tensor([5.0]), seen=seen)
     assert found.learning_rate == pytest.approx(slope, rel=1e-4)
     assert found.threshold == pytest.approx(1.9150, rel=0.02)  # tanh(t) = t / 2
-    assert (found.monotonic, found.share) == (True, 0.5)
+    assert (found.monotonic, found.fraction) == (True, 0.5)
 
 
-def test_what_is_no_state_of_one_coordinate_is_refused():
+def test_a_state_of_several_coordinates_is_refused():
     rule = make("gru", hidden_size=4)
     with pytest.raises(ValueError, match=r"\(4,\) for one coordinate"):
         update_function(rule, rule.init_state(torch.zeros(3)), torch.zeros(1))
@@ -228,7 +228,7 @@ def test_what_is_no_state_of_one_coordinate_is_refused():
 
 
 def test_recorded_states_are_those_of_the_run():
-    """Of a component-wise rule: the replay of a coordinate's gradients is what happened to it."""
+    """For a component-wise rule, replaying a coordinate's gradients gives the states of the run."""
     torch.manual_seed(0)
     rule, task = make("gru", hidden_size=5), make_task("linear-regression")
     with torch.no_grad():
@@ -273,7 +273,7 @@ def _modes_at_start(rule: HiddenMomenta) -> Tensor:
 
 
 def test_s_curve_of_momentum_is_a_line_through_its_fixed_points():
-    """v = tanh(g) / (1 - beta), for each momentum; its slope there is the learning rate as anywhere."""
+    """v = tanh(g) / (1 - beta) for each momentum; the effective learning rate is the same everywhere."""
     rule, gradients = HiddenMomenta(BETAS[1:2], ALPHAS[1:2]), torch.tensor([-2.0, -0.1, 0.0, 0.1, 2.0])
     curve = analysis.s_curve(rule, gradients)
     assert curve.gradients.tolist() == pytest.approx(gradients.tolist())
@@ -287,7 +287,7 @@ def test_s_curve_of_momentum_is_a_line_through_its_fixed_points():
 
 @pytest.mark.parametrize("kind", sorted(REGISTRY))
 def test_every_kind_can_be_analyzed(kind):
-    """Update functions, a run without gradients, and modes wherever it comes to."""
+    """Update functions, a run without gradients, and the modes at its end."""
     torch.manual_seed(0)
     small = {"lstm": {"hidden_size": 4}, "gru": {"hidden_size": 4}}
     small["lstm_dmd"] = {"hidden_size": 4, "rank": 1, "num_snapshots": 2, "scope": "tensor"}
@@ -299,13 +299,13 @@ def test_every_kind_can_be_analyzed(kind):
     schedule = analysis.autonomous(rule, steps=5)
     assert schedule.learning_rates.isfinite().all()
     modes = linearize(rule, schedule.states[-1], gradient=0.1)
-    assert modes.eigenvalues.shape == (Cell.of(rule).size,)
+    assert modes.eigenvalues.shape == (CoordinateDynamics.from_rule(rule).size,)
     assert modes.timescales.isfinite().all()
     assert modes.learning_rates.isfinite().all()
 
 
 def test_moments_of_star_are_its_modes():
-    """The state of STAR is averages: without gradient all of them decay, at the rates that they are made with."""
+    """The state of STAR consists of moving averages, which decay at their own rates without gradients."""
     rule = make("star", nominal_stepsize=1e-2)
     points = find_fixed_points(rule)
     modes = linearize(rule, points.states[0])

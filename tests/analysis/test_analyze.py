@@ -1,4 +1,4 @@
-"""`lopt analyze`: its files, its words, the page in a real browser, and one line for each mistake."""
+"""`lopt analyze`: its files, its summary, the page in a real browser, and one line for each mistake."""
 
 import base64
 import html.parser
@@ -12,7 +12,7 @@ import torch
 import lightning_lopt as lopt
 from lightning_lopt import cli
 from lightning_lopt.analysis import LinearRule, linearize, plots
-from lightning_lopt.analysis.findings import analyze, linear_error, words
+from lightning_lopt.analysis.findings import analyze, describe, linear_error
 from lightning_lopt.tasks import make as make_task
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -21,7 +21,7 @@ SHORT = ("--steps", "15", "--runs", "2")
 
 @pytest.fixture(scope="module")
 def rule_dir(tmp_path_factory):
-    """A GRU that is momentum, and clips beyond |g| = 2 or so."""
+    """A GRU that implements momentum with clipping beyond about |g| = 2."""
     torch.manual_seed(0)
     rule = lopt.rules.make("gru", hidden_size=6, initial_lr=2.0, initial_beta=0.8, initial_reach=1.0)
     return lopt.save_rule(rule, tmp_path_factory.mktemp("rule"))
@@ -35,7 +35,7 @@ def report(rule_dir, tmp_path_factory):
 
 
 def run(*arguments):
-    """The exit status, whether it was returned or raised."""
+    """Run the command, and return its exit status."""
     try:
         return cli.main([str(argument) for argument in arguments])
     except SystemExit as stop:
@@ -43,7 +43,7 @@ def run(*arguments):
 
 
 class Page(html.parser.HTMLParser):
-    """What a page refers to, and whether its elements are closed."""
+    """Collects the sources of a page and its unclosed elements."""
 
     def __init__(self, text):
         super().__init__()
@@ -71,7 +71,7 @@ def test_the_page_is_self_contained(report):
     assert images == {path.read_bytes() for path in report.glob("*.png")}
 
 
-def test_the_words_say_what_was_put_in(report):
+def test_the_summary_describes_the_rule(report):
     text = (report / "report.html").read_text(encoding="utf-8")
     momentum, rate = map(float, re.search(r"Momentum ([\d.]+) with learning rate ([\d.]+)", text).groups())
     assert (momentum, rate) == (pytest.approx(0.8, rel=0.05), pytest.approx(2.0, rel=0.1))
@@ -101,17 +101,17 @@ def test_a_browser_shows_the_page(report, tmp_path):
 
 
 def test_other_kinds_of_rules_can_be_reported():
-    """On a task of several tensors; rules without a fixed point too."""
+    """On a task with several tensors, also for rules without a fixed point."""
     for kind, config in (("lstm", {"hidden_size": 3}), ("mng", {"k": 3})):
         torch.manual_seed(0)
         found = analyze(lopt.rules.make(kind, **config), make_task("digits-mlp", hidden=(4,)), steps=4, runs=1)
-        assert len(words(found)) >= 5
-        assert all(len(sentence) < 250 and "nan" not in sentence for sentence in words(found))
+        assert len(describe(found)) >= 5
+        assert all(len(sentence) < 250 and "nan" not in sentence for sentence in describe(found))
         assert plots.tensors(found) is not None
 
 
 def test_a_line_of_fixed_points_is_drawn_with_its_learning_rates():
-    """Fig. 13. A state that gradients move and nothing brings back rests anywhere; an ordinary rule's at one point."""
+    """Fig. 13: a state without decay has a line of fixed points; an ordinary rule has a single one."""
     rule = LinearRule(*(torch.tensor(value) for value in ([[1.0]], [1.0], [-0.1])), 1.0, 0.0, torch.zeros(1))
     found = analyze(rule, make_task("linear-regression"), steps=20, runs=3)
     assert len(found.fixed.states) > 5
@@ -134,7 +134,7 @@ def test_history_shows_the_modes_of_each_checkpoint(rule_dir, tmp_path, monkeypa
         torch.save({"state_dict": state}, tmp_path / f"epoch=0-step={step}.ckpt")
     seen = {}
     monkeypatch.setattr(
-        plots, "history", lambda steps, modes, star: seen.update(zip(steps, modes, strict=True)) or FIGURE
+        plots, "history", lambda steps, modes, best_momentum: seen.update(zip(steps, modes, strict=True)) or FIGURE
     )
     assert run("analyze", rule_dir, "--out", tmp_path / "out", "--history", tmp_path, *SHORT) == 0
     assert list(seen) == [5, 10]
@@ -162,17 +162,16 @@ def test_a_linear_rule_is_its_own_linearization():
     assert again.amplitudes.real.tolist() == pytest.approx([1.0])
 
 
-def test_the_words_say_why_a_linearization_does_not_track():
+def test_the_summary_says_why_a_linearization_does_not_track():
     """The bundled rule for quadratics warms up and decays, and a linearization has no schedule."""
     found = analyze(lopt.load_rule("gru-quadratic"), make_task("linear-regression"), runs=2)
     rates = found.schedule.learning_rates
     assert rates.argmax() > 5
     assert rates.max() > 2 * rates[-1]
-    (sentence,) = (sentence for sentence in words(found) if sentence.startswith("Linearized"))
+    (sentence,) = (sentence for sentence in describe(found) if sentence.startswith("Linearized"))
     assert linear_error(found) > 0.05
-    assert sentence.endswith(
-        f"{float(rates[-1]):.3g}, from the first step on; the rule has up to {float(rates.max()):.3g}."
-    )
+    learning_rates = f"{float(rates[-1]):.3g} from the first step on, that of the rule up to {float(rates.max()):.3g}."
+    assert sentence.endswith(learning_rates)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +184,7 @@ def test_the_words_say_why_a_linearization_does_not_track():
         (["--out", "file"], "is a file"),
     ],
 )
-def test_mistakes_are_told_in_one_line(arguments, message, rule_dir, tmp_path, monkeypatch, capsys):
+def test_mistakes_are_reported_in_one_line(arguments, message, rule_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     assert run("analyze", rule_dir, *arguments) == 2

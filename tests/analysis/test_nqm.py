@@ -1,4 +1,4 @@
-"""The noisy quadratic model: its theorems on random cases, closed forms against simulation, derivatives."""
+"""The noisy quadratic model: theorems on random cases, closed forms against simulation, derivatives."""
 
 import math
 
@@ -29,7 +29,7 @@ def uniform(generator: torch.Generator, *shape: int, low: float = 0.0, high: flo
 
 
 def draw(cases: int, size: int, seed: int) -> tuple[Tensor, Tensor, Tensor, torch.Generator]:
-    """Hessians, symmetric P and alpha, about half of which the theorem calls stable."""
+    """Hessians, symmetric P and alpha; by the theorem about half of the cases are stable."""
     generator = seeded(seed)
     hessian = symmetric(10 ** uniform(generator, cases, size, low=-3, high=1), generator)
     room = 2 / torch.linalg.eigvalsh(hessian)[:, -1]
@@ -58,13 +58,13 @@ def test_margins_that_hold_mean_stability_on_ten_thousand_cases(lemma, size):
     radii = radius(nqm.dynamics_matrix(hessian, P, alpha, preconditioned=preconditioned))
     assert 200 < int(margins.hold.sum()) < 2400
     assert float(radii[margins.hold].max()) <= 1 + 1e-9
-    # And no wider bounds would do: cases beyond them diverge.
+    # The bounds are tight: some cases beyond them diverge.
     assert int((radii[~margins.hold] > 1).sum()) > 200
 
 
 @pytest.mark.parametrize("size", [2, 5])
 def test_lemma_3_holds_for_every_disturbance_that_commutes(size):
-    """With P~ diagonal, with which every Delta = diag(d) commutes."""
+    """With a diagonal P~, which commutes with every Delta = diag(d)."""
     generator = seeded(size)
     cases = 10_000
     hessian = symmetric(10 ** uniform(generator, cases, size, low=-3, high=1), generator)
@@ -82,7 +82,7 @@ def test_lemma_3_holds_for_every_disturbance_that_commutes(size):
 
 
 def test_the_theorem_fails_for_matrices_that_are_merely_diagonalizable():
-    """As the paper states it, with real eigenvalues alone: of the cases that its margins call stable some diverge."""
+    """With only real eigenvalues required, as in the paper, some cases with positive margins diverge."""
     generator, cases, size = seeded(0), 10_000, 3
     hessian, _, alpha, _ = draw(cases, size, seed=1)
     room = 2 / torch.linalg.eigvalsh(hessian)[:, -1]
@@ -135,13 +135,13 @@ def test_margins_say_by_how_much():
         assert [float(margin) for margin in margins] == pytest.approx(expected)
 
 
-def test_what_is_no_noisy_quadratic_model_is_refused():
+def test_invalid_noisy_quadratic_models_are_refused():
     eye = torch.eye(2, dtype=F64)
     with pytest.raises(ValueError, match="not symmetric positive definite"):
         nqm.is_stable(-eye, eye, 0.1)
     with pytest.raises(ValueError, match="not symmetric positive definite"):
         nqm.is_stable(eye + torch.tensor([[0.0, 0.5], [0.0, 0.0]], dtype=F64), eye, 0.1)
-    with pytest.raises(ValueError, match="square matrices of one size"):
+    with pytest.raises(ValueError, match="square matrices of the same size"):
         nqm.dynamics_matrix(eye, torch.eye(3, dtype=F64), 0.1)
     with pytest.raises(ValueError, match="complex eigenvalues"):
         nqm.theorem1_margins(eye, torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=F64), 0.1)
@@ -171,7 +171,7 @@ def test_expected_losses_are_the_mean_of_simulated_ones():
     expected = nqm.expected_losses(HESSIAN, nqm.dynamics_matrix(HESSIAN, P, alpha), start, NOISE, steps)
     errors = losses.std(1) / math.sqrt(runs)
     assert float(((losses.mean(1) - expected) / errors).abs().max()) < 4.5
-    # A random start of the same second moment has the same expected losses.
+    # A random start with the same second moment has the same expected losses.
     moment = nqm.expected_losses(
         HESSIAN, nqm.dynamics_matrix(HESSIAN, P, alpha), torch.outer(start, start), NOISE, steps
     )
@@ -204,7 +204,7 @@ def test_gradient_variance_is_that_of_autograds_gradients():
 
 
 def test_gradient_variance_explodes_with_the_horizon_only_outside_the_stable_range():
-    """Fig. 2a: in the stable range long runs have the smaller variance; at both of its ends it grows."""
+    """Fig. 2a: the variance falls with the horizon within the stable range, and grows at both of its ends."""
     sharpest = float(torch.linalg.eigvalsh(HESSIAN)[-1])
     inside, edge, outside = (
         nqm.gradient_variance(HESSIAN, share * 2 / sharpest, [5, 200], runs=100) for share in (0.4, 0.0, 1.05)
@@ -215,7 +215,7 @@ def test_gradient_variance_explodes_with_the_horizon_only_outside_the_stable_ran
 
 
 def test_meta_training_with_a_nominal_term_begins_stable_and_ends_lower():
-    """Fig. 2b, c, cut short."""
+    """Fig. 2b, c, with fewer steps."""
     sharpest = float(torch.linalg.eigvalsh(HESSIAN)[-1])
     without, with_term = (
         nqm.meta_train(HESSIAN, share * 2 / sharpest, steps=40, seed=1, init=0.0) for share in (0.0, 0.3)

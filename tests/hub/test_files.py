@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lightning_lopt as lopt
+from lightning_lopt.hub import files
 from lightning_lopt.rules import REGISTRY, RuleConfig, UpdateRule
 
 KINDS = sorted(REGISTRY)
@@ -30,12 +31,12 @@ KINDS = sorted(REGISTRY)
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """The directory of a sound rule, to be spoilt."""
+    """The directory of a valid rule, for tests to damage."""
     return lopt.save_rule(lopt.rules.make("star"), tmp_path / "rule")
 
 
 def refusal(path: Path) -> str:
-    """The one-line message with which the directory is refused."""
+    """Load the directory, which must fail, and return the one-line error message."""
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the callers look at the message
         lopt.load_rule(path)
     message = str(caught.value)
@@ -57,7 +58,24 @@ def assert_equal(found: UpdateRule, expected: UpdateRule) -> None:
         assert torch.equal(tensor, tensors[name])
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+
+
+def test_every_dtype_that_is_allowed_is_tested() -> None:
+    assert set(files.DTYPES) == set(DTYPES)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_the_digest_tells_weights_of_every_dtype_apart(dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = lopt.save_rule(lopt.rules.make("star").to(dtype), tmp_path / "one")
+    other = lopt.rules.make("star").to(dtype)
+    with torch.no_grad():
+        other.w0[0, 0] += 1
+    (folder / "model.safetensors").write_bytes(files.serialize(other)["model.safetensors"])
+    assert "its sha256 differs" in refusal(folder)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_comes_back_as_it_was(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     rule = lopt.rules.make(kind).to(dtype)
@@ -102,7 +120,7 @@ def test_from_jax_comes_back_as_it_was(tmp_path: Path) -> None:
     assert_equal(lopt.load_rule(lopt.save_rule(rule, tmp_path)), rule)
 
 
-def test_what_is_written(folder: Path) -> None:
+def test_the_files_that_are_written(folder: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     text = (folder / "config.json").read_text()
     config = json.loads(text)
@@ -139,7 +157,7 @@ def test_loading_moves_neither_the_random_state_nor_the_rule_to_the_default_devi
     assert {param.device.type for param in rule.parameters()} == {"cpu"}
 
 
-# A kind of one's own
+# Custom kinds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +167,7 @@ class OwnConfig(RuleConfig):
 
 
 class OwnRule(UpdateRule):
-    """Shared memory, a submodule, a buffer that is saved and one that is not."""
+    """A rule with shared memory, a submodule, a persistent buffer and a non-persistent one."""
 
     Config = OwnConfig
     config: OwnConfig
@@ -168,7 +186,7 @@ def own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("own")
-def test_a_kind_of_ones_own_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_a_custom_kind_comes_back_as_it_was(tmp_path: Path) -> None:
     rule = lopt.rules.make("own", size=3)
     loaded = lopt.load_rule(lopt.save_rule(rule, tmp_path))
     assert_equal(loaded, rule)
@@ -184,10 +202,10 @@ def test_a_rule_without_meta_parameters_comes_back(tmp_path: Path, monkeypatch: 
     assert_equal(lopt.load_rule(lopt.save_rule(lopt.rules.make("plain"), tmp_path)), lopt.rules.make("plain"))
 
 
-# What is not saved
+# Rules that cannot be saved
 
 
-def spoilt(change: Callable[[UpdateRule], object]) -> UpdateRule:
+def damaged(change: Callable[[UpdateRule], object]) -> UpdateRule:
     rule = lopt.rules.make("star")
     change(rule)
     return rule
@@ -196,8 +214,8 @@ def spoilt(change: Callable[[UpdateRule], object]) -> UpdateRule:
 @pytest.mark.parametrize(
     ("change", "part"),
     [
-        (lambda rule: nn.init.constant_(rule.b1, math.nan), "'b1' holds NaN"),
-        (lambda rule: nn.init.constant_(rule.w0, -math.inf), "'w0' holds NaN or infinity"),
+        (lambda rule: nn.init.constant_(rule.b1, math.nan), "'b1' contains NaN"),
+        (lambda rule: nn.init.constant_(rule.w0, -math.inf), "'w0' contains NaN or infinity"),
         (lambda rule: setattr(rule, "kind", "unregistered"), "not registered"),
         (lambda rule: setattr(rule, "kind", ""), "not registered"),
         (lambda rule: setattr(rule, "b1", nn.Parameter(torch.zeros(5))), "'b1' has shape"),
@@ -211,7 +229,7 @@ def test_a_rule_that_would_not_load_is_not_saved(
 ) -> None:
     before = contents(folder)
     with pytest.raises(ValueError, match=part) as caught:
-        lopt.save_rule(spoilt(change), folder)
+        lopt.save_rule(damaged(change), folder)
     assert "\n" not in str(caught.value)
     assert contents(folder) == before
 
@@ -267,7 +285,7 @@ def test_a_directory_in_the_place_of_a_file_leaves_what_was_there(folder: Path) 
 
 
 def save_and_be_killed(rule: UpdateRule, folder: Path, kill_at: int) -> int:
-    """Save in a process that is killed just before its system call number `kill_at`; how it ended."""
+    """Save in a process that is killed just before its system call number `kill_at`; return its exit code."""
     if (child := os.fork()) == 0:
         count = iter(range(99))
 
@@ -307,11 +325,11 @@ def test_a_kill_at_any_point_of_saving_leaves_no_mixture_that_loads(kind: str, t
         assert ending == -signal.SIGKILL
         if found[-1] not in ("old", "new"):
             (before,) = folder.glob(".saving-*/old")
-            assert f"A save was killed: copy back what lies in {before.relative_to(folder)}, or" in found[-1]
+            assert f"A save was killed: copy the files in {before.relative_to(folder)} back, or" in found[-1]
             for path in before.iterdir():
                 os.replace(path, folder / path.name)
             assert old_new_or_refused(folder, old, new) == "old"
-    # Before the first rename the old rule, between the first and the second neither, then the new one.
+    # Before the first rename the old rule loads, between the first and the second neither, then the new one.
     assert kill_at == 10
     assert found[:8] == ["old"] * 8
     assert found[8] not in ("old", "new")
@@ -334,9 +352,9 @@ def test_other_weights_than_those_of_the_configuration_are_refused(folder: Path)
 
 
 @pytest.mark.parametrize("digest", ["", "0" * 63, "G" * 64, "0" * 64 + "\n", 1, ["0" * 64], {"a": 1}], ids=str)
-def test_a_digest_that_is_none_is_refused(digest: Any, folder: Path) -> None:
+def test_an_invalid_digest_is_refused(digest: Any, folder: Path) -> None:
     (folder / "config.json").write_bytes(config_with(sha256=digest))
-    assert "64 hexadecimal digits" in refusal(folder)
+    assert "not 64 hexadecimal digits" in refusal(folder)
 
 
 def test_other_files_are_left_alone(folder: Path) -> None:
@@ -350,7 +368,7 @@ def test_other_files_are_left_alone(folder: Path) -> None:
 
 
 def config_with(**changes: Any) -> bytes:
-    """A sound config.json of kind star with other top-level values; a value of None removes the key."""
+    """A valid config.json of kind star with changed top-level values; a value of None removes the key."""
     spec = {"format_version": 1, "kind": "star", "config": {}, "library_version": "0.1.0", **changes}
     return json.dumps({key: value for key, value in spec.items() if value is not None}).encode()
 
@@ -360,19 +378,19 @@ def star(**config: Any) -> bytes:
 
 
 HOSTILE_CONFIGS = {
-    "empty": (b"", "no valid JSON"),
-    "not JSON": (b"kind: star", "no valid JSON"),
-    "cut off": (config_with()[:-3], "no valid JSON"),
-    "not UTF-8": (b"\xff\xfe" + config_with(), "no valid JSON"),
-    "a byte order mark": (b"\xef\xbb\xbf" + config_with(), "no valid JSON"),
-    "bytes that are no text": (bytes(range(256)), "no valid JSON"),
-    "a list": (b"[1, 2]", "allowed is a JSON object"),
-    "null": (b"null", "allowed is a JSON object"),
-    "a long string": (json.dumps("x" * 60000).encode(), "allowed is a JSON object"),
-    "duplicate keys": (b'{"kind": "star", "kind": "blackbox"}', "a key comes twice"),
-    "duplicate keys inside": (b'{"config": {"step_mult": 1, "step_mult": 2}}', "a key comes twice"),
-    "deep nesting": (b"[" * 60000, "no valid JSON"),
-    "deep objects": (b'{"a":' * 10000 + b"1" + b"}" * 10000, "no valid JSON"),
+    "empty": (b"", "is not valid JSON"),
+    "not JSON": (b"kind: star", "is not valid JSON"),
+    "cut off": (config_with()[:-3], "is not valid JSON"),
+    "not UTF-8": (b"\xff\xfe" + config_with(), "is not valid JSON"),
+    "a byte order mark": (b"\xef\xbb\xbf" + config_with(), "is not valid JSON"),
+    "bytes that are no text": (bytes(range(256)), "is not valid JSON"),
+    "a list": (b"[1, 2]", "not a JSON object"),
+    "null": (b"null", "not a JSON object"),
+    "a long string": (json.dumps("x" * 60000).encode(), "not a JSON object"),
+    "duplicate keys": (b'{"kind": "star", "kind": "blackbox"}', "a key occurs twice"),
+    "duplicate keys inside": (b'{"config": {"step_mult": 1, "step_mult": 2}}', "a key occurs twice"),
+    "deep nesting": (b"[" * 60000, "is not valid JSON"),
+    "deep objects": (b'{"a":' * 10000 + b"1" + b"}" * 10000, "is not valid JSON"),
     "deep nesting in a value": (star(exp_mult=0).replace(b"0}", b"[" * 400 + b"]" * 400 + b"}"), "exp_mult"),
     "too large": (config_with() + b" " * (64 << 10), "at most 65536"),
     "no version": (config_with(format_version=None), "format_version=None"),
@@ -392,8 +410,8 @@ HOSTILE_CONFIGS = {
     "kind that is long": (config_with(kind="k" * 50000), "unknown"),
     "kind that is a list": (config_with(kind=["star"]), "unknown"),
     "kind that is an object": (config_with(kind={"star": 1}), "unknown"),
-    "no config": (config_with(config=None), "config=None; allowed is an object"),
-    "config that is a list": (config_with(config=[1]), "allowed is an object"),
+    "no config": (config_with(config=None), "config=None is not a JSON object"),
+    "config that is a list": (config_with(config=[1]), "not a JSON object"),
     "unknown config key": (star(learning_rate=1), "Unknown config key 'learning_rate'"),
     "config key kind": (star(kind="star"), "Unknown config key 'kind'"),
     "config key self": (star(self=1), "Unknown config key 'self'"),
@@ -411,9 +429,9 @@ HOSTILE_CONFIGS = {
     "step_mult '1e-3'": (star(step_mult="1e-3"), "step_mult='1e-3'"),
     "step_mult negative": (star(step_mult=-1), "step_mult=-1"),
     "step_mult true": (star(step_mult=True), "step_mult=True"),
-    "step_mult 1e999": (star(step_mult=0).replace(b"0}", b"1e999}"), "no finite number"),
-    "step_mult NaN": (star(step_mult=math.nan), "no finite number"),
-    "step_mult -Infinity": (star(step_mult=-math.inf), "no finite number"),
+    "step_mult 1e999": (star(step_mult=0).replace(b"0}", b"1e999}"), "not a finite number"),
+    "step_mult NaN": (star(step_mult=math.nan), "not a finite number"),
+    "step_mult -Infinity": (star(step_mult=-math.inf), "not a finite number"),
     "step_mult 10**400": (star(step_mult=10**400), "too large"),
     "exp_mult too short": (star(exp_mult=[1, 2]), "exp_mult"),
     "exp_mult of strings": (star(exp_mult=["1", "2", "3"]), "exp_mult"),
@@ -428,7 +446,10 @@ HOSTILE_CONFIGS = {
     "decay of one": (star(initial_rms_decays=[1.0]), "initial_rms_decays"),
     "another shape": (star(hidden_size=5), "model.safetensors: tensor 'w0' has shape"),
     "largest shape": (star(hidden_size=1024, hidden_layers=16), "model.safetensors: tensor 'b10' is missing"),
-    "another kind": (config_with(kind="hyperparam"), "model.safetensors: is of kind 'star', config.json of kind"),
+    "another kind": (
+        config_with(kind="hyperparam"),
+        "is of kind 'star', but config.json is of kind",
+    ),
 }
 
 
@@ -452,13 +473,13 @@ SOUND = safetensors.torch.save(
 
 
 def with_tensors(**changes: Tensor | None) -> bytes:
-    """A sound weights file with other tensors; None removes one."""
+    """A valid weights file with changed tensors; None removes one."""
     tensors = {**safetensors.torch.load(SOUND), **changes}
     return safetensors.torch.save({name: tensor for name, tensor in tensors.items() if tensor is not None})
 
 
 def with_header(change: Callable[[dict[str, Any]], object]) -> bytes:
-    """A sound weights file with another header."""
+    """A valid weights file with a changed header."""
     length = int.from_bytes(SOUND[:8], "little")
     header = json.loads(SOUND[8 : 8 + length])
     change(header)
@@ -478,65 +499,65 @@ def swap_offsets(header: dict[str, Any]) -> None:
 
 
 HOSTILE_WEIGHTS = {
-    "empty": (b"", "truncated or no safetensors file. Only safetensors are read"),
+    "empty": (b"", "truncated or not a safetensors file. Only safetensors are read"),
     "seven bytes": (SOUND[:7], "truncated"),
     "header cut off": (SOUND[:100], "truncated"),
-    "data cut off": (SOUND[:-1], "no valid safetensors file"),
-    "data missing": (SOUND[: 8 + int.from_bytes(SOUND[:8], "little")], "no valid safetensors file"),
-    "a byte too many": (SOUND + b"\0", "no valid safetensors file"),
-    "appended zip": (SOUND + b"PK\x05\x06" + b"\0" * 18, "no valid safetensors file"),
+    "data cut off": (SOUND[:-1], "not a valid safetensors file"),
+    "data missing": (SOUND[: 8 + int.from_bytes(SOUND[:8], "little")], "not a valid safetensors file"),
+    "a byte too many": (SOUND + b"\0", "not a valid safetensors file"),
+    "appended zip": (SOUND + b"PK\x05\x06" + b"\0" * 18, "not a valid safetensors file"),
     "header length 2**64 - 1": (b"\xff" * 8 + SOUND[8:], "truncated"),
     "header length 2**63": (struct.pack("<Q", 1 << 63) + SOUND[8:], "truncated"),
     "header length of the whole file": (struct.pack("<Q", len(SOUND)) + SOUND[8:], "truncated"),
-    "header length zero": (bytes(8) + SOUND[8:], "no valid JSON"),
+    "header length zero": (bytes(8) + SOUND[8:], "is not valid JSON"),
     "header above 1 MiB": (with_header_bytes(b" " * (1 << 20) + b"{}"), "truncated"),
-    "header not JSON": (with_header_bytes(b"x" * 64), "no valid JSON"),
-    "header not UTF-8": (with_header_bytes(b"\xff" * 64), "no valid JSON"),
-    "header a list": (with_header_bytes(b"[]"), "allowed is a JSON object"),
-    "header deeply nested": (with_header_bytes(b"[" * 100000), "no valid JSON"),
-    "header with duplicate names": (with_header_bytes(b'{"w0": {}, "w0": {}}'), "a key comes twice"),
+    "header not JSON": (with_header_bytes(b"x" * 64), "is not valid JSON"),
+    "header not UTF-8": (with_header_bytes(b"\xff" * 64), "is not valid JSON"),
+    "header a list": (with_header_bytes(b"[]"), "not a JSON object"),
+    "header deeply nested": (with_header_bytes(b"[" * 100000), "is not valid JSON"),
+    "header with duplicate names": (with_header_bytes(b'{"w0": {}, "w0": {}}'), "a key occurs twice"),
     "header with a huge integer": (with_header_bytes(b'{"w0": 1' + b"0" * 9999 + b"}"), "too large"),
     "header without tensors": (with_header_bytes(b"{}"), "'adafactor_decays' is missing"),
     "entry that is a list": (with_header(lambda h: h.update(w0=[])), "'w0' has shape None"),
     "entry without shape": (with_header(lambda h: h["w0"].pop("shape")), "'w0' has shape None"),
     "entry without dtype": (with_header(lambda h: h["w0"].pop("dtype")), "'w0' has dtype None"),
-    "entry without offsets": (with_header(lambda h: h["w0"].pop("data_offsets")), "no valid safetensors file"),
+    "entry without offsets": (with_header(lambda h: h["w0"].pop("data_offsets")), "not a valid safetensors file"),
     "dtype that is a list": (with_header(lambda h: h["w0"].update(dtype=[])), "'w0' has dtype"),
     "dtype that is unknown": (with_header(lambda h: h["w0"].update(dtype="F31\n")), "'w0' has dtype"),
-    "dtype of another size": (with_header(lambda h: h["w0"].update(dtype="F64")), "no valid safetensors file"),
+    "dtype of another size": (with_header(lambda h: h["w0"].update(dtype="F64")), "not a valid safetensors file"),
     "shape negative": (with_header(lambda h: h["w0"].update(shape=[-39, -4])), "'w0' has shape"),
     "shape huge": (with_header(lambda h: h["w0"].update(shape=[10**9, 10**9])), "'w0' has shape"),
-    "shape of floats": (with_header(lambda h: h["w0"].update(shape=[39.0, 4.0])), "no valid safetensors file"),
+    "shape of floats": (with_header(lambda h: h["w0"].update(shape=[39.0, 4.0])), "not a valid safetensors file"),
     "shape transposed": (with_header(lambda h: h["w0"].update(shape=[4, 39])), "'w0' has shape"),
-    "offsets that overlap": (with_header(swap_offsets), "no valid safetensors file"),
+    "offsets that overlap": (with_header(swap_offsets), "not a valid safetensors file"),
     "offsets out of range": (
         with_header(lambda h: h["w0"].update(data_offsets=[10**9, 10**9 + 624])),
-        "no valid safetensors file",
+        "not a valid safetensors file",
     ),
-    "offsets negative": (with_header(lambda h: h["w0"].update(data_offsets=[-624, 0])), "no valid safetensors file"),
-    "offsets reversed": (with_header(lambda h: h["w0"]["data_offsets"].reverse()), "no valid safetensors file"),
+    "offsets negative": (with_header(lambda h: h["w0"].update(data_offsets=[-624, 0])), "not a valid safetensors file"),
+    "offsets reversed": (with_header(lambda h: h["w0"]["data_offsets"].reverse()), "not a valid safetensors file"),
     "offsets that are strings": (
         with_header(lambda h: h["w0"].update(data_offsets=["0", "624"])),
-        "no valid safetensors file",
+        "not a valid safetensors file",
     ),
     "metadata of another kind": (
         with_header(lambda h: h.update(__metadata__={"lopt_kind": "x\n" * 99})),
-        "config.json of kind 'star'",
+        "but config.json is of kind 'star'",
     ),
-    "metadata that is a list": (with_header(lambda h: h.update(__metadata__=[])), "config.json of kind 'star'"),
-    "metadata of numbers": (with_header(lambda h: h.update(__metadata__={"a": 1})), "no valid safetensors file"),
-    "wrong shape": (with_tensors(b1=torch.zeros(5)), r"'b1' has shape \[5\], config.json asks for \[4\]"),
+    "metadata that is a list": (with_header(lambda h: h.update(__metadata__=[])), "but config.json is of kind 'star'"),
+    "metadata of numbers": (with_header(lambda h: h.update(__metadata__={"a": 1})), "not a valid safetensors file"),
+    "wrong shape": (with_tensors(b1=torch.zeros(5)), r"'b1' has shape \[5\], but config.json requires \[4\]"),
     "wrong rank": (with_tensors(b1=torch.zeros(4, 1)), "'b1' has shape"),
     "missing tensor": (with_tensors(momentum_decays=None), "'momentum_decays' is missing"),
     "extra tensor": (with_tensors(zz=torch.zeros(1)), "'zz' is unexpected"),
     "extra tensor with a long name": (with_tensors(**{"a\n" * 999: torch.zeros(1)}), "unexpected"),
-    "NaN": (with_tensors(b1=filled(math.nan)), "'b1' holds NaN or infinity"),
-    "infinity": (with_tensors(b1=filled(math.inf)), "'b1' holds NaN or infinity"),
-    "minus infinity": (with_tensors(b1=filled(-math.inf)), "'b1' holds NaN or infinity"),
+    "NaN": (with_tensors(b1=filled(math.nan)), "'b1' contains NaN or infinity"),
+    "infinity": (with_tensors(b1=filled(math.inf)), "'b1' contains NaN or infinity"),
+    "minus infinity": (with_tensors(b1=filled(-math.inf)), "'b1' contains NaN or infinity"),
     "int64": (with_tensors(b1=torch.zeros(4, dtype=torch.int64)), "'b1' has dtype 'I64'; allowed are F16"),
     "bool": (with_tensors(b1=torch.zeros(4, dtype=torch.bool)), "'b1' has dtype 'BOOL'"),
     "float8": (with_tensors(b1=torch.zeros(4).to(torch.float8_e4m3fn)), "'b1' has dtype 'F8_E4M3'"),
-    "text": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "truncated or no safetensors"),
+    "text": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "truncated or not a safetensors"),
 }
 
 
@@ -554,7 +575,7 @@ def test_weights_above_16_mib_are_not_read(folder: Path) -> None:
 
 
 class Payload:
-    """Creates a file when it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -600,7 +621,7 @@ def test_a_directory_without_weights_is_refused(folder: Path) -> None:
 def test_a_directory_in_the_place_of_a_file_is_refused(name: str, folder: Path) -> None:
     (folder / name).unlink()
     (folder / name).mkdir()
-    assert f"{name}: is missing or is no regular file" in refusal(folder)
+    assert f"{name}: is missing or is not a regular file" in refusal(folder)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
@@ -608,7 +629,7 @@ def test_a_directory_in_the_place_of_a_file_is_refused(name: str, folder: Path) 
 def test_a_named_pipe_does_not_block(name: str, folder: Path) -> None:
     (folder / name).unlink()
     os.mkfifo(folder / name)
-    assert "no regular file" in refusal(folder)
+    assert "not a regular file" in refusal(folder)
 
 
 def test_a_message_stays_short_in_a_deep_directory(tmp_path: Path) -> None:

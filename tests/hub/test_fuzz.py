@@ -1,4 +1,7 @@
-"""Thousands of damaged and hostile rule files: each loads or is refused; examples/soak/fuzz_files.py tries more."""
+"""Thousands of damaged and hostile rule files, each of which must load or be refused.
+
+examples/soak/fuzz_files.py tries more of them.
+"""
 
 import importlib.util
 import random

@@ -1,4 +1,4 @@
-"""Loading and pushing rules with the real huggingface_hub client, over HTTP, against a Hub of our own on loopback."""
+"""Load and push rules with the real huggingface_hub client, over HTTP, against a local Hub server."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from lightning_lopt.rules import UpdateRule
 
 REPO = "someone/my-star"
 
-# huggingface_hub's own, with its newest HTTP client.
+# A warning of huggingface_hub with the newest version of its HTTP client.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 
@@ -41,7 +41,7 @@ def stop(hub_and_server: tuple[Hub, Any]) -> Callable[[], None]:
 
 @pytest.fixture
 def load(hub: Hub, tmp_path: Path) -> Callable[..., UpdateRule]:
-    """load_rule on this Hub, with a cache of this test's own."""
+    """load_rule on this Hub, with a cache for this test only."""
 
     def load(name: str = REPO, **arguments: Any) -> UpdateRule:
         return lopt.load_rule(name, **{"endpoint": hub.url, "cache_dir": tmp_path / "cache", **arguments})
@@ -51,13 +51,13 @@ def load(hub: Hub, tmp_path: Path) -> Callable[..., UpdateRule]:
 
 @pytest.fixture
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client's retries without the pauses between them (23 s in all)."""
+    """Skip the pauses between the client's retries (23 s in total)."""
     monkeypatch.setattr("time.sleep", lambda seconds: None)
 
 
 @pytest.fixture(autouse=True)
 def bundled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two bundled rules, whatever the checkout ships."""
+    """Two bundled rules in place of those of the checkout."""
     folder = tmp_path / "bundled"
     for name, kind in (("star", "star"), ("tiny", "hyperparam")):
         lopt.save_rule(lopt.rules.make(kind), folder / name)
@@ -86,7 +86,7 @@ def assert_teaches(error: BaseException, *parts: str) -> None:
     assert "\n" not in message
     assert len(message) < 400
     assert TOKEN not in message
-    # A traceback must not show the client's own exception, which has the request with the token on it.
+    # A traceback must not show the client's exception, which has the request and with it the token.
     assert error.__cause__ is None
     assert error.__context__ is None or error.__suppress_context__
     for part in parts:
@@ -123,24 +123,40 @@ def test_the_bundled_folder_is_the_installed_one_else_the_checkouts(
     assert bundle.bundled_dir() == package / "pretrained"
 
 
-def test_a_directory_comes_before_a_bundled_name_and_before_the_hub(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: Hub
+@pytest.mark.parametrize("name", [REPO, "mine", "./star", Path("star")], ids=str)
+def test_a_directory_comes_before_the_hub(
+    name: str | Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: Hub
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("star", REPO):
-        lopt.save_rule(lopt.rules.make("blackbox"), name)
-        rule = lopt.load_rule(name, endpoint=hub.url)
-        assert rule.kind == "blackbox"
-        assert rule.source == (name, None)
+    lopt.save_rule(lopt.rules.make("blackbox"), name)
+    rule = lopt.load_rule(name, endpoint=hub.url)
+    assert rule.kind == "blackbox"
+    assert rule.source == (str(name), None)
     assert hub.requests == []
 
 
-def test_a_directory_that_hides_a_bundled_rule_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bundled_name_wins_over_an_empty_folder_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders named after an optimizer are common: logs, checkpoints, figures."""
     monkeypatch.chdir(tmp_path)
     Path("star").mkdir()
-    with pytest.raises(ValueError, match="hides the bundled rule") as caught:
-        lopt.load_rule("star")
-    assert_teaches(caught.value)
+    assert lopt.load_rule("star").kind == "star"
+    lopt.LearnedOptimizer.from_pretrained("star")
+
+
+def test_a_bundled_name_wins_over_a_saved_rule_of_that_name_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lopt.save_rule(lopt.rules.make("blackbox"), "star")
+    with pytest.warns(UserWarning, match=r"'star' is the bundled rule, not the directory.*write '\./star'"):
+        assert lopt.load_rule("star").kind == "star"
+
+
+def test_a_bundled_name_within_the_bundled_folder_is_not_ambiguous(
+    bundled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(bundled)
+    assert lopt.load_rule("star").source == ("star", None)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +194,7 @@ def test_a_bad_name_is_refused_without_a_request(
     assert hub.requests == []
 
 
-def test_an_unknown_name_is_told_the_bundled_ones() -> None:
+def test_the_error_for_an_unknown_name_lists_the_bundled_ones() -> None:
     with pytest.raises(ValueError, match=r"Unknown rule 'nope'.*\['star', 'tiny'\]"):
         lopt.load_rule("nope")
 
@@ -269,7 +285,7 @@ def test_load_by_branch_tag_and_sha(hub: Hub, load: Callable[..., UpdateRule]) -
 def test_both_files_come_from_one_commit(
     hub: Hub, load: Callable[..., UpdateRule], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The branch moves between the two downloads."""
+    """Even if the branch moves between the two downloads."""
     first = lopt.rules.make("star")
     sha = push(hub, first)
     original = lopt_hub.read_config
@@ -319,7 +335,7 @@ def test_the_default_card(hub: Hub) -> None:
     assert "207 meta-parameters" in card.text
 
 
-def test_a_card_of_ones_own(hub: Hub, tmp_path: Path) -> None:
+def test_a_custom_card(hub: Hub, tmp_path: Path) -> None:
     sha = push(hub, card="# My rule\n\nTrained on {braces}.")
     card = huggingface_hub.ModelCard(hub.repos[REPO].commits[sha]["README.md"].decode())
     assert card.data.library_name == "lightning_lopt"
@@ -355,7 +371,7 @@ def test_an_existing_public_repo_is_not_taken_for_a_private_one(hub: Hub) -> Non
 
 def test_a_taken_tag_is_refused_and_the_commit_named(hub: Hub) -> None:
     push(hub, tag="v1")
-    with pytest.raises(FileExistsError, match="tag 'v1'.*exists already") as caught:
+    with pytest.raises(FileExistsError, match="tag 'v1'.*already exists") as caught:
         push(hub, lopt.rules.make("blackbox"), tag="v1")
     assert_teaches(caught.value, hub.repos[REPO].branches["main"])
 
@@ -363,7 +379,7 @@ def test_a_taken_tag_is_refused_and_the_commit_named(hub: Hub) -> None:
 def test_a_rule_that_would_not_load_reaches_no_hub(hub: Hub) -> None:
     rule = lopt.rules.make("star")
     torch.nn.init.constant_(rule.w0, torch.nan)
-    with pytest.raises(ValueError, match="'w0' holds NaN"):
+    with pytest.raises(ValueError, match="'w0' contains NaN"):
         push(hub, rule)
     assert hub.requests == []
 
@@ -416,7 +432,7 @@ def test_no_hub_and_no_cache(
     stop: Callable[[], None], load: Callable[..., UpdateRule], hub: Hub, no_waiting: None
 ) -> None:
     stop()
-    with pytest.raises(ConnectionError, match="gives no usable answer.*ConnectError") as caught:
+    with pytest.raises(ConnectionError, match="sent no usable answer.*ConnectError") as caught:
         load(token=TOKEN)
     assert_teaches(caught.value, hub.url, REPO, "star")
     with pytest.raises(ConnectionError) as caught:
@@ -464,7 +480,7 @@ def test_a_tag_that_fails_names_the_commit(hub: Hub) -> None:
 def test_a_download_that_is_cut_short(hub: Hub, load: Callable[..., UpdateRule], no_waiting: None) -> None:
     push(hub)
     hub.claimed_size["config.json"] = 10_000
-    with pytest.raises(ConnectionError, match="gives no usable answer") as caught:
+    with pytest.raises(ConnectionError, match="sent no usable answer") as caught:
         load()
     assert_teaches(caught.value)
 
@@ -562,8 +578,8 @@ def test_a_damaged_file_is_named_with_its_commit(hub: Hub, load: Callable[..., U
         load()
 
 
-def test_an_endpoint_that_is_no_hub(hub: Hub, load: Callable[..., UpdateRule], no_waiting: None) -> None:
+def test_an_endpoint_that_is_not_a_hub(hub: Hub, load: Callable[..., UpdateRule], no_waiting: None) -> None:
     hub.status = 204
-    with pytest.raises(ConnectionError, match="gives no usable answer") as caught:
+    with pytest.raises(ConnectionError, match="sent no usable answer") as caught:
         load()
     assert_teaches(caught.value)

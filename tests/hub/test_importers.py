@@ -1,4 +1,4 @@
-"""Other people's weights: PyLO's files and learned_optimization's theta.state, made to their formats."""
+"""Import weights in the formats of PyLO and of learned_optimization (theta.state)."""
 
 import hashlib
 import importlib.util
@@ -28,7 +28,7 @@ DECAYS = {  # what PyLO's AdafacLO runs with, to five digits
 
 @pytest.fixture(scope="module")
 def formats():
-    """The script that fuzzes these formats has their writers."""
+    """The fuzzing script, which has writers for these formats."""
     spec = importlib.util.spec_from_file_location("fuzz_files", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -52,7 +52,7 @@ def load(folder):
 
 
 def test_our_files_of_their_format_are_theirs(formats):
-    """The size and hash of btherien/mulo's, as others have published them."""
+    """Size and hash equal those published for btherien/mulo."""
     mulo = formats.pylo_files()
     digest = hashlib.sha256(mulo["config.json"]).hexdigest()
     assert digest.startswith("03ce572d")
@@ -67,7 +67,7 @@ def test_a_network_of_pylos_moves_parameters_as_their_optimizer(formats, tmp_pat
     assert (rule.kind, rule.source.name) == ("blackbox", str(tmp_path))
     for name, decays in DECAYS.items():
         assert getattr(rule.decays(rule.meta_params()), name).tolist() == pytest.approx(decays, abs=6e-6)
-    # Their network, as torch has it, on their features, which a reference of its own computes.
+    # PyLO's network in torch, on features that an independent reference computes.
     tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
     places = ["input", *(f"linear_{n}" for n in range(hidden_layers)), "output"]
     layers = []
@@ -118,13 +118,13 @@ def changed(formats, *, config=None, drop=None, add=None, transpose=None):
     [
         ({"drop": "network.output.bias"}, "safetensors: tensor 'network.output.bias' is missing"),
         ({"add": "network.extra"}, "safetensors: tensor 'network.extra' is unexpected"),
-        ({"transpose": "network.input.weight"}, r"'network.input.weight' has shape \[39, 32\], .* asks for \[32, 39\]"),
+        ({"transpose": "network.input.weight"}, r"'network.input.weight' has shape \[39, 32\], .* requires \[32, 39\]"),
         ({"config": {"hidden_layers": 2}}, "safetensors: tensor 'network.linear_1.(bias|weight)' is missing"),
-        ({"config": {"hidden_size": 16}}, r"has shape \[32, 39\], config.json asks for \[16, 39\]"),
+        ({"config": {"hidden_size": 16}}, r"has shape \[32, 39\], but config.json requires \[16, 39\]"),
         ({"config": {"hidden_size": 0}}, r"config.json: config of kind 'blackbox': hidden_size=0"),
-        ({"config": {"hidden_size": True}}, "config.json: .* is no configuration of PyLO's MetaMLP"),
-        ({"config": {"hidden_size": None}}, "config.json: .* is no configuration of PyLO's MetaMLP"),
-        ({"config": {"input_size": 38}}, "of input_size 39"),
+        ({"config": {"hidden_size": True}}, "config.json: .* is not a configuration of PyLO's MetaMLP"),
+        ({"config": {"hidden_size": None}}, "config.json: .* is not a configuration of PyLO's MetaMLP"),
+        ({"config": {"input_size": 38}}, "with input_size 39"),
         ({"config": {"lstm_hidden_size": 512}}, "config.json: describes PyLO's VeLO_RNN. Only its MetaMLP"),
         ({"config": {"param_inits": 256}}, "PyLO's VeLO_MLP"),
         ({"config": {"feature_dims": [1]}}, "PyLO's CELO2MLP"),
@@ -150,7 +150,7 @@ def test_pylos_other_file_is_a_pickle_and_stays_unread(tmp_path):
 
 @pytest.mark.parametrize("kind", ["star", "blackbox"])
 def test_a_theta_state_that_flax_wrote(formats, tmp_path, kind):
-    """The fixture was written by flax 0.12.8 from theta.npz, haiku's modules and all."""
+    """The fixture was written by flax 0.12.8 from theta.npz, including the haiku modules."""
     path = goldens.FIXTURES / f"{kind}_theta.state"
     golden = goldens.load("star_paper" if kind == "star" else "blackbox_default", "f32")
     theta = read_theta(path)
@@ -163,12 +163,26 @@ def test_a_theta_state_that_flax_wrote(formats, tmp_path, kind):
     assert formats.packed(formats.theta_of(STAR.from_jax(golden.theta))) == path.read_bytes()
 
 
-def test_sizes_follow_from_the_arrays(formats, tmp_path):
-    rule = lopt.rules.make("blackbox", hidden_size=7, hidden_layers=3)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_sizes_and_dtypes_follow_from_the_arrays(formats, tmp_path, dtype):
+    rule = lopt.rules.make("blackbox", hidden_size=7, hidden_layers=3).to(dtype)
     write(tmp_path, {"theta.state": formats.packed(formats.theta_of(rule))})
     loaded = load(tmp_path)
     assert (loaded.config.hidden_size, loaded.config.hidden_layers) == (7, 3)
-    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), rule.parameters(), strict=True))
+    for found, expected in zip(loaded.parameters(), rule.parameters(), strict=True):
+        assert found.dtype == dtype
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_a_network_of_pylos_keeps_its_dtype(formats, tmp_path, dtype):
+    files = formats.pylo_files()
+    tensors = safetensors.torch.load(files["model.safetensors"])
+    files["model.safetensors"] = safetensors.torch.save({name: value.to(dtype) for name, value in tensors.items()})
+    rule = load(write(tmp_path, files))
+    assert {param.dtype for param in rule.parameters()} == {dtype}
+    again = lopt.load_rule(lopt.save_rule(rule, tmp_path / "ours"))
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), rule.parameters(), strict=True))
 
 
 def test_a_checkpoint_of_meta_training_holds_the_theta_under_params(formats, tmp_path):
@@ -194,21 +208,21 @@ def tree_with(change):
         (tree_with(lambda tree: tree["nn"]["~"].pop("b2")), r"'b2' has shape None, expected \(4,\)"),
         (tree_with(lambda tree: tree["nn"]["~"].pop("w2")), r"'b2' has shape \(4,\), expected None"),
         (tree_with(lambda tree: tree.update(nn={})), "has no layers w0, w1, ... with 2 or 4 outputs"),
-        (tree_with(lambda tree: tree.update(w0=torch.zeros(3))), "holds 'w0' twice"),
-        (tree_with(lambda tree: tree.update(rms_decays=torch.tensor([torch.nan]))), "'rms_decays' holds NaN"),
-        (tree_with(lambda tree: tree.update(rms_decays=torch.tensor([1]))), "'rms_decays' holds NaN, infinity or"),
-        (lambda formats: formats.THETAS[0][:-1], "no tree of arrays in msgpack .it ends too early"),
-        (lambda formats: formats.THETAS[0] + b"\x00", "more comes after it"),
+        (tree_with(lambda tree: tree.update(w0=torch.zeros(3))), "contains 'w0' twice"),
+        (tree_with(lambda tree: tree.update(rms_decays=torch.tensor([torch.nan]))), "'rms_decays' contains NaN"),
+        (tree_with(lambda tree: tree.update(rms_decays=torch.tensor([1]))), "'rms_decays' contains NaN, infinity or"),
+        (lambda formats: formats.THETAS[0][:-1], "not a tree of arrays in msgpack .it ends too early"),
+        (lambda formats: formats.THETAS[0] + b"\x00", "followed by more data"),
         (lambda formats: b"", "ends too early"),
         (lambda formats: b"\x80", "has no layers"),
         (lambda formats: b"\x81\xa1a" * 50 + b"\x80", "more than 500 entries or 6 levels"),
         (lambda formats: b"\xdf\xff\xff\xff\xff", "more than 500 entries"),
-        (lambda formats: b"\x81\xa1a\xdd\xff\xff\xff\xff", "begins nothing that a tree of arrays has"),
+        (lambda formats: b"\x81\xa1a\xdd\xff\xff\xff\xff", "does not begin a value of a tree of arrays"),
         (lambda formats: b"\x81\xa1a\xc9\xff\xff\xff\xff\x01", "ends too early"),
-        (lambda formats: b"\x82\xa1a\x00\xa1a\x00", "a key comes twice"),
-        (lambda formats: b"\x81\x00\x00", "a key is no string"),
+        (lambda formats: b"\x82\xa1a\x00\xa1a\x00", "a key occurs twice"),
+        (lambda formats: b"\x81\x00\x00", "a key is not a string"),
         (lambda formats: b"\x80" * (5 << 20), "has 5242880 bytes; at most 4194304 are allowed"),
-        (lambda formats: b"cposix\nsystem\n(S'touch hacked'\ntR.", "no tree of arrays in msgpack"),
+        (lambda formats: b"cposix\nsystem\n(S'touch hacked'\ntR.", "not a tree of arrays in msgpack"),
     ],
 )
 def test_a_wrong_or_partial_theta_is_refused_by_name(formats, tmp_path, make, message):

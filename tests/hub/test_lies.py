@@ -1,4 +1,7 @@
-"""A Hub that lies: about sizes, commits, ETags, contents and redirects. Nothing leaves the cache, no token leaks."""
+"""A malicious Hub, with false sizes, commits, ETags, contents and redirects.
+
+Nothing may be written outside the cache, and no token may leak.
+"""
 
 import contextlib
 import copy
@@ -39,7 +42,7 @@ def files(path):
 
 
 def refused(hub, tmp_path, kind=(ValueError, OSError), **arguments):
-    """Load by this Hub's word, and check that nothing was written outside the cache."""
+    """Load from this Hub, which must fail, and check that nothing was written outside the cache."""
     cache = tmp_path / "a" / "b" / "c" / "d" / "cache"
     cache.mkdir(parents=True, exist_ok=True)
     with pytest.raises(kind) as caught:
@@ -61,17 +64,17 @@ PATHS = ["../" * 9 + "tmp/x", "..", ".", "../x", "/etc/passwd", "a/b", "a\\b", "
 def test_names_that_would_be_paths(name, header, value, hub, tmp_path):
     hub.lies[name] = {header: value, "X-Linked-ETag": value} if header == "ETag" else {header: value}
     message = refused(hub, tmp_path)
-    assert "gives the" in message or value == ""
+    assert "sent an invalid" in message or value == ""
     assert hub.sent("GET", f"/{name}") == 0
 
 
 def test_a_missing_file_of_a_commit_that_would_be_a_path(hub, tmp_path):
-    """huggingface_hub notes in its cache that there is no such file: under the name of the commit."""
+    """huggingface_hub records in its cache that the file is missing, under the name of the commit."""
     for commit in hub.repos[REPO].commits.values():
         commit.pop("config.json", None)
     assert "has no config.json" in refused(hub, tmp_path, FileNotFoundError)
     hub.lies["config.json"] = {"X-Repo-Commit": "../" * 6 + "x"}
-    assert "gives the commit" in refused(hub, tmp_path, ConnectionError)
+    assert "sent an invalid commit" in refused(hub, tmp_path, ConnectionError)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
@@ -86,7 +89,7 @@ def test_more_than_was_announced_is_not_written(name, hub, tmp_path):
 
 
 @pytest.mark.parametrize("size", ["-1", "abc", "9" * 30, ""])
-def test_sizes_that_are_none(size, hub, tmp_path):
+def test_invalid_sizes(size, hub, tmp_path):
     hub.lies["model.safetensors"] = {"X-Linked-Size": size}
     arguments = {"endpoint": hub.url, "cache_dir": tmp_path}
     with contextlib.suppress(ValueError, OSError):
@@ -94,7 +97,7 @@ def test_sizes_that_are_none(size, hub, tmp_path):
 
 
 def test_other_weights_than_the_configuration_names(hub, tmp_path):
-    """The blob is another rule's, under the ETag of the true one."""
+    """The Hub sends the weights of another rule under the right ETag."""
     rule = lopt.rules.make("star", step_mult=1.0)
     torch.nn.init.ones_(rule.w0)  # whatever the seed was: not the weights of the true one
     other = lopt.save_rule(rule, tmp_path / "a" / "b" / "c" / "d" / "cache" / "x")
@@ -127,7 +130,7 @@ def test_a_redirect_in_a_circle(hub, tmp_path):
 
 
 def test_the_token_goes_to_the_hub_alone(hub, tmp_path):
-    """Weights lie on another host, as the real Hub's do."""
+    """As on the real Hub, weights are stored on another host."""
     lopt.load_rule(REPO, endpoint=hub.url, cache_dir=tmp_path, token=TOKEN)
     assert hub.sent("GET", "/model.safetensors") == 0
     assert any(path.startswith("/_lfs/") for _, path, _ in hub.requests)

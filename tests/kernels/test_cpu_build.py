@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from optimizer_cases import parameters, run, snapshot, star
+from optimizer_cases import parameters, run, snapshot
 
 from lightning_lopt import RuleOptimizer, kernels
 from lightning_lopt.kernels.cpu import build
+from lightning_lopt.rules import make
 
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, build.COMPILERS)), reason="no C++ compiler")
 
@@ -274,7 +275,7 @@ def test_a_compiler_that_misbehaves(source, tmp_path, monkeypatch, script, why):
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ["g++", "g\udcfc++"])
+@pytest.mark.parametrize("name", ["g++", "g\udcfc++"], ids=["relative", "another encoding"])
 def test_a_compiler_with_a_relative_path_or_in_another_encoding(source, tmp_path, monkeypatch, name):
     (tmp_path / name).symlink_to(build._compiler()[0])
     monkeypatch.chdir(tmp_path)
@@ -338,7 +339,7 @@ def test_a_user_without_a_home_takes_eager_pytorch(source, monkeypatch, home):
     assert re.search("no home folder.*set XDG_CACHE_HOME to the absolute path", build.library(source, "FIVE=5"))
     monkeypatch.setenv("CXX", shutil.which("true"))
     monkeypatch.setattr(kernels, "_WARNED", set())
-    optimizer = RuleOptimizer(parameters(), star())
+    optimizer = RuleOptimizer(parameters(), make("scheduled"))
     with pytest.warns(UserWarning, match="eager PyTorch.*no home folder"):
         run(optimizer, 1)
     assert optimizer.backend == "reference"
@@ -348,7 +349,9 @@ def test_without_a_compiler_eager_pytorch_runs_and_this_is_said_once(monkeypatch
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(kernels, "_WARNED", set())
-    reference, auto = (RuleOptimizer(parameters(), star(), backend=b, safeguard=True) for b in ("reference", "auto"))
+    reference, auto = (
+        RuleOptimizer(parameters(), make("scheduled"), backend=b, safeguard=True) for b in ("reference", "auto")
+    )
     with pytest.warns(UserWarning, match=r"eager PyTorch.*no C\+\+ compiler.*backend='reference'") as caught:
         run(auto, 3)
     assert len(caught) == 1
@@ -357,7 +360,7 @@ def test_without_a_compiler_eager_pytorch_runs_and_this_is_said_once(monkeypatch
     for a, b in zip(snapshot(reference), snapshot(auto), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match=r"'fused' is missing.*no C\+\+ compiler.*install one"):
-        RuleOptimizer(parameters(), star(), backend="fused")
+        RuleOptimizer(parameters(), make("scheduled"), backend="fused")
 
 
 @needs_compiler

@@ -1,4 +1,4 @@
-"""Every estimator against gradients that are known otherwise: closed forms, a plain loop, finite differences."""
+"""Every estimator against independent gradients: closed forms, a plain loop, finite differences."""
 
 import dataclasses
 import math
@@ -7,7 +7,7 @@ import pytest
 import torch
 from meta_cases import Descent, Jump, Parabola, descent, generator, gradient, losses_by_hand, meta_params
 
-from lightning_lopt.meta.estimators import PES, ESSingle, FullES, FullUnroll, OneStep, Steps, TruncatedBackprop
+from lightning_lopt.meta.estimators import PES, ESSingle, FullES, FullUnroll, OneStep, OneStepState, TruncatedBackprop
 from lightning_lopt.meta.schedules import Horizon, Weights
 from lightning_lopt.meta.unroll import Unroll
 from lightning_lopt.rules import make
@@ -18,7 +18,7 @@ EXACT = {"rtol": 1e-10, "atol": 1e-12}
 
 
 def estimates(estimator, unroll, theta, number, seed=0):
-    """One after the other."""
+    """A sequence of estimates."""
     random = generator(seed)
     state, found = estimator.init(unroll, theta, random), []
     for _ in range(number):
@@ -61,7 +61,7 @@ def test_full_unroll_equals_finite_differences(objective):
 @pytest.mark.parametrize("segment", [1, 5, 12, 22])
 @pytest.mark.parametrize("objective", ["raw", "ratio"])
 def test_segments_that_are_run_again_have_the_same_gradient(segment, objective):
-    """And the same draws: noise of the batches, and where the generator is left."""
+    """And the same random draws: the noise of the batches, and the final state of the generator."""
     unroll, theta = descent(Parabola(noise=0.1, random_start=True), objective=objective)
     whole, again = (FullUnroll(3, 23, Weights(slope=0.1), segment=length) for length in (None, segment))
     left, right = generator(), generator()
@@ -85,7 +85,7 @@ def test_segments_carry_a_networks_state_and_second_derivatives():
 
 
 def test_what_runs_carry_back_can_be_shortened():
-    """At a segment's start: to nothing, which is truncation, or not at all."""
+    """Clipping to 0 at the start of a segment is truncation; a large norm has no effect."""
     unroll, theta = descent()
     exact, loose = (
         FullUnroll(2, 12, segment=3, carry=c).estimate(unroll, theta, None, generator()) for c in (None, 1e9)
@@ -151,7 +151,7 @@ def test_one_step_is_judged_on_a_batch_that_the_step_has_not_seen():
     task, random = unroll.task, generator(1)
     inner = unroll.start(generator(), torch.tensor([9]))
     estimator = OneStep(num_runs=1, horizon=ENDLESS)
-    estimate = estimator.estimate(unroll, theta, Steps(inner, torch.tensor(0)), generator(1))
+    estimate = estimator.estimate(unroll, theta, OneStepState(inner, torch.tensor(0)), generator(1))
     xi, zeta = (task.batch(random, inner.constants, 1)["xi"][0] for _ in range(2))
     assert (xi - zeta).abs().min() > 1
     h, a = torch.tensor((1.0, 0.3, 0.05), dtype=torch.float64), theta["log_lr"].exp()
@@ -163,7 +163,7 @@ def test_one_step_is_judged_on_a_batch_that_the_step_has_not_seen():
 
 
 def test_one_step_fits_no_noise():
-    """Where all gradients are noise, a step of either size leads as often up as down; on its own batch, always down."""
+    """With pure-noise gradients a step reduces the loss as often as it increases it, but always on its own batch."""
     unroll, theta = descent(Parabola(noise=10.0))
     samples = [e.meta_grad["log_lr"] for e in estimates(OneStep(num_runs=256, horizon=Horizon(1)), unroll, theta, 60)]
     mean, error = mean_and_error(samples)
@@ -177,7 +177,7 @@ def test_one_step_episodes_lengthen():
     lengths = [int(estimate.state.inner.horizon.min()) for estimate in found]
     assert max(lengths[:5]) <= 3
     assert lengths[-1] == 50
-    assert [int(estimate.state.number) for estimate in found] == list(range(1, 21))
+    assert [int(estimate.state.num_estimates) for estimate in found] == list(range(1, 21))
 
 
 def test_first_order_takes_the_tasks_gradients_for_constants():
@@ -201,7 +201,7 @@ def mean_and_error(samples):
 
 
 def repeat(estimator, unroll, theta, truncations, times=12):
-    """Per meta-parameter, the mean estimate over an episode: its mean over repetitions, and the error of that."""
+    """Per meta-parameter, mean and standard error over repetitions of the mean estimate over an episode."""
     runs = [estimates(estimator, unroll, theta, truncations, seed) for seed in range(times)]
     means = {n: [torch.stack([e.meta_grad[n] for e in run]).mean(0) for run in runs] for n in theta}
     return {name: mean_and_error(samples) for name, samples in means.items()}
@@ -249,7 +249,7 @@ def test_es_single_weighs_the_steps_of_an_episode_alike_where_truncations_do_not
 
 def test_truncated_es_is_biased_where_pes_is_not():
     class TruncatedES(PES):
-        """PES that forgets the earlier perturbations."""
+        """PES that ignores earlier perturbations."""
 
         def estimate(self, unroll, meta_params, state, generator):
             forgotten = {name: torch.zeros_like(p) for name, p in state.perturbation.items()}
@@ -393,8 +393,8 @@ def test_frozen_meta_parameters_act_and_have_no_gradient(name):
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, None), (5, 4), (-1, 3)])
-def test_horizons_that_are_none(low, high):
-    with pytest.raises(ValueError, match=r"Horizon\(.*is not allowed: it must be 1 <= low <= high"):
+def test_invalid_horizons(low, high):
+    with pytest.raises(ValueError, match=r"Horizon\(.*is not allowed: it needs 1 <= low <= high"):
         Horizon(low, high)
 
 

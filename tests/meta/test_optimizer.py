@@ -1,4 +1,4 @@
-"""The meta-optimizer against the authors' own (optax.adamw), with either way to clip, over recorded gradients."""
+"""The meta-optimizer against the authors' (optax.adamw), with both kinds of clipping, on recorded gradients."""
 
 import numpy as np
 import pytest
@@ -55,7 +55,7 @@ def test_patterns():
     assert not matches("W0", ["w*"])
     assert not matches("w0", [])
     check_patterns("trainable", ["w?", "b0"], ["w0", "b0"])
-    with pytest.raises(ValueError, match=r"trainable: 'c' matches no meta-parameter; there are \['w0', 'b0'\]"):
+    with pytest.raises(ValueError, match=r"trainable: 'c' matches no meta-parameter. The rule has \['w0', 'b0'\]"):
         check_patterns("trainable", ["w?", "c"], ["w0", "b0"])
 
 

@@ -1,4 +1,4 @@
-"""The options of meta-training that the LSTM's papers have, against plain loops; imitation, against its definition."""
+"""Options of meta-training from the LSTM papers, against plain loops, and imitation against its definition."""
 
 import dataclasses
 import math
@@ -32,7 +32,7 @@ def test_weights_are_the_thesiss(weights, expected):
 
 
 @pytest.mark.parametrize("arguments", [(-1.0, 1.0), (math.inf, 1.0), (math.nan, 1.0), (0.0, 0.0), (0.0, 11.0)])
-def test_weights_that_are_none(arguments):
+def test_invalid_weights(arguments):
     with pytest.raises(ValueError, match="is not allowed"):
         Weights(*arguments)
 
@@ -55,7 +55,7 @@ def test_losses_are_weighted(weights, whole):
 
 
 def test_windows_overlap():
-    """Each estimate is of a whole window, and the next one begins `stride` steps after it: a loop says the same."""
+    """Each estimate covers a whole window, and the next one begins `stride` steps later, as in a plain loop."""
     unroll, theta = descent()
     estimator = TruncatedBackprop(2, 5, ENDLESS, stagger=False, stride=2)
     state, random = estimator.init(unroll, theta, generator()), generator()
@@ -81,7 +81,7 @@ def test_windows_overlap():
 
 
 @pytest.mark.parametrize("stride", [0, 6, -1])
-def test_strides_that_are_none(stride):
+def test_invalid_strides(stride):
     with pytest.raises(ValueError, match=f"stride={stride} is not allowed"):
         TruncatedBackprop(truncation=5, stride=stride)
 
@@ -127,10 +127,10 @@ def test_the_sign_distance_is_equation_5_11():
 
 @pytest.mark.parametrize("distance", ["squared", "sign"])
 def test_imitation_is_the_mean_distance_on_the_teachers_runs(distance):
-    """By a loop over the runs of the teacher, plain gradient descent with momentum, that the pupil does not lead."""
-    teacher, pupil = Descent(-1.0, 0.3), Descent(-2.0, 0.5)
-    theta, known = meta_params(pupil), meta_params(teacher)
-    unroll, estimator = Unroll(pupil, Parabola(), "raw"), Imitation(teacher, distance, 2, 4, ENDLESS)
+    """Against a loop over the runs of the teacher, which is gradient descent with momentum."""
+    teacher, student = Descent(-1.0, 0.3), Descent(-2.0, 0.5)
+    theta, known = meta_params(student), meta_params(teacher)
+    unroll, estimator = Unroll(student, Parabola(), "raw"), Imitation(teacher, distance, 2, 4, ENDLESS)
     random = generator()
     state = estimator.init(unroll, theta, random)
     found = [estimator.estimate(unroll, theta, state, random)]
@@ -171,7 +171,7 @@ def test_who_imitates_itself_has_nothing_to_learn():
 
 
 def test_sign_pre_training_teaches_an_lstm_which_way_is_down():
-    """The thesis's 5.4.4: gradients of N(0, 1e-3), answer -0.01 g. Before, half of the signs are right."""
+    """Section 5.4.4 of the thesis: gradients from N(0, 1e-3), target -0.01 g. At first half of the signs are right."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         rule = lopt.rules.make("lstm", hidden_size=8, out_scale=1e-4)

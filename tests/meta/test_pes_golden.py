@@ -1,4 +1,4 @@
-"""PES against the authors' own run: losses, gradients, accumulators and parameters of recorded truncations."""
+"""PES against a run of the authors' code: losses, gradients, accumulators and parameters of each truncation."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""MetaTrainer on two processes that share the tasks: who takes which, what is logged, and resuming to the bit."""
+"""MetaTrainer with its tasks divided between two processes: assignment, logs, and bit-exact resuming."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ pytestmark = [*KNOWN_WARNINGS, pytest.mark.filterwarnings("ignore:.*save_top_k=-
 
 
 class Recording(MetaTrainer):
-    """Remembers which task it advanced, and how it went."""
+    """Records the tasks that it advances, with their meta-losses."""
 
     def _estimate(self, index, number):
         estimate = super()._estimate(index, number)

@@ -1,12 +1,18 @@
-"""MetaTrainer's checkpoints: a resumed run is equal to the bit to one that was not stopped; on two processes too."""
+"""MetaTrainer's checkpoints: a resumed run equals an uninterrupted one bit for bit, also on two processes."""
+
+import faulthandler
+import os
+import socket
 
 import lightning as L
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback
 from lightning_cases import KNOWN_WARNINGS
 from meta_cases import TWO, Descent, Parabola, assert_reports_equal, fit, meta, meta_params, run, star
 from optimizer_cases import assert_equal
+from torch.multiprocessing import ProcessRaisedException
 from torch.utils._pytree import tree_leaves
 
 from lightning_lopt import MetaTrainer
@@ -36,7 +42,7 @@ def test_resume_is_equal_to_the_bit(tmp_path, name):
     whole, _ = run(tmp_path, "whole", meta(**options), **arguments)
     step = 8 // arguments.get("accumulate_grad_batches", 1)
     checkpoint = torch.load(tmp_path / f"step={step}.ckpt", weights_only=True)
-    assert set(checkpoint["meta_training"]) == {"kind", "config", "best", "tasks", "particles"}
+    assert set(checkpoint["meta_training"]) == {"kind", "config", "best", "tasks", "inner_runs"}
     module = meta(**options)
     for param in module.rule.parameters():
         torch.nn.init.zeros_(param)  # the checkpoint has them
@@ -60,7 +66,7 @@ def test_resume_within_an_epoch_is_equal_to_the_bit(tmp_path):
 
 
 class Plain(MetaTrainer):
-    """Its meta-optimizer subtracts the gradient as it comes, and it keeps its own estimates."""
+    """A MetaTrainer with plain SGD as meta-optimizer, which records its estimates."""
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=1.0)
@@ -90,8 +96,57 @@ def test_two_processes_resume_equal_to_the_bit(tmp_path):
     resume = {"ckpt_path": tmp_path / "step=8.ckpt"}
     resumed, _ = run(tmp_path, "resumed", meta(star(), **options), ranks=2, **TWO, **resume)
     assert_reports_equal(whole, resumed)
-    with pytest.raises(MisconfigurationException, match="runs of 2 processes, each its own, and this run has 1 proc"):
+    with pytest.raises(MisconfigurationException, match="runs of 2 processes, and this run has 1. Use 2 processes"):
         run(tmp_path, "one", meta(star(), **options), **resume)
+
+
+class SaveOnException(Callback):
+    """Fails in process 0 only, which then saves a checkpoint while process 1 goes on training."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_rank == 0 and trainer.global_step == 2:
+            faulthandler.dump_traceback_later(10, exit=True)  # instead of hanging
+            raise RuntimeError("only here")
+
+    def on_exception(self, trainer, pl_module, exception):
+        if trainer.global_rank == 0:
+            trainer.strategy.barrier = lambda *arguments: None  # Lightning's own, after the file has been written
+            torch.save(tree_leaves(pl_module._states), self.path / "states.pt")
+            trainer.save_checkpoint(self.path / "exception.ckpt")
+
+
+def fail_in_one_process(rank, path, port):
+    """Two processes as torchrun starts them: an exception is handled in the process that raised it."""
+    os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    fit(path, meta(tasks=[NOISY]), SaveOnException(path), strategy="ddp", devices=2)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have the inner runs of process 1:UserWarning")
+def test_a_checkpoint_that_one_of_two_processes_saves_after_an_exception(tmp_path):
+    """It has the inner runs of the process that saved it; the other one starts fresh runs when training resumes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        arguments = (tmp_path, free.getsockname()[1])
+    with pytest.raises(ProcessRaisedException, match="only here"):
+        torch.multiprocessing.start_processes(fail_in_one_process, arguments, nprocs=2, start_method="fork")
+    saved = torch.load(tmp_path / "exception.ckpt", weights_only=True)["meta_training"]["inner_runs"]
+    assert_equal(saved[0][0], torch.load(tmp_path / "states.pt", weights_only=True))
+    assert saved[1] is None
+
+    class Look(Callback):
+        def on_train_start(self, trainer, pl_module):
+            path = tmp_path / f"start{trainer.global_rank}.pt"
+            steps = pl_module._states[0].inner.step
+            torch.save({"states": tree_leaves(pl_module._states), "steps": steps}, path)
+
+    fit(tmp_path, meta(tasks=[NOISY]), Look(), ckpt_path=tmp_path / "exception.ckpt", **TWO)
+    first, second = (torch.load(tmp_path / f"start{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert_equal(first["states"], saved[0][0])
+    assert first["steps"].max() > 0
+    assert second["steps"].max() == 0
 
 
 # --- What is refused ---
@@ -108,12 +163,12 @@ def checkpoint(tmp_path):
     [
         (
             {"tasks": [Parabola(), Parabola()]},
-            r"runs on \['parabola'\], not on \['parabola', 'parabola-2'\]. Pass those",
+            r"runs on \['parabola'\], not on \['parabola', 'parabola-2'\]. Pass its tasks",
         ),
         ({"estimator": PES(num_pairs=5)}, "runs on 'parabola' have other shapes than those of this estimator and task"),
         ({"estimator": FullES()}, "runs on 'parabola' have other shapes"),
         ({"trainable": ["momentum"]}, "runs on 'parabola' have other shapes"),
-        ({"rule": {"kind": "star"}, "tasks": ["quadratic"]}, "rule has kind test_descent, and this one star"),
+        ({"rule": {"kind": "star"}, "tasks": ["quadratic"]}, "rule has kind test_descent, but this one has star"),
     ],
     ids=str,
 )
@@ -125,7 +180,7 @@ def test_a_checkpoint_that_does_not_fit(tmp_path, checkpoint, options, message):
 def test_another_configuration_of_the_rule_is_refused(tmp_path):
     options = {"tasks": ["quadratic"]}
     fit(tmp_path, meta(star(), **options), max_epochs=1).save_checkpoint(tmp_path / "saved.ckpt")
-    with pytest.raises(MisconfigurationException, match="rule has config .*'step_mult': 0.0001.* and this one "):
+    with pytest.raises(MisconfigurationException, match="rule has config .*'step_mult': 0.0001.* but this one has "):
         fit(tmp_path, meta(star(step_mult=1e-3), **options), ckpt_path=tmp_path / "saved.ckpt")
 
 

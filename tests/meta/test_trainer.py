@@ -1,4 +1,4 @@
-"""MetaTrainer in a Trainer: what reaches the meta-optimizer, what is logged, validated, exported and refused."""
+"""MetaTrainer in a Trainer: meta-gradients, logs, validation, export, and errors."""
 
 import math
 from itertools import pairwise
@@ -21,14 +21,14 @@ pytestmark = KNOWN_WARNINGS
 
 
 class Plain(MetaTrainer):
-    """Its meta-optimizer subtracts the gradient as it comes."""
+    """A MetaTrainer with plain SGD as meta-optimizer."""
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=1.0)
 
 
 class Record(Callback):
-    """The estimates, and the parameters before and after each optimizer step."""
+    """Records the estimates, and the parameters before and after each optimizer step."""
 
     def __init__(self):
         self.estimates, self.grads, self.weights, self.turns = [], [], [], []
@@ -56,7 +56,7 @@ class Record(Callback):
 
 
 def assert_steps(record, expected):
-    """`expected`: what was subtracted from the parameters at each batch."""
+    """Compare the change of the parameters at each batch with `expected`."""
     for (before, after), steps in zip(pairwise(record.weights), expected, strict=True):
         for name, step in steps.items():
             torch.testing.assert_close(after[name], before[name] - step, rtol=1e-12, atol=1e-12)
@@ -189,7 +189,7 @@ def test_constant_learning_rate(tmp_path):
 
 
 def test_a_cosine_needs_an_end(tmp_path):
-    with pytest.raises(MisconfigurationException, match=r"'cosine' is not allowed.*give the Trainer max_steps"):
+    with pytest.raises(MisconfigurationException, match="'cosine' needs a run of known length: give the Trainer max_s"):
         fit(tmp_path, meta(), max_epochs=-1)
 
 
@@ -331,20 +331,20 @@ def test_tasks_with_the_same_name_are_told_apart():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"trainable": ["nothing"]}, r"trainable: 'nothing' matches no meta-parameter; there are \['log_lr', 'mom"),
+        ({"trainable": ["nothing"]}, r"trainable: 'nothing' matches no meta-parameter. The rule has \['log_lr', 'mom"),
         ({"trainable": []}, "trainable=.* leaves nothing to learn"),
         ({"zero": ["w9"]}, "zero: 'w9' matches no meta-parameter"),
         ({"lr_factors": {"w9": 1.0}}, "lr_factors: 'w9' matches no meta-parameter"),
         ({"schedule": "step"}, r"schedule='step' is not allowed: it must be one of \['cosine', 'constant'\]"),
         ({"objective": "mean"}, "objective='mean' is not allowed"),
-        ({"tasks": []}, "tasks=.* is not allowed: give at least one"),
+        ({"tasks": []}, "tasks=.* is not allowed: pass at least one"),
         ({"tasks": ["no-such"]}, "Unknown task 'no-such'"),
         ({"tasks": [("quadratic", {"size": 1})]}, "Unknown option 'size' of task 'quadratic'"),
         ({"tasks_per_step": 2}, r"tasks_per_step=2 is not allowed: it must be an integer in \[1, 1\]"),
         ({"steps_per_epoch": 0}, "steps_per_epoch=0 is not allowed"),
         ({"validation_horizon": 1.5}, "validation_horizon=1.5 is not allowed"),
         ({"lr": -1.0}, r"lr=-1.0 is not allowed: it must be a number in \[0.0, inf\]"),
-        ({"estimator": PES}, "estimator=.* is not allowed: pass one of meta.estimators, as PES()"),
+        ({"estimator": PES}, "estimator=.* is not allowed: pass one of meta.estimators, such as PES()"),
         ({"rule": {"step_mult": 1.0}}, "rule=.* is not allowed: pass a rule, .* or a mapping with a 'kind'"),
         ({"rule": {"kind": "nope"}}, "Unknown kind 'nope'"),
         ({"rule": "nope"}, "Unknown rule 'nope'"),

@@ -1,20 +1,40 @@
-"""The inner loop: a population is a loop over its members, a reset takes a slot, both sides see the same data."""
+"""The inner loop: populations equal loops over members, resets take a slot, both sides see the same data."""
 
 import dataclasses
+import gc
 import math
+import pickle
 import unittest.mock
+import weakref
+from collections import Counter
 
 import pytest
 import torch
-from meta_cases import CURVATURES, Descent, Parabola, Spy, descent, generator, losses_by_hand, meta_params, star
+from lightning_cases import KNOWN_WARNINGS
+from meta_cases import (
+    CURVATURES,
+    Descent,
+    Parabola,
+    Spy,
+    descent,
+    fit,
+    generator,
+    losses_by_hand,
+    meta,
+    meta_params,
+    star,
+)
 from torch.utils._pytree import tree_leaves, tree_map
 
 import lightning_lopt as lopt
 from lightning_lopt import kernels, tasks
+from lightning_lopt.meta import fused as fused_module
+from lightning_lopt.meta import unroll as unroll_module
 from lightning_lopt.meta.unroll import OBJECTIVES, Unroll
-from lightning_lopt.meta.validation import score
+from lightning_lopt.meta.validation import meta_validate
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
+pytestmark = KNOWN_WARNINGS
 
 
 def lengths(*values):
@@ -22,7 +42,7 @@ def lengths(*values):
 
 
 def expand(theta, population, std=0.05):
-    """Other meta-parameters for each member."""
+    """Different meta-parameters for each member."""
     random = generator(9)
     return {k: p + std * torch.randn((population, *p.shape), generator=random, dtype=p.dtype) for k, p in theta.items()}
 
@@ -121,7 +141,7 @@ def test_what_a_rule_is_told(field, expected):
 
 def test_what_a_rule_makes_of_all_tensors_together():
     class Sharing(Spy):
-        """Moves to the sum of all gradients, and counts."""
+        """Sums all gradients, and counts steps."""
 
         needs_shared_context = True
 
@@ -151,7 +171,7 @@ def test_objectives():
     assert found["log"] == pytest.approx([math.log(x + 0.01) for x in found["ratio"]])
 
 
-def test_an_objective_that_is_none():
+def test_an_unknown_objective():
     with pytest.raises(ValueError, match="objective='mean' is not allowed: use one of"):
         descent(objective="mean")
 
@@ -216,17 +236,59 @@ def test_compiled_steps_equal_eager_ones():
         assert_same(run(dataclasses.replace(eager, compiled=True)), run(eager), rtol=1e-5, atol=1e-5)
 
 
+def test_compiled_code_is_freed_with_the_unrolls_that_use_it(monkeypatch):
+    monkeypatch.setattr(unroll_module, "_compile", lambda function: function)
+    unroll, theta = descent(compiled=True)
+    relative = dataclasses.replace(unroll, objective="ratio")
+    with torch.no_grad():
+        for each in (unroll, unroll, relative):
+            each.run(theta, each.start(generator(), lengths(9)), 2, generator(), None)
+    assert unroll.compile_cache is relative.compile_cache
+    assert list(unroll.compile_cache) == [(unroll, False), (relative, False)]
+    rule = weakref.ref(unroll.rule)
+    del unroll, relative, each
+    gc.collect()
+    assert rule() is None
+
+
+def test_compiled_code_is_kept_from_step_to_step_and_not_pickled(monkeypatch, tmp_path):
+    made = []
+    monkeypatch.setattr(unroll_module, "_compile", lambda function: made.append(function) or function)
+    task = Parabola(noise=0.1)
+    module = meta(tasks=[task, Parabola(name="other")], validation_tasks=[task], compiled=True)
+    fit(tmp_path, module)
+    # Two training tasks with meta-parameters per run, and a validation task without.
+    assert len(made) == len(module._compile_cache) == 3
+    assert pickle.loads(pickle.dumps(module))._compile_cache == {}
+    fit(tmp_path, module)
+    assert len(made) == 3
+
+
+def test_a_truncation_copies_its_runs_once_and_looks_for_the_kernel_once(monkeypatch):
+    rule, task = lopt.rules.make("star"), tasks.make("digits-mlp", batch_size=8, hidden=(6,))
+    if isinstance(kernels.find(rule, "cpu"), str):
+        pytest.skip("no kernel on this machine")
+    clone, find = fused_module._clone, kernels.find
+    counts = Counter()
+    monkeypatch.setattr(fused_module, "_clone", lambda tensor: counts.update(copies=1) or clone(tensor))
+    monkeypatch.setattr(kernels, "find", lambda *arguments: counts.update(searches=1) or find(*arguments))
+    unroll = Unroll(rule, task, compiled=True)
+    start = unroll.start(generator(), lengths(9, 9), sides=2)
+    theta = expand(meta_params(rule), 4)
+    with torch.no_grad():
+        unroll.run(theta, start, 5, generator(), None, sides=2, batched=True)
+    assert counts == {"copies": len(tree_leaves([start.params, start.states])), "searches": 1}
+
+
 FUSED = {
-    "star": ("star", {"step_mult": 1e-2}),
     "scheduled": ("scheduled", {"centering_start": 0.5, "caution_end": 0.5}),
-    "blackbox": ("blackbox", {}),
 }
 
 
 @pytest.mark.parametrize("batched", [True, False], ids=["a rule for each run", "one rule"])
 @pytest.mark.parametrize(("kind", "config"), FUSED.values(), ids=FUSED)
 def test_the_kernel_moves_a_population_as_the_rule_does(kind, config, batched):
-    """Through resets, with runs that have steps behind them, and nothing of the start is written to."""
+    """Including resets and runs in progress, and without writing to the tensors of the start."""
     torch.manual_seed(0)
     rule, task = lopt.rules.make(kind, **config), tasks.make("digits-mlp", batch_size=8, hidden=(6,))
     if isinstance(kernels.find(rule, "cpu"), str):
@@ -246,9 +308,9 @@ def test_the_kernel_moves_a_population_as_the_rule_does(kind, config, batched):
     assert_same(start, before, rtol=0, atol=0)
 
 
-def test_a_score_is_the_log_objective_and_the_loss_at_the_end():
+def test_validation_losses_are_the_log_objective_and_the_loss_at_the_end():
     unroll, theta = descent()
-    result = score(unroll, theta, 20, 3, generator())
+    result = meta_validate(unroll, theta, horizon=20, num_runs=3, generator=generator())
     losses = losses_by_hand(theta, 19)
     torch.testing.assert_close(result.meta_loss, (losses / losses[0] + 1e-2).log().mean(), **EXACT)
     torch.testing.assert_close(result.final, losses[-2:].mean(), **EXACT)

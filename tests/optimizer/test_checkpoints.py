@@ -64,7 +64,16 @@ def test_state_is_flat_tensors_under_the_names_of_the_rules_state():
     saved = optimizer.state_dict()
     assert list(saved["state"][0]) == ["step", *optimizer.rule.init_state(params[0])._fields]
     assert all(type(value) is torch.Tensor for value in saved["state"][0].values())
-    expected = {"lr", "weight_decay", "maximize", "lopt_kind", "lopt_base_lr", "lopt_decay", "params"}
+    expected = {
+        "lr",
+        "weight_decay",
+        "maximize",
+        "lopt_kind",
+        "lopt_base_lr",
+        "lopt_decay",
+        "lopt_num_tensors",
+        "params",
+    }
     assert set(saved["param_groups"][0]) == expected
 
 
@@ -146,10 +155,10 @@ def changed(change):
 
 
 REFUSED = {
-    "AdamW": (adamw_state, "state of another optimizer.*no 'lopt_kind'.*Load the model's weights alone"),
+    "AdamW": (adamw_state, "state of another optimizer.*no 'lopt_kind'.*Load only the model's weights"),
     "other kind": (
         lambda: changed(lambda s: s["param_groups"][0].update(lopt_kind="lstm")),
-        r"rule of kind \['lstm'\], this optimizer's is 'star'",
+        r"rule of kind \['lstm'\], but this optimizer's rule is of kind 'star'",
     ),
     "other shape": (
         lambda: changed(lambda s: s["state"][0].update(exp_avg=torch.zeros(3, 4, 4))),
@@ -158,16 +167,16 @@ REFUSED = {
     ),
     "missing entry": (
         lambda: changed(lambda s: s["state"][1].pop("diag")),
-        "State 'diag' of parameter 1.* is not there in the checkpoint",
+        "State 'diag' of parameter 1.* is missing in the checkpoint",
     ),
-    "no step": (lambda: changed(lambda s: s["state"][1].pop("step")), "State 'step' of parameter 1.* is not there"),
+    "no step": (lambda: changed(lambda s: s["state"][1].pop("step")), "State 'step' of parameter 1.* is missing"),
     "entry that is no tensor": (
         lambda: changed(lambda s: s["state"][1].update(exp_avg=[1.0, 2.0])),
-        "State 'exp_avg' of parameter 1.* is not there",
+        "State 'exp_avg' of parameter 1.* is missing",
     ),
     "fewer groups": (lambda: changed(lambda s: s["param_groups"].clear()), "different number of parameter groups"),
     "fewer parameters": (lambda: changed(lambda s: s["param_groups"][0]["params"].pop()), "doesn't match the size"),
-    "no state dict": (lambda: {"weights": 1}, "no optimizer's state dict"),
+    "no state dict": (lambda: {"weights": 1}, "not an optimizer's state dict"),
 }
 
 

@@ -84,7 +84,7 @@ def test_statistics_are_sums_that_it_does_not_touch():
     rule, grad, param = star().to("meta"), on_a_device_that_is_no_cpu((5, 3)), on_a_device_that_is_no_cpu((5, 3))
     with Products() as products:
         state = feats.update_accumulators(rule.init_state(param), grad, rule.decays(rule.meta_params()))
-        groups = feats.features(state, grad, param)
+        groups = feats.input_features(state, grad, param)
         mean_squares = [feats.inverse_rms(channels) for channels in groups]
     assert products.found == []
     with Products() as products:  # but the network's are products: the user's own choice

@@ -151,7 +151,9 @@ def test_two_processes_are_one_with_the_double_batch(tmp_path, options, argument
     (one,) = reports(tmp_path / "one", 1)
     for key in ("weights", "state"):
         assert_equal(ranks[0][key], ranks[1][key])
-        assert_close(ranks[0][key], one[key], 1e-5)
+        # One process has kernels, which may count steps in another dtype.
+        expected = [tensor.to(own.dtype) for tensor, own in zip(one[key], ranks[0][key], strict=True)]
+        assert_close(ranks[0][key], expected, 1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:The weights of the rule differ from those of the checkpoint")

@@ -125,10 +125,10 @@ def test_shards_move_as_the_whole_in_a_few_messages(world_size, tmp_path):
     torch.multiprocessing.start_processes(in_process, arguments, nprocs=world_size, start_method="fork")
 
 
-# --- Parts, without processes ---
+# --- Shards, without processes ---
 
 
-def test_the_shares_of_all_parts_are_the_mean():
+def test_the_shares_of_all_shards_are_the_mean():
     tensor = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
     questions = [(-2, -1), (-1,), (-2,), ()]
     shares = []
@@ -142,7 +142,7 @@ def test_the_shares_of_all_parts_are_the_mean():
         torch.testing.assert_close(torch.stack(sums).sum(0), expected)
 
 
-def test_a_value_of_the_whole_is_cut_to_the_part():
+def test_a_value_of_the_whole_is_cut_to_the_shard():
     part = TensorShard((5, 3), (2, 0), (2, 3))
     whole = torch.arange(15).reshape(5, 3)
     assert torch.equal(part.local(whole), whole[2:4])
@@ -150,5 +150,5 @@ def test_a_value_of_the_whole_is_cut_to_the_part():
     assert part.local(whole[:1]).shape == (1, 3)
 
 
-def test_plain_tensors_are_no_parts():
+def test_plain_tensors_are_not_shards():
     assert shard_of(torch.zeros(3)) is None

@@ -366,7 +366,7 @@ def test_the_loss_is_one_more_coordinate(form, method, scale):
 
 def test_a_loss_that_is_missing_is_an_error():
     online = OnlineDMD(1, 3, loss_scale=1.0)
-    with pytest.raises(ValueError, match="puts the loss into the snapshots, and there is none"):
+    with pytest.raises(ValueError, match="puts the loss into the snapshots: pass a loss"):
         push(online, online.init(torch.ones(2)), torch.ones(2))
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_lopt.rules import features as feats
+from lightning_lopt.rules import scheduled
 from lightning_lopt.rules.shards import TensorShard, Unknown
 
 PRECISIONS = ("f64", "f32")
@@ -83,7 +84,7 @@ def test_features_are_the_recorded_ones(leaf, precision):
     tolerance = {"rtol": golden.tolerance, "atol": golden.tolerance}
     for step, grad, param, state, _ in goldens.replay(golden, leaf, max(RECORDED_STEPS) + 1):
         if step in RECORDED_STEPS:
-            raw = in_reference_order(feats.features(state, grad, param), grad.shape)
+            raw = in_reference_order(feats.input_features(state, grad, param), grad.shape)
             normalized = raw * feats.inverse_rms(raw).reshape(-1, *[1] * grad.dim())
             torch.testing.assert_close(raw, golden.channels(f"feat_raw/{step}", leaf, grad.shape), **tolerance)
             torch.testing.assert_close(normalized, golden.channels(f"feat_norm/{step}", leaf, grad.shape), **tolerance)
@@ -112,7 +113,7 @@ def test_features_of_a_factored_tensor_keep_their_rows_and_columns_small():
         param,
         feats.Decays(torch.tensor([0.9, 0.99, 0.999]), torch.tensor([0.999]), torch.tensor([0.9, 0.99, 0.999])),
     )
-    features = feats.features(state, param, param)
+    features = feats.input_features(state, param, param)
     assert features.dense.shape == (16, 5, 4, 3)
     assert features.row.shape == (6, 1, 4, 3)
     assert features.col.shape == (6, 5, 1, 3)
@@ -130,8 +131,8 @@ def test_a_centered_gradient_is_that_of_inputs_less_their_means():
     inputs, back = torch.randn(50, 7) + 3, torch.randn(50, 4)
     grad = back.T @ inputs
     expected = back.T @ (inputs - inputs.mean(1, keepdim=True))
-    torch.testing.assert_close(feats.centered(grad, torch.tensor(1.0)), expected, rtol=1e-4, atol=1e-4)
-    half = feats.centered(grad, torch.tensor(0.5))
+    torch.testing.assert_close(scheduled.centered(grad, torch.tensor(1.0)), expected, rtol=1e-4, atol=1e-4)
+    half = scheduled.centered(grad, torch.tensor(0.5))
     torch.testing.assert_close(half, (grad + expected) / 2, rtol=1e-4, atol=1e-4)
 
 
@@ -139,8 +140,8 @@ def test_a_centered_gradient_is_that_of_inputs_less_their_means():
 def test_centering_leaves_vectors_zeros_and_shares_of_0_alone(shape):
     grad = torch.randn(shape) + 1
     grad[torch.rand(shape) < 0.5] = 0.0
-    assert torch.equal(feats.centered(grad, torch.tensor(0.0)), grad)
-    found = feats.centered(grad, torch.tensor(0.75))
+    assert torch.equal(scheduled.centered(grad, torch.tensor(0.0)), grad)
+    found = scheduled.centered(grad, torch.tensor(0.75))
     assert torch.equal(found[grad == 0], grad[grad == 0])
     if len(shape) < 2:
         assert torch.equal(found, grad)
@@ -153,7 +154,7 @@ def test_centering_leaves_vectors_zeros_and_shares_of_0_alone(shape):
 @pytest.mark.parametrize("split", [0, 1])
 def test_a_part_is_centered_by_the_means_of_whole_rows(split):
     grad, share = torch.randn(6, 4, 3) + 1, torch.tensor(0.6)
-    expected, shape = feats.centered(grad, share), [6, 4, 3]
+    expected, shape = scheduled.centered(grad, share), [6, 4, 3]
     halves = grad.chunk(2, split)
     parts = []
     for number, half in enumerate(halves):
@@ -164,10 +165,10 @@ def test_a_part_is_centered_by_the_means_of_whole_rows(split):
         shares = []
         for part, half in zip(parts, halves, strict=True):
             with pytest.raises(Unknown) as caught:
-                feats.centered(half, share, part)
+                scheduled.centered(half, share, part)
             shares.append(caught.value.sums[0])
         for part in parts:
             part.asked, part.known = 0, [[sum(shares)]]
-    found = [feats.centered(half, share, part) for part, half in zip(parts, halves, strict=True)]
+    found = [scheduled.centered(half, share, part) for part, half in zip(parts, halves, strict=True)]
     torch.testing.assert_close(torch.cat(found, split), expected)
     assert all(bool(part.asked) == bool(split) for part in parts)

@@ -1,4 +1,4 @@
-"""The LSTM rule against torch's LSTMCell, its preprocessing and stabilisers against their formulas."""
+"""The LSTM rule against torch's LSTMCell, its preprocessing and stabilizers against their formulas."""
 
 import json
 import math
@@ -278,7 +278,7 @@ def test_preprocessing_and_its_derivative_are_finite(form, p):
     assert outputs.abs().max() < 100 / p
 
 
-# --- STAR's stabilisers
+# --- STAR's stabilizers
 
 
 @pytest.mark.parametrize("estimator", ["SGD", "SGDM", "AggMo", "Adam", "AdamAggMo"])
@@ -293,21 +293,21 @@ def test_the_nominal_term_is_stars(estimator):
 
 @pytest.mark.parametrize("num_steps", [None, 25])
 @pytest.mark.parametrize("eps", [1e-6, 1e-10])
-def test_the_scheduler_is_stars(num_steps, eps):
-    """The factor, the mix of momenta and the learned decays, from the same numbers; not a step alike without them."""
-    options = {"nominal_stepsize": 0.03, "eps": eps, "scheduler": True}
-    rule = double("lstm", out_scale=0.0, hidden_size=2, **options)
-    star = double("hyperparam", nominal_controller=False, exp_mult=(0.0, 0.0, 0.0), **options)
+def test_the_scheduler_is_that_of_the_rule_scheduled(num_steps, eps):
+    """The factor, the mix of momenta and the learned decays, from the same numbers; no step is alike without them."""
+    options = {"nominal_stepsize": 0.03, "eps": eps}
+    rule = double("lstm", out_scale=0.0, hidden_size=2, scheduler=True, **options)
+    scheduled = double("scheduled", **options)
     plain = double("lstm", out_scale=0.0, hidden_size=2, nominal_stepsize=0.03, eps=eps)
     for name in SCHEDULE:
         with torch.no_grad():
-            getattr(star, name).add_(0.03 * torch.randn(SCHEDULE[name], dtype=F64))
-            getattr(rule, name).copy_(getattr(star, name))
+            getattr(scheduled, name).add_(0.03 * torch.randn(SCHEDULE[name], dtype=F64))
+            getattr(rule, name).copy_(getattr(scheduled, name))
     param, grads = torch.randn(3, 4, dtype=F64), gradients(25, 3, 4)
-    states = [each.init_state(param) for each in (rule, star, plain)]
+    states = [each.init_state(param) for each in (rule, scheduled, plain)]
     for step, grad in enumerate(grads):
         told, deltas = context(step, num_steps=num_steps, num_tensors=3), []
-        for number, each in enumerate((rule, star, plain)):
+        for number, each in enumerate((rule, scheduled, plain)):
             delta, states[number] = each.update(each.meta_params(), grad, states[number], param, told)
             deltas.append(delta)
         torch.testing.assert_close(deltas[0], deltas[1], rtol=1e-12, atol=1e-15)
@@ -334,8 +334,8 @@ def test_the_scheduler_multiplies_both_terms():
 def test_the_composition_equals_its_parts_put_together_by_hand(kind, controller, normalize):
     """Momenta and second moment as they are defined, the network from torch's cells."""
     options = {"scope": "tensor", "num_snapshots": 50} if kind == "lstm_dmd" else {}
-    stabilisers = {"nominal_stepsize": 0.05, "nominal_controller": controller, "normalize_blackbox": normalize}
-    rule = double(kind, exp_mult=0.5, **stabilisers, **options)
+    stabilizers = {"nominal_stepsize": 0.05, "nominal_controller": controller, "normalize_blackbox": normalize}
+    rule = double(kind, exp_mult=0.5, **stabilizers, **options)
     if controller:
         nn.init.normal_(rule.controller)
     reference = TorchLSTM(rule)

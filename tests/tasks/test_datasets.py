@@ -1,4 +1,4 @@
-"""Loading data: what comes back, where it is looked for, and what is said where there is none."""
+"""Load data sets: their contents, the places that are searched, and the errors if data are missing."""
 
 import sys
 import types
@@ -130,7 +130,7 @@ def test_a_file_without_its_arrays_is_named(folder):
     with pytest.raises(ValueError, match="cannot be read"):
         datasets.load("mnist")
     (folder / "tinyshakespeare.txt").write_text("short")
-    with pytest.raises(ValueError, match="1,000 characters or more"):
+    with pytest.raises(ValueError, match="at least 1,000 characters"):
         datasets.load("tinyshakespeare")
 
 

@@ -24,7 +24,7 @@ MODULES = {
 
 
 def draw(network: Network, seed: int = 0) -> dict[str, Tensor]:
-    """Parameters that are all random, scales and offsets of norms too."""
+    """Random parameters, including the scales and offsets of norms."""
     generator = torch.Generator().manual_seed(seed)
     params = init_params(network.specs(), generator, None)
     return {name: param + 0.1 * torch.randn(param.shape, generator=generator) for name, param in params.items()}
@@ -35,7 +35,7 @@ def count(network: Network) -> int:
 
 
 def filled(module: nn.Module, params: dict[str, Tensor], name: str) -> nn.Module:
-    """The module, in training mode, with the parameters that stand under a name."""
+    """Load the parameters with a prefix into the module, and set it to training mode."""
     module.load_state_dict({k: params[f"{name}.{k}"] for k, _ in module.named_parameters()}, strict=False)
     return module.train()
 
@@ -148,13 +148,13 @@ def test_lstm_language_model():
 
 
 def test_lstm_language_models_have_the_references_parameter_counts():
-    """Two RNNLM tasks of the reference, bytes and 32k, as others have counted them; vocabularies are their data's."""
+    """Published parameter counts of two RNNLM tasks of the reference, for vocabularies of bytes and of 32k tokens."""
     assert count(LSTMLanguageModel(vocab=259, embed=64, hidden=128)) == 149_059
     assert count(LSTMLanguageModel(vocab=32_100, embed=128, hidden=256)) == 12_753_252
 
 
 def encoder_layer(params: dict[str, Tensor], name: str, width: int, heads: int) -> nn.TransformerEncoderLayer:
-    """torch's pre-norm block with the weights of one of ours."""
+    """torch's pre-norm block with the weights of one of our blocks."""
     layer = nn.TransformerEncoderLayer(
         width, heads, 4 * width, 0.0, nn.GELU(approximate="tanh"), batch_first=True, norm_first=True
     )
@@ -206,7 +206,7 @@ def test_transformer_dropout_masks():
     assert network.mask_shapes(2) == 4 * ((2, 4, 4),)
     masks = tuple(torch.ones(shape) for shape in network.mask_shapes(2))
     assert torch.equal(network.apply(params, x, masks), network.apply(params, x))
-    # Everything that the blocks add is dropped: what is left is the embedding.
+    # Everything that the blocks add is dropped, which leaves the embedding.
     dropped = network.apply(params, x, tuple(torch.zeros_like(mask) for mask in masks))
     h = F.embedding(x, params["embedding.weight"]) + params["positions"]
     h = filled(nn.LayerNorm(4), params, "norm")(h)
@@ -288,7 +288,7 @@ def test_the_torch_scheme_is_that_of_torchs_modules():
 @pytest.mark.parametrize("local_norm", [False, True])
 @pytest.mark.parametrize("pool_size", [2, 3])
 def test_pooled_conv_net(local_norm, pool_size):
-    """Against torch's modules. With even sides, padding "same" for windows of 3 at stride 2 is one pixel at the end."""
+    """Against torch's modules. For even sides, "same" padding of windows of 3 at stride 2 is one pixel at the end."""
     network = PooledConvNet(
         in_shape=(3, 8, 12), channels=(10, 12), hidden=(7, 5), outputs=4, pool_size=pool_size, local_norm=local_norm
     )

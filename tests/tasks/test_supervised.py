@@ -1,4 +1,4 @@
-"""Where supervised tasks draw their data from, what differs between members, and the objectives."""
+"""Supervised tasks: their data, the differences between members, and the objectives."""
 
 import math
 
@@ -17,7 +17,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def numbered(num: int = 100, num_classes: int = 2) -> datasets.Dataset:
-    """Examples that are their own numbers: test examples are negative."""
+    """Examples whose values are their indices; those of test examples are negative."""
     x = torch.arange(num, dtype=torch.float32).unsqueeze(1)
     y = torch.arange(num) % num_classes
     return datasets.Dataset("numbered", x, y, -1 - x[:20], y[:20], num_classes)
@@ -172,7 +172,7 @@ def test_the_penalty_is_the_norm_of_all_parameters():
 
 
 def test_a_longer_run_learns_the_digits():
-    """Adam for 300 steps on three members at once: over nine in ten held-out digits, as logistic regression does."""
+    """300 steps of Adam on three members together reach 90 % on held-out digits, like logistic regression."""
     task, stream = tasks.make("digits-mlp"), generator()
     start = task.init(stream, population=3)
     params = {name: param.requires_grad_() for name, param in start.params.items()}

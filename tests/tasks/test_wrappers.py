@@ -1,4 +1,4 @@
-"""Tasks made of tasks, and the families that sample them."""
+"""Wrapped tasks, and the families that sample them."""
 
 import itertools
 import math
@@ -94,7 +94,7 @@ def test_the_evolution_strategies_estimate_is_the_formula():
 
 
 def test_the_estimate_is_unbiased():
-    """On a quadratic an antithetic estimate is e e^T g exactly, of mean g."""
+    """On a quadratic an antithetic estimate is exactly e e^T g, whose mean is g."""
     inner = tasks.make("quadratic", init_std=1.0)
     task = ESGradient(task=inner, pairs=40_000)
     start = task.init(generator())
@@ -107,7 +107,7 @@ def test_the_estimate_is_unbiased():
 
 
 def test_wrappers_hand_on_the_estimate():
-    """Reparametrizing and scaling keep a task's own gradient: it is the inner estimate, not the true gradient."""
+    """Wrappers around a task with estimated gradients return the inner estimate, not the true gradient."""
     estimated = ESGradient(task=tasks.make("digits-mlp"), pairs=2)
     task = Reparametrized(task=ScaledInit(task=estimated, scale_range=(2.0, 2.0)), level="tensor")
     start = task.init(generator(), population=2)
@@ -136,7 +136,7 @@ def test_wrappers_check_their_options(make, message):
 
 
 def needs(family) -> set[str]:
-    """The data sets that a family may draw from."""
+    """The data sets of a family."""
     own = getattr(family, "datasets", (getattr(family, "dataset", None),))
     return {data for data in own if data}.union(*(needs(part) for part in getattr(family, "families", ())))
 
@@ -183,7 +183,7 @@ def test_a_mixture_keeps_its_weights():
     mixture = families.Mixture(name="m", families=(quadratics, moons), weights=(3.0, 1.0))
     drawn = [mixture.sample(generator(seed)).name for seed in range(400)]
     assert sum("quadratic" in name for name in drawn) == pytest.approx(300, abs=35)
-    with pytest.raises(ValueError, match="it must be a number for each of 2 families"):
+    with pytest.raises(ValueError, match="it must be one number >= 0 for each of the 2 families"):
         families.Mixture(name="m", families=(quadratics, moons), weights=(1.0,))
 
 
@@ -197,7 +197,7 @@ def test_families_check_their_options():
 
 
 def test_the_augmentations_are_velos():
-    """Levels none, none, global, global, tensor, tensor, parameter; the larger the group, the wider the range."""
+    """The levels are none, none, global, global, tensor, tensor, parameter; larger groups have wider ranges."""
     levels = [augmentation and augmentation[0] for augmentation in families.AUGMENTATIONS]
     assert levels == [None, None, "global", "global", "tensor", "tensor", "parameter"]
     ranges = dict(augmentation for augmentation in families.AUGMENTATIONS if augmentation)

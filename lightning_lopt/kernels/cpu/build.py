@@ -107,7 +107,8 @@ def _library(source: Path, compiler: tuple[str, ...], defines: tuple[str, ...], 
                 return why
             return _load(directory, folder, name)
     except subprocess.TimeoutExpired:
-        return f"{compiler[0]} took more than {TIMEOUT_SECONDS} s to compile {source.name}; set CXX to another compiler"
+        program = _printable(compiler[0])
+        return f"{program} took more than {TIMEOUT_SECONDS} s to compile {source.name}; set CXX to another compiler"
     except OSError as error:
         return (
             f"the kernel could not be built in {folder} or loaded from it ({error}); set XDG_CACHE_HOME to a folder of "
@@ -173,7 +174,13 @@ def _compile(source: Path, compiler: tuple[str, ...], defines: tuple[str, ...], 
                 made.replace(target)
                 _remove_unused(target.parent)
                 return None
-    return f"{compiler[0]} could not compile {source.name} ({why or 'it wrote no file'}); set CXX to another compiler"
+    program = _printable(compiler[0])
+    return f"{program} could not compile {source.name} ({why or 'it wrote no file'}); set CXX to another compiler"
+
+
+def _printable(path: str) -> str:
+    """A path as text that every stream can print: Python keeps bytes that are not UTF-8 as surrogates."""
+    return os.fsencode(path).decode(errors="replace")
 
 
 def _announce(source: Path, compiler: tuple[str, ...]) -> None:
@@ -181,8 +188,8 @@ def _announce(source: Path, compiler: tuple[str, ...]) -> None:
     if all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "SLURM_LOCALID")):
         # A warning, because Python drops `info` unless the program has configured logging.
         _log.warning(
-            f"lightning_lopt is compiling {source.name} with {compiler[0]}. This takes up to a minute, and happens "
-            "once on this machine."
+            f"lightning_lopt is compiling {source.name} with {_printable(compiler[0])}. This takes up to a minute, and "
+            "happens once on this machine."
         )
 
 

@@ -1,1 +1,1 @@
-"""Faster eager torch code than a rule's own, for CPUs without a C++ compiler."""
+"""Steps in eager PyTorch on the CPU, for where no C++ kernel can be compiled: far faster than the rule itself."""

@@ -1,0 +1,349 @@
+// A step of the rule `scheduled` on the CPU; scheduled.py builds and calls it. The math and the names are those of
+// rules/scheduled.py, and it is tested against them.
+//
+// Two passes over a tensor:
+//   sum   the means of the gradient's rows, where they are centered, and the mean squares that the schedule reads: of
+//         the parameter, and of the momenta's strengths
+//   move  the new value, momenta and second moment
+// The time of large tensors is that of reading and writing memory. So nothing of the tensor's size is stored between the
+// passes; both compute the new moments.
+//
+// The safeguard may only let a step pass that writes finite numbers. The sums bound the new values, so that nearly every
+// step is known to be finite before it is made; where the bound does not suffice, the last pass first runs without
+// writing.
+
+#include "schedule.h"
+
+namespace {
+
+struct Geometry {  // as in scheduled.py
+  int64_t size;
+  int64_t rows;  // the first dim of a matrix; 0 for vectors
+  float limit;
+  Shape shape;
+};
+
+struct Item {
+  Tensor tensor;
+  const Geometry& geometry;
+  double* squares;  // of change and nominal term, where they are measured
+};
+
+enum Sum { PARAM_SQUARES, STRENGTH_SQUARES, SECOND_MOMENTS = STRENGTH_SQUARES + 3, NUM_SUMS };
+
+// What the passes over one tensor hand on to each other.
+struct Work {
+  const Rule& rule;
+  Tensor tensor{};
+  int64_t blocks = 0;
+  int64_t fan_in = 0;             // of a gradient that is centered, else 0
+  float centering = 0;            // fraction of the rows' means that is removed
+  Multipliers multipliers{};
+  bool large = false;             // whether squares leave the range of float32
+  bool proven = false;            // whether all new numbers are known to be finite
+  std::vector<float> row_means;   // what is subtracted from each row, at [row + block]: rows can lie in several blocks
+  std::vector<double> sums;       // (blocks, NUM_SUMS)
+  std::vector<double> squares;    // (blocks, 2): change, nominal term
+  std::vector<uint8_t> finite;    // (blocks)
+
+  explicit Work(const Rule& r) : rule(r) {}
+
+  static int64_t blocks_of(int64_t size) { return (size + BLOCK - 1) / BLOCK; }
+
+  void reserve(const Item& item) {
+    const int64_t n = blocks_of(item.geometry.size);
+    row_means.reserve(item.geometry.rows + n);
+    sums.reserve(n * NUM_SUMS);
+    squares.reserve(n * 2);
+    finite.reserve(n);
+  }
+
+  void begin(const Item& item) {
+    tensor = item.tensor;
+    blocks = blocks_of(tensor.size);
+    centering = item.geometry.rows ? centering_at(rule, updates(rule, tensor)) : 0;
+    fan_in = centering ? tensor.size / item.geometry.rows : 0;
+    row_means.resize(item.geometry.rows + blocks);
+    sums.resize(blocks * NUM_SUMS);
+    squares.resize(blocks * 2);
+    finite.resize(blocks);
+  }
+};
+
+// Means of rows
+
+float mean_of_row(const Work& w, int64_t row) {
+  double total = 0;
+  for (int64_t start = 0; start < w.fan_in; start += CHUNK) {
+    const float* grad = w.tensor.grad + row * w.fan_in + start;
+    const int64_t n = std::min<int64_t>(CHUNK, w.fan_in - start);
+    V partial = {};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) partial += load(grad + i);
+    if (i < n) partial += load(grad + i, (int)(n - i));
+    total += sum(partial);
+  }
+  return w.centering * (float)(total / w.fan_in);
+}
+
+// Of a block's rows, before it is summed, while that brings its gradients into the cache. Blocks have the means of a row
+// that they share each to itself: no thread waits for another.
+void average_rows(Work& w, int64_t block, int64_t end) {
+  const int64_t last = (end - 1) / w.fan_in;
+  for (int64_t row = block * BLOCK / w.fan_in; row <= last; row++)
+    w.row_means[row + block] = w.fan_in == 1 ? w.centering * w.tensor.grad[row] : mean_of_row(w, row);
+}
+
+// Of a row that is longer than a block: first of all, once.
+void average_long_row(Work& w, int64_t row) {
+  const float mean = mean_of_row(w, row);
+  const int64_t last = ((row + 1) * w.fan_in - 1) / BLOCK;
+  for (int64_t block = row * w.fan_in / BLOCK; block <= last; block++) w.row_means[row + block] = mean;
+}
+
+// What centering leaves of a gradient; `mean` is the fraction of its row's mean that is removed.
+inline float without(float grad, float mean) { return grad == 0 ? grad : grad - mean; }
+inline V without(V grad, float mean) { return grad == 0 ? grad : grad - mean; }
+
+// Coordinates next to each other that have one mean, or whose gradients lie centered in a room of CHUNK numbers.
+struct Run {
+  int64_t at;
+  int n;
+  const float* grad;
+  float mean;
+};
+
+constexpr int64_t LONG = 4 * LANES;  // rows from this length on are runs of their own, and nothing is copied
+
+// The run of a block that starts at a coordinate and does not go beyond `end`.
+Run run_at(const Work& w, int64_t block, int64_t start, int64_t end, float* room) {
+  const float* grad = w.tensor.grad + start;
+  if (!w.fan_in) return {start, (int)std::min<int64_t>(CHUNK, end - start), grad, 0};
+  const int64_t row = start / w.fan_in;
+  const float* means = w.row_means.data() + row + block;
+  if (w.fan_in >= LONG) {
+    end = std::min(end, (row + 1) * w.fan_in);
+    return {start, (int)std::min<int64_t>(CHUNK, end - start), grad, *means};
+  }
+  const int n = (int)std::min<int64_t>(CHUNK, end - start);
+  if (w.fan_in == 1) {
+    for (int i = 0; i < n; i++) room[i] = without(grad[i], means[i]);
+    return {start, n, room, 0};
+  }
+  int64_t end_of_row = (row + 1) * w.fan_in - start;
+  for (int i = 0; i < n; end_of_row += w.fan_in, means++) {
+    const int last = (int)std::min<int64_t>(n, end_of_row);
+    for (; i < last; i++) room[i] = without(grad[i], *means);
+  }
+  return {start, n, room, 0};
+}
+
+// n coordinates from number i of a run on: what the step reads of them, and their new moments.
+//
+// `large` is for gradients whose squares float32 does not hold: it computes moments in the order of the rule, which
+// stays finite up to 6e20 as AdamW's does. The other form saves a multiplication for each.
+template <bool large>
+struct Coordinates {
+  V grad, param, momentum[3], second;
+
+  inline Coordinates(const Rule& rule, const Tensor& t, VI flip, const Run& run, int i, int n) {
+    const int64_t at = run.at + i;
+    grad = flipped(without(load(run.grad + i, n), run.mean), flip);
+    param = load(t.param + at, n);
+    for (int k = 0; k < 3; k++) {
+      const V old = in_register(load(t.exp_avg + k * t.size + at, n));
+      if (large)
+        momentum[k] = old * rule.momentum[k] + grad * (1 - rule.momentum[k]);
+      else
+        momentum[k] = old + (grad - old) * (1 - rule.momentum[k]);
+    }
+    const V old = in_register(load(t.exp_avg_sq + at, n));
+    if (large)
+      second = old * rule.rms + (grad * (1 - rule.rms)) * grad;
+    else
+      second = old + (grad * grad - old) * (1 - rule.rms);
+  }
+};
+
+// Pass 1: sums
+
+template <bool large>
+void sum_block(Work& w, int64_t block) {
+  const Rule& rule = w.rule;
+  const Tensor t = w.tensor;
+  const VI flip = sign_bits(t.sign);
+  float room[CHUNK];
+  V totals[NUM_SUMS] = {};
+  const int64_t end = std::min(t.size, (block + 1) * BLOCK);
+  if (w.fan_in && w.fan_in <= BLOCK) average_rows(w, block, end);
+  Run run{block * BLOCK, 0, nullptr, 0};
+  for (; run.at < end; run.at += run.n) {
+    run = run_at(w, block, run.at, end, room);
+    auto add = [&](int i, int n) {
+      prefetch<2048, 2>(t, run.at + i, n);
+      const Coordinates<large> c(rule, t, flip, run, i, n);
+      totals[PARAM_SQUARES] += c.param * c.param;
+      totals[SECOND_MOMENTS] += c.second;
+      if (large) {
+        const V root = inverse_root(c.second + EPS);
+        for (int k = 0; k < 3; k++) {
+          const V strength = c.momentum[k] * root;
+          totals[STRENGTH_SQUARES + k] += strength * strength;
+        }
+      } else {  // without a root
+        const V squared_root = 1.0f / (c.second + EPS);
+        for (int k = 0; k < 3; k++) totals[STRENGTH_SQUARES + k] += c.momentum[k] * c.momentum[k] * squared_root;
+      }
+    };
+    int i = 0;
+    for (; i + LANES <= run.n; i += LANES) add(i, LANES);
+    if (i < run.n) add(i, run.n - i);
+  }
+  for (int k = 0; k < NUM_SUMS; k++) w.sums[block * NUM_SUMS + k] = sum(totals[k]);
+}
+
+double total_of(const Work& w, int which) {
+  double total = 0;
+  for (int64_t block = 0; block < w.blocks; block++) total += w.sums[block * NUM_SUMS + which];
+  return total;
+}
+
+bool leaves_range(const Work& w) {
+  for (int k = STRENGTH_SQUARES; k < NUM_SUMS; k++)
+    if (!std::isfinite(total_of(w, k))) return true;
+  return false;
+}
+
+// Whether no new number can leave the range. No number is larger than the root of its block's sum of squares, and the
+// change is at most the sum of its parts.
+bool proves_finite(const Work& w) {
+  double largest[NUM_SUMS];
+  for (int k = 0; k < NUM_SUMS; k++) {
+    double high = 0;
+    for (int64_t block = 0; block < w.blocks; block++) {
+      const double s = w.sums[block * NUM_SUMS + k];
+      if (!(s < INFINITY)) return false;
+      high = std::max(high, s);
+    }
+    largest[k] = 1.01 * std::sqrt(high) + 1e-22;  // squares below the smallest float are lost
+  }
+  double direction = 0;
+  for (int k = 0; k < 3; k++) direction += w.multipliers.momenta[k] * largest[STRENGTH_SQUARES + k];
+  const Tensor& t = w.tensor;
+  const double param = largest[PARAM_SQUARES];
+  const double change = std::fabs(t.scale) * w.multipliers.factor * w.rule.nominal * direction;
+  return 1.01 * (param + change + std::fabs(t.decay) * param) < std::min<double>(t.limit, 1e38);
+}
+
+void schedule(Work& w, const Shape& shape) {
+  MeanSquares mean;
+  mean.param = (float)(total_of(w, PARAM_SQUARES) / w.tensor.size);
+  for (int k = 0; k < 3; k++) mean.strength[k] = (float)(total_of(w, STRENGTH_SQUARES + k) / w.tensor.size);
+  w.multipliers = multipliers_of(w.rule, shape, mean, updates(w.rule, w.tensor));
+  w.proven = w.rule.safeguard && proves_finite(w);
+}
+
+// Pass 2: the step
+
+// WRITE moves the tensor. LOOK writes nothing: it tells whether all would be finite, and sums the step's squares. They
+// are apart so that a step has the same bits whether it is measured or not.
+enum Mode { WRITE, LOOK };
+
+template <Mode mode, bool large>
+void move_block(Work& w, int64_t block) {
+  const Rule& rule = w.rule;
+  const Tensor t = w.tensor;
+  const VI flip = sign_bits(t.sign);
+  const float stepsize = rule.nominal * w.multipliers.factor;
+  float weights[3];
+  for (int k = 0; k < 3; k++) weights[k] = w.multipliers.momenta[k] * stepsize;
+  const float kept = 1 - w.multipliers.caution;
+  float room[CHUNK];
+  V spoiled = {}, change_squares = {}, nominal_squares = {};
+  const int64_t end = std::min(t.size, (block + 1) * BLOCK);
+  Run run{block * BLOCK, 0, nullptr, 0};
+  for (; run.at < end; run.at += run.n) {
+    run = run_at(w, block, run.at, end, room);
+    auto move = [&](int i, int n) {
+      const int64_t at = run.at + i;
+      prefetch<128, 3>(t, at, n);
+      const Coordinates<large> c(rule, t, flip, run, i, n);
+      V nominal = c.momentum[0] * weights[0];
+      nominal += c.momentum[1] * weights[1];
+      nominal += c.momentum[2] * weights[2];
+      if (kept != 1) nominal = c.grad * nominal < 0 ? nominal * kept : nominal;
+      nominal *= inverse_root(c.second + EPS);
+      V value = c.param - nominal * t.scale;
+      if (t.decay != 0) value -= c.param * t.decay;
+      if (mode == WRITE) {
+        store(t.param + at, value, n);
+        store(t.exp_avg_sq + at, c.second, n);
+        for (int k = 0; k < 3; k++) store(t.exp_avg + k * t.size + at, c.momentum[k], n);
+      } else {  // the zeros beyond the last coordinate stay zeros
+        const V size = value > 0 ? value : -value;
+        const V moments = c.second + c.momentum[0] + c.momentum[1] + c.momentum[2];
+        spoiled += (size < t.limit ? V{} : each(1)) + moments * 0.0f;
+        const V change = value - c.param;
+        change_squares += change * change;
+        nominal_squares += nominal * nominal;
+      }
+    };
+    int i = 0;
+    for (; i + LANES <= run.n; i += LANES) move(i, LANES);
+    if (i < run.n) move(i, run.n - i);
+  }
+  if (mode == WRITE) return;
+  w.finite[block] = sum(spoiled) == 0;
+  w.squares[2 * block] = sum(change_squares);
+  w.squares[2 * block + 1] = sum(nominal_squares);
+}
+
+template <Mode mode>
+void move_block(Work& w, int64_t block) {
+  w.large ? move_block<mode, true>(w, block) : move_block<mode, false>(w, block);
+}
+
+// All passes over one tensor, by a whole team: every member runs this, with the same Work.
+void move(Team& team, int member, Work& w, const Item& item) {
+  const Rule& rule = w.rule;
+  team.once([&] { w.begin(item); });
+  if (w.fan_in > BLOCK) team.each(member, item.geometry.rows, [&](int64_t row) { average_long_row(w, row); });
+  auto finish_sums = [&] {
+    w.large = leaves_range(w);
+    if (!w.large) schedule(w, item.geometry.shape);
+  };
+  team.each(member, w.blocks, [&](int64_t i) { sum_block<false>(w, i); }, finish_sums);
+  if (w.large) {
+    auto finish = [&] { schedule(w, item.geometry.shape); };
+    team.each(member, w.blocks, [&](int64_t i) { sum_block<true>(w, i); }, finish);
+  }
+  bool skip = false;
+  if (rule.measure || (rule.safeguard && !w.proven)) {
+    team.each(member, w.blocks, [&](int64_t i) { move_block<LOOK>(w, i); });
+    skip = rule.safeguard && !std::all_of(w.finite.begin(), w.finite.end(), [](uint8_t ok) { return ok; });
+  }
+  auto finish = [&] {
+    count_step(rule, w.tensor, skip);
+    for (int64_t i = 0; rule.measure && !skip && i < 2 * w.blocks; i++) item.squares[i % 2] += w.squares[i];
+  };
+  // Backwards: the last blocks still lie in the cache.
+  team.each_backwards(member, skip ? 0 : w.blocks, [&](int64_t i) { move_block<WRITE>(w, i); }, finish);
+}
+
+}  // namespace
+
+extern "C" const int64_t scheduled_layout[] = {sizeof(Rule), sizeof(Geometry)};
+
+// Moves `count` tensors; with `measure` adds up the squares of change and nominal term, 2 for each tensor.
+extern "C" int32_t scheduled_step(const Rule* rule, void* const* addresses, const float* scalars, double* squares,
+                                  const Geometry* geometries, int64_t count) {
+  return outcome_of([&] {
+    std::vector<Item> items;
+    items.reserve(count);
+    for (int64_t i = 0; i < count; i++) {
+      const Geometry& g = geometries[i];
+      items.push_back({tensor_at(*rule, addresses, scalars, g.size, g.limit, i, count), g, squares + 2 * i});
+    }
+    step_all<Work>(*rule, items);
+  });
+}

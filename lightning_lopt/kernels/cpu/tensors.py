@@ -1,0 +1,220 @@
+"""Kernels in C++ that move all tensors of a step in one call: what they are given, and the checks before it.
+
+C++ gets addresses. So each step compares shape, dtype, strides and device of parameters, gradients and states with what
+the addresses will be taken for. Comparing everything at once with what the last step saw makes this cheap: tensors are
+looked at one by one only where something has changed. No tensor is kept from one step to the next.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import operator
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_lopt.kernels import Squares, WorkItem
+from lightning_lopt.kernels.mismatch import TensorMismatch, check_shapes, is_plain, plain
+from lightning_lopt.rules import UpdateRule
+
+# Values from here on are rounded to inf.
+LIMITS = {torch.float32: float("inf"), torch.bfloat16: (2 - 2**-8) * 2.0**127, torch.float16: 65520.0}
+STEP_TYPES = (torch.float32, torch.float64, torch.int64)  # in the order of step.h's StepType
+COUNTERS = ("skipped", "skipped_in_row")  # of the safeguard
+OUT_OF_MEMORY = 1  # step.h's Outcome
+
+_shape, _dtype, _on_cpu = attrgetter("shape"), attrgetter("dtype"), attrgetter("is_cpu")
+
+
+class Common(ctypes.Structure):
+    """As in step.h."""
+
+    _fields_ = [
+        ("momentum", ctypes.c_float * 3),
+        ("rms", ctypes.c_float),
+        ("nominal", ctypes.c_float),
+        ("num_steps", ctypes.c_float),
+        ("step_type", ctypes.c_int32),
+        ("safeguard", ctypes.c_int32),
+        ("measure", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+    ]
+
+
+class _Table(NamedTuple):
+    """What was found out about the tensors of a step. It holds for later steps with the same `seen` and `counters`."""
+
+    seen: Any
+    counters: list[Tensor]  # the states' scalars, all with the dtypes that C++ takes them for
+    copied: tuple[int, ...]  # which of parameters and gradients are not plain float32: C++ gets copies of them
+    geometries: bytes
+    step_type: int
+
+
+class TensorKernel:
+    """See `kernels.Kernel`. A subclass knows its rule's structs and what C++ must know of a shape."""
+
+    moments: ClassVar[tuple[str, ...]]  # fields of the state that C++ reads and writes, float32
+    squares_per_tensor: ClassVar[int]
+
+    def __init__(self, rule: UpdateRule, function: Any) -> None:
+        self.rule = rule
+        self.function: Callable[..., int] = function
+        function.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64]
+        function.restype = ctypes.c_int32
+        self._table: _Table | None = None
+        self._packed: tuple[Mapping[str, Tensor], Any] | None = None
+        self._shapes: dict[torch.Size, dict[str, torch.Size]] = {}  # parameter's shape -> those of its state
+
+    def refuses(self, param: Tensor) -> str | None:
+        """Anything but strided float32, bfloat16 and float16."""
+        if type(param) is not torch.nn.Parameter and type(param) is not Tensor:
+            return f"the kernel takes plain tensors, not {type(param).__name__}"
+        if param.dtype not in LIMITS:
+            return f"the kernel computes in float32, and there are {param.dtype} parameters"
+        return None
+
+    def step(
+        self,
+        parts: Sequence[WorkItem],
+        meta_params: Mapping[str, Tensor],
+        num_steps: int | None,
+        num_tensors: int | None = None,
+        *,
+        safeguard: bool,
+        measure: bool,
+    ) -> Squares | None:
+        """See `Kernel`."""
+        params, grads, states, scales, decays, maximize = zip(*parts, strict=True)
+        names = ("step", *COUNTERS) if safeguard else ("step",)
+        counters = [state[name] for name in names for state in states]
+        counter_addresses = array("q", map(Tensor.data_ptr, counters))
+        tensors = self._arrays(params, grads, states)
+        table, seen = self._table, (counter_addresses, num_tensors, _layouts(tensors, len(params)))
+        if table is None or table.seen != seen or not all(map(operator.is_, table.counters, counters)):
+            table = self._table = self._new_table(parts, names, counters, seen)
+            tensors = self._arrays(params, grads, states)
+        for index in table.copied:
+            tensors[index] = plain(tensors[index])
+
+        rule = self._settings(meta_params)
+        rule.num_steps = 0 if num_steps is None else num_steps
+        rule.step_type, rule.safeguard, rule.measure = table.step_type, safeguard, measure
+        rule.threads = torch.get_num_threads()
+        addresses = array("q", map(Tensor.data_ptr, tensors)) + counter_addresses
+        scalars = array("f", map(float, (*scales, *decays)))
+        scalars.extend([-1.0 if ascend else 1.0 for ascend in maximize])
+        squares = array("d", bytes(8 * self.squares_per_tensor * len(parts) if measure else 0))
+        arrays = [values.buffer_info()[0] for values in (addresses, scalars, squares)]
+        _raise(self.function(ctypes.addressof(rule), *arrays, table.geometries, len(parts)))
+
+        written_back = {index for index in table.copied if index < len(params)}
+        for index in written_back:
+            params[index].copy_(tensors[index])
+        _tell_autograd([param for index, param in enumerate(params) if index not in written_back])
+        return self.total_squares(squares) if measure else None
+
+    def pack(self, meta_params: Mapping[str, Tensor]) -> Any:
+        """The rule as C++ reads it: a struct that begins with `Common`."""
+        raise NotImplementedError
+
+    def geometry(self, param: Tensor, num_tensors: int | None) -> bytes:
+        """What C++ knows of a parameter beside its addresses."""
+        raise NotImplementedError
+
+    def total_squares(self, squares: array[float]) -> Squares:
+        """The squares of a step from those of its tensors, `squares_per_tensor` each."""
+        raise NotImplementedError
+
+    def _arrays(
+        self, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]]
+    ) -> list[Tensor]:
+        """All that C++ takes for arrays of a tensor's size, in the order of `columns_of`."""
+        return [*params, *grads, *[state[name] for name in self.moments for state in states]]
+
+    def _new_table(
+        self, parts: Sequence[WorkItem], names: Sequence[str], counters: list[Tensor], seen: tuple[Any, ...]
+    ) -> _Table:
+        """Look at every tensor. States that hold the right numbers in another form are converted."""
+        for item in parts:
+            self._check(item, names)
+        num_tensors = seen[1]
+        geometries = b"".join(self.geometry(item.param, num_tensors) for item in parts)
+        given = [item.param for item in parts] + [item.grad for item in parts]
+        copied = tuple(index for index, tensor in enumerate(given) if not is_plain(tensor))
+        return _Table(seen, counters, copied, geometries, _only_type(parts))
+
+    def _check(self, item: WorkItem, names: Sequence[str]) -> None:
+        param, state = item.param, item.state
+        if param.shape not in self._shapes:
+            made = self.rule.init_state(torch.empty(param.shape, dtype=torch.float32, device="meta"))
+            self._shapes[param.shape] = {name: getattr(made, name).shape for name in self.moments}
+        scalars = {name: torch.Size() for name in names}
+        check_shapes(item, {**self._shapes[param.shape], **scalars})
+        for name in self.moments:
+            state[name] = plain(state[name])  # loaded by other means, maybe
+        for name in names:
+            allowed = STEP_TYPES if name == "step" else (torch.int64,)
+            if state[name].dtype not in allowed:
+                expected = " or ".join(map(str, allowed))
+                raise TensorMismatch(param, f"The state {name!r} is {state[name].dtype}", expected)
+
+    def _settings(self, meta_params: Mapping[str, Tensor]) -> Any:
+        if self._packed is None or self._packed[0] is not meta_params:
+            self._packed = meta_params, self.pack(meta_params)
+        return self._packed[1]
+
+
+def columns_of(moments: Iterable[str]) -> str:
+    """The macro that names the order of addresses for step.h."""
+    names = ("param", "grad", *moments, "step", *COUNTERS)
+    return f"COLUMNS={','.join(name.upper() for name in names)}"
+
+
+def check_layout(library: ctypes.CDLL, name: str, *sizes: int) -> None:
+    """Raise a RuntimeError unless Python and C++ agree about the sizes of the structs that they share."""
+    found = tuple((ctypes.c_int64 * len(sizes)).in_dll(library, name))
+    if found != sizes:
+        raise RuntimeError(f"{name}: C++ has structs of {found} bytes, Python of {sizes}; mend the one that is wrong.")
+
+
+def _layouts(tensors: Sequence[Tensor], count: int) -> tuple[list[Any], ...]:
+    """All that must not change unnoticed, but for addresses; the tensors are `count` parameters, gradients, moments."""
+    return (
+        list(map(_shape, tensors)),
+        list(map(_dtype, tensors)),
+        list(map(Tensor.is_contiguous, tensors)),
+        list(map(Tensor.is_neg, tensors[: 2 * count])),
+        list(map(_on_cpu, tensors[count:])),
+    )
+
+
+def _only_type(parts: Sequence[WorkItem]) -> int:
+    """The number of the dtype that all step counters have."""
+    first = parts[0].state["step"].dtype
+    for item in parts:
+        if (dtype := item.state["step"].dtype) is not first:
+            raise TensorMismatch(item.param, f"The state 'step' is {dtype}", f"{first}, as of other parameters")
+    return STEP_TYPES.index(first)
+
+
+def _raise(outcome: int) -> None:
+    if outcome == OUT_OF_MEMORY:
+        raise MemoryError("There is not enough memory for the optimizer's step. No parameter and no state has changed.")
+    if outcome:
+        raise RuntimeError("The optimizer's step failed in C++. backend='reference' takes it without C++.")
+
+
+def _tell_autograd(params: Sequence[Tensor]) -> None:
+    """Say that parameters have changed, as any step in torch does."""
+    increment: Callable[[Any], None] = torch.autograd.graph.increment_version
+    try:
+        increment(params)
+    except (TypeError, RuntimeError):  # torch before 2.6 takes one at a time, and no inference tensors
+        for param in params:
+            if not param.is_inference():
+                increment(param)

@@ -1,0 +1,96 @@
+"""A step by fused kernels: which tensors have one, and one call for all that go together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from lightning_lopt import kernels
+from lightning_lopt.kernels import Kernel, WorkItem
+from lightning_lopt.optimizer.gradients import dense_gradient
+from lightning_lopt.optimizer.groups import MovingTensor, lr_and_decay
+from lightning_lopt.optimizer.metrics import Totals
+from lightning_lopt.optimizer.runtime import Runtime
+from lightning_lopt.optimizer.states import TensorStates
+from lightning_lopt.rules import UpdateRule
+
+# (device, number of tensors that the net trains) -> the kernel and its work items
+Calls = dict[tuple[torch.device, int], tuple[Kernel, list[WorkItem]]]
+
+
+class KernelChoice:
+    """Which parameters a kernel moves.
+
+    Args:
+        rule: the update rule.
+        runtime: has the kernels.
+        must_exist: refuse parameters without a kernel: backend="fused".
+        name: what to call a parameter in an error.
+    """
+
+    def __init__(self, rule: UpdateRule, runtime: Runtime, *, must_exist: bool, name: Callable[[Tensor], str]) -> None:
+        self.rule = rule
+        self.runtime = runtime
+        self.must_exist = must_exist
+        self.name = name
+
+    def of(self, param: Tensor) -> Kernel | None:
+        """The kernel that moves a parameter; None where the rule itself does, which is warned of or refused."""
+        found = self.runtime.kernel(self.rule, param.device.type)
+        if isinstance(found, str):
+            why = found
+        else:
+            refused = found.refuses(param)
+            if refused is None:
+                return found
+            why = refused
+        if self.must_exist:
+            raise ValueError(f"backend='fused' is missing for {self.name(param)}: {why}. Use 'auto' or 'reference'.")
+        if not kernels.exists(self.rule, param.device.type):
+            return None
+        kernels.warn_once(why)
+        return self.runtime.eager_kernel(self.rule, param) if isinstance(found, str) else None
+
+    def is_fused(self, param: Tensor) -> bool:
+        """Whether a compiled kernel moves a parameter; eager code does not count."""
+        return self.of(param) is not None and not isinstance(self.runtime.kernel(self.rule, param.device.type), str)
+
+
+def split(
+    tensors: Iterable[MovingTensor], choice: KernelChoice, states: TensorStates
+) -> tuple[Calls, list[MovingTensor]]:
+    """The calls of kernels that a step needs, and the tensors that the rule itself moves."""
+    calls: Calls = {}
+    others = []
+    last = None
+    for tensor in tensors:  # hot loop: keep it short
+        param, group, num_tensors = tensor
+        kernel = choice.of(param)
+        if kernel is None:
+            others.append(tensor)
+            continue
+        if group is not last:
+            _, scale, decay = lr_and_decay(group)
+            last = group
+        # Kernels may count in float32 still; see `states.STEP_DTYPE`.
+        state = states.flat(param, getattr(kernel, "step_dtype", torch.float32))
+        item = WorkItem(param, dense_gradient(param), state, scale, decay, group["maximize"])
+        calls.setdefault((param.device, num_tensors), (kernel, []))[1].append(item)
+    return calls, others
+
+
+def run(calls: Calls, runtime: Runtime, totals: Totals | None, *, safeguard: bool) -> None:
+    """Move the tensors of all calls, and their states with them."""
+    for (device, num_tensors), (kernel, items) in calls.items():
+        squares = kernel.step(
+            items,
+            runtime.meta_params(device, torch.float32),
+            runtime.num_steps,
+            num_tensors,
+            safeguard=safeguard,
+            measure=totals is not None,
+        )
+        if totals is not None and squares is not None:
+            totals.add_squares(sum(item.param.numel() for item in items), *squares)
