@@ -39,13 +39,12 @@ def test_resnet20_has_the_published_size():
 
 def test_a_case_is_measured_drawn_and_compared_with_itself(tmp_path):
     steps = script("steps")
-    without = [
-        label for label in steps.contenders(steps.new_params([(3, 2)])) if label not in ("AdamW foreach", "STAR")
-    ]
+    kept = ("AdamW foreach", "star")
+    without = [label for label in steps.contenders(steps.new_params([(3, 2)])) if label not in kept]
     rows = steps.measure("tiny", [(30, 20), (20,)], 2, time.process_time, without)
     assert [(row["optimizer"], row["parameters"], row["tensors"]) for row in rows] == [
         ("AdamW foreach", 620, 2),
-        ("STAR", 620, 2),
+        ("star", 620, 2),
     ]
     assert rows[0]["ratio"] == 1.0
     assert rows[0]["lowest ratio"] <= rows[0]["ratio"] <= rows[0]["highest ratio"]
@@ -54,7 +53,7 @@ def test_a_case_is_measured_drawn_and_compared_with_itself(tmp_path):
     training = script("training")
     row = training.measure("mlp", 4, 1, 1, time.process_time)
     assert row["parameters"] == 118_282
-    for label in ("STAR", "bundled"):
+    for label in ("star",):
         assert row[f"{label} lowest"] == row[f"{label} ratio"] == row[f"{label} highest"]
     training.draw([row], tmp_path / "training.png")
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")

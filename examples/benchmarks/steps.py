@@ -3,7 +3,7 @@
     python examples/benchmarks/steps.py                                   # networks' shapes: steps.csv, steps.png
     python examples/benchmarks/steps.py --cases mlp1M resnet20 --rounds 9
     python examples/benchmarks/steps.py --cases grow                      # 1e4 to 1e7 parameters in 8 tensors
-    python examples/benchmarks/steps.py --cases "grow 1e+08" --rounds 5 --without "STAR reference"    # 20 GB of memory
+    python examples/benchmarks/steps.py --cases "grow 1e+08" --rounds 5 --without "STAR (paper), reference"    # 20 GB
     python examples/benchmarks/steps.py --cases split                     # 1e6 parameters in 1 to 1000 tensors
 
 All optimizers of a case take turns; a figure is the median over rounds, a ratio the median of the rounds' ratios to
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 import lightning_lopt as lopt
-from lightning_lopt.kernels import eager
+from lightning_lopt import kernels
 
 
 def dense(*widths):
@@ -60,18 +60,18 @@ CASES = {
     **{f"grow {n:g}": 8 * [(round((n / 8) ** 0.5),) * 2] for n in (1e4, 1e5, 1e6, 1e7)},
     **{f"split {t}": t * [(round(1e6 / t / 32), 32)] for t in (1, 10, 100, 1000)},
 }
-SLOW = ("STAR eager", "bundled star, eager", "STAR reference")  # a step a round
+SLOW = ("star, eager", "STAR (paper), reference")  # a step a round
 LARGE = {"grow 1e+08": 8 * [(3536, 3536)]}  # 2 GB of memory for each optimizer
 
 
 def contenders(params):
     """name -> a function that makes the optimizer."""
-    star = lopt.rules.make("star", nominal_stepsize=1e-2)
-    scheduled = lopt.load_rule("star")  # the flagship: a schedule, and no network
+    paper = lopt.rules.make("star", nominal_stepsize=1e-2)
+    star = lopt.load_rule("star")
 
     def in_eager(rule):  # as where there is no compiler
         optimizer = lopt.RuleOptimizer(params, rule, safeguard=True, num_steps=1000)
-        optimizer._runtime._kernels["cpu"] = eager.find(rule)
+        optimizer._runtime._kernels["cpu"] = kernels.find_fallback(rule, "cpu")
         return optimizer
 
     torch_optimizers = {
@@ -80,11 +80,9 @@ def contenders(params):
         "AdamW fused": lambda: torch.optim.AdamW(params, fused=True),
         "SGD momentum": lambda: torch.optim.SGD(params, lr=1e-3, momentum=0.9),
         "Adafactor": lambda: torch.optim.Adafactor(params),
-        "STAR": lambda: lopt.RuleOptimizer(params, star, safeguard=True),
-        "bundled star": lambda: lopt.RuleOptimizer(params, scheduled, safeguard=True, num_steps=1000),
-        "STAR eager": lambda: in_eager(star),
-        "bundled star, eager": lambda: in_eager(scheduled),
-        "STAR reference": lambda: lopt.RuleOptimizer(params, star, safeguard=True, backend="reference"),
+        "star": lambda: lopt.RuleOptimizer(params, star, safeguard=True, num_steps=1000),
+        "star, eager": lambda: in_eager(star),
+        "STAR (paper), reference": lambda: lopt.RuleOptimizer(params, paper, safeguard=True, backend="reference"),
     }
     if hasattr(torch.optim, "Muon") and all(p.dim() == 2 for p in params):  # Muon takes matrices alone
         torch_optimizers["Muon"] = lambda: torch.optim.Muon(params)
@@ -174,7 +172,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default = [name for name in CASES if not name.startswith(("grow", "split"))]
     parser.add_argument("--cases", nargs="+", default=default, help=f"of {[*CASES, *LARGE]}, or 'grow', 'split'")
-    parser.add_argument("--without", nargs="*", default=[], help="optimizers to leave out, e.g. 'STAR reference'")
+    parser.add_argument("--without", nargs="*", default=[], help="optimizers to leave out, e.g. 'star, eager'")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", default="steps", help="of .csv and .png")

@@ -1,5 +1,4 @@
-"""CPU time of whole training steps (forward, backward, optimizer) with STAR and with the bundled `star`, relative to
-AdamW (foreach).
+"""CPU time of whole training steps (forward, backward, optimizer) with the bundled `star`, relative to AdamW (foreach).
 
     python examples/benchmarks/training.py                                # MLP, ResNet-18 at 32 px, a 3.7M transformer
     python examples/benchmarks/training.py --models resnet50 gpt2 vit --batch 1 --rounds 5    # ten minutes, 12 GB
@@ -117,7 +116,7 @@ MODELS = {  # name -> (network, batch -> data, usual batch)
 def measure(name, batch, rounds, repeats, clock):
     make, data, usual = MODELS[name]
     inputs, targets = data(batch or usual)
-    rules = {"STAR": lopt.rules.make("star", nominal_stepsize=1e-3), "bundled": lopt.load_rule("star")}
+    rules = {"star": lopt.load_rule("star")}
     runs = {}
     for label in ("AdamW", *rules):
         torch.manual_seed(0)
@@ -141,8 +140,8 @@ def measure(name, batch, rounds, repeats, clock):
     for number in range(rounds + 1):  # the first round creates the state
         for label, run in runs.items():
             seconds[label] += [step(*run)] if number else [step(*run)][:0]
-    count = sum(p.numel() for p in runs["STAR"][0].parameters())
-    row = {"model": name, "parameters": count, "batch": batch or usual, "backend": runs["STAR"][1].backend}
+    count = sum(p.numel() for p in runs["star"][0].parameters())
+    row = {"model": name, "parameters": count, "batch": batch or usual, "backend": runs["star"][1].backend}
     row |= {f"{label} ms": 1e3 * statistics.median(values) for label, values in seconds.items()}
     for label in rules:
         ratios = sorted(a / b for a, b in zip(seconds[label], seconds["AdamW"], strict=True))
@@ -162,7 +161,7 @@ def draw(rows, path):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(max(4, 1.4 * len(rows)), 3.5), layout="constrained")
-    for shift, label in ((-0.08, "STAR"), (0.08, "bundled")):
+    for shift, label in ((0, "star"),):
         low, middle, high = ([row[f"{label} {key}"] for row in rows] for key in ("lowest", "ratio", "highest"))
         spread = [[m - a for m, a in zip(middle, low, strict=True)], [b - m for m, b in zip(middle, high, strict=True)]]
         axes.errorbar([i + shift for i in range(len(rows))], middle, spread, fmt="o", label=label)

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from lightning_lopt.rules import UpdateRule
@@ -48,6 +49,8 @@ class Squares(NamedTuple):
 
 class Kernel(Protocol):
     """A fused implementation of one rule on one type of device; each optimizer has its own, which may keep tables."""
+
+    step_dtype: torch.dtype  # of the states' "step", which counts updates
 
     def refuses(self, param: Tensor) -> str | None:
         """Why the rule itself must move this parameter (dtype, sharding), None if the kernel can. Cheap."""

@@ -21,7 +21,7 @@ def check_marker(state_dict: dict[str, Any], kind: str) -> None:
     if None in kinds:
         raise ValueError(
             "This is the state of another optimizer (its groups have no 'lopt_kind'), whose moments mean nothing to a "
-            "learned optimizer. Load only the model's weights, or continue with the optimizer that was saved."
+            "learned optimizer. Load the model's weights alone, or continue with the optimizer that was saved."
         )
     if kinds != {kind} and kinds:
         raise ValueError(

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from lightning_lopt.rules import compute_dtype
 
 
-def descent(param: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def descent(param: Tensor, grad: Tensor, *, maximize: bool) -> tuple[Tensor, Tensor]:
     """A parameter's value and the gradient to descend, in the dtype of the arithmetic."""
     dtype = compute_dtype(param.dtype)
-    grad = dense_gradient(param).to(dtype)
-    return param.to(dtype), -grad if group["maximize"] else grad
+    grad = grad.to(dtype)
+    return param.to(dtype), -grad if maximize else grad
 
 
 def check_real(param: Tensor) -> None:
@@ -26,14 +24,12 @@ def check_real(param: Tensor) -> None:
         )
 
 
-def dense_gradient(param: Tensor) -> Tensor:
-    """The gradient of a parameter that has one; a RuntimeError if it is sparse."""
-    grad = param.grad
-    assert grad is not None  # the caller has checked
+def dense(grad: Tensor) -> Tensor:
+    """A gradient as rules and kernels take it; a RuntimeError if it is sparse."""
     if grad.layout != torch.strided:
         raise RuntimeError(
-            f"The gradient of a parameter of shape {tuple(param.shape)} is {grad.layout}; update rules take dense "
+            f"The gradient of a parameter of shape {tuple(grad.shape)} is {grad.layout}; update rules take dense "
             "gradients. Use nn.Embedding(sparse=False), or give these parameters torch.optim.SparseAdam and manual "
             "optimization."
         )
-    return grad.resolve_neg()  # kernels read memory, where a lazy sign is missing
+    return grad.resolve_neg() if grad.is_neg() else grad  # kernels read memory, where a lazy sign is missing

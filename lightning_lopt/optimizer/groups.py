@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.nn.parameter import is_lazy
+
+from lightning_lopt.optimizer.gradients import dense
 
 Group = dict[str, Any]
 
@@ -21,12 +23,19 @@ class MovingTensor(NamedTuple):
     """A parameter that has a gradient in this step."""
 
     param: Tensor
+    grad: Tensor  # dense
+    state: dict[str, Tensor]  # empty before the first step
     group: Group
     num_tensors: int  # see `RuleOptimizer`
 
 
-def moving_tensors(groups: Iterable[Group]) -> list[MovingTensor]:
-    """The parameters that have a gradient; those that move for the first time get their number of tensors."""
+def moving_tensors(groups: Iterable[Group], states: Mapping[Tensor, dict[str, Tensor]]) -> list[MovingTensor]:
+    """The parameters that have a gradient; those that move for the first time get their number of tensors.
+
+    Args:
+        groups: the optimizer's `param_groups`.
+        states: its `state`.
+    """
     groups = list(groups)
     moving = []
     count = None
@@ -36,12 +45,13 @@ def moving_tensors(groups: Iterable[Group]) -> list[MovingTensor]:
         if len(numbers) != len(params):  # a group that is new, or whose list of parameters was changed by hand
             group[NUM_TENSORS] = numbers = [None] * len(params)
         for index, param in enumerate(params):
-            if param.grad is None or not param.numel():
+            grad = param.grad
+            if grad is None or not param.numel():
                 continue
             if numbers[index] is None:
                 count = count_trainable(groups) if count is None else count
                 numbers[index] = count
-            moving.append(MovingTensor(param, group, numbers[index]))
+            moving.append(MovingTensor(param, dense(grad), states[param], group, numbers[index]))
     return moving
 
 

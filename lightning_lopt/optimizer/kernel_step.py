@@ -9,11 +9,10 @@ from torch import Tensor
 
 from lightning_lopt import kernels
 from lightning_lopt.kernels import Kernel, WorkItem
-from lightning_lopt.optimizer.gradients import dense_gradient
 from lightning_lopt.optimizer.groups import MovingTensor, lr_and_decay
 from lightning_lopt.optimizer.metrics import Totals
 from lightning_lopt.optimizer.runtime import Runtime
-from lightning_lopt.optimizer.states import TensorStates
+from lightning_lopt.optimizer.states import TensorStates, with_step
 from lightning_lopt.rules import UpdateRule
 
 # (device, number of tensors that the net trains) -> the kernel and its work items
@@ -58,15 +57,13 @@ class KernelChoice:
         return self.of(param) is not None and not isinstance(self.runtime.kernel(self.rule, param.device.type), str)
 
 
-def split(
-    tensors: Iterable[MovingTensor], choice: KernelChoice, states: TensorStates
-) -> tuple[Calls, list[MovingTensor]]:
+def split(tensors: Iterable[MovingTensor], choice: KernelChoice) -> tuple[Calls, list[MovingTensor]]:
     """The calls of kernels that a step needs, and the tensors that the rule itself moves."""
     calls: Calls = {}
     others = []
     last = None
     for tensor in tensors:  # hot loop: keep it short
-        param, group, num_tensors = tensor
+        param, grad, _, group, num_tensors = tensor
         kernel = choice.of(param)
         if kernel is None:
             others.append(tensor)
@@ -74,23 +71,35 @@ def split(
         if group is not last:
             _, scale, decay = lr_and_decay(group)
             last = group
-        # Kernels may count in float32 still; see `states.STEP_DTYPE`.
-        state = states.flat(param, getattr(kernel, "step_dtype", torch.float32))
-        item = WorkItem(param, dense_gradient(param), state, scale, decay, group["maximize"])
+        state = with_step(tensor, kernel.step_dtype)
+        item = WorkItem(param, grad, state, scale, decay, group["maximize"])
         calls.setdefault((param.device, num_tensors), (kernel, []))[1].append(item)
     return calls, others
 
 
-def run(calls: Calls, runtime: Runtime, totals: Totals | None, *, safeguard: bool) -> None:
-    """Move the tensors of all calls, and their states with them."""
+def run(calls: Calls, states: TensorStates, totals: Totals | None, name: Callable[[Tensor], str]) -> None:
+    """Move the tensors of all calls, and their states with them.
+
+    Args:
+        calls: of the kernels.
+        states: of the tensors.
+        totals: sums of what the tensors do, in a step that is measured.
+        name: what to call a parameter in an error.
+    """
+    runtime = states.runtime
     for (device, num_tensors), (kernel, items) in calls.items():
-        squares = kernel.step(
-            items,
-            runtime.meta_params(device, torch.float32),
-            runtime.num_steps,
-            num_tensors,
-            safeguard=safeguard,
-            measure=totals is not None,
-        )
+        try:
+            squares = kernel.step(
+                items,
+                runtime.meta_params(device, torch.float32),
+                runtime.num_steps,
+                num_tensors,
+                safeguard=states.safeguard,
+                measure=totals is not None,
+            )
+        except (RuntimeError, KeyError):  # a kernel knows no names: say which tensor it is, where that is the reason
+            for item in items:
+                states.check(item.param, item.grad, item.state, name)
+            raise
         if totals is not None and squares is not None:
             totals.add_squares(sum(item.param.numel() for item in items), *squares)

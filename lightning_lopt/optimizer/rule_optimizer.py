@@ -186,7 +186,7 @@ class RuleOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 value = closure()
-        moving = moving_tensors(self.param_groups)
+        moving = moving_tensors(self.param_groups, self.state)
         if moving:
             with constants.keeping(self._runtime.constants):
                 self._move(moving, self._loss(loss, value))
@@ -201,12 +201,14 @@ class RuleOptimizer(Optimizer):
         runtime.read_meta_params(self.rule)
         totals = Totals() if runtime.measure_next else None
         trust = self._trust().observe(loss) if self.safeguard == "fallback" and loss is not None else None
-        states = TensorStates(self.state, self.rule, runtime, safeguard=bool(self.safeguard))
-        ready = states.prepare(moving, self._name)
+        states = TensorStates(self.rule, runtime, safeguard=bool(self.safeguard))
+        ready = states.prepare(moving)
         calls: kernel_step.Calls = {}
         by_rule = ready
         if trust is None and self._backend != "reference" and not self.rule.needs_shared_context:
-            calls, by_rule = kernel_step.split(ready, self._kernels(), states)
+            calls, by_rule = kernel_step.split(ready, self._kernels())
+        for param, grad, state, *_ in by_rule:  # before anything is written; kernels check theirs on their own
+            states.check(param, grad, state, self._name)
         RuleStep(
             self.rule,
             states,
@@ -216,7 +218,7 @@ class RuleOptimizer(Optimizer):
             totals=totals,
             name=lambda param: runtime.name(param, self.param_groups),
         ).move(by_rule)
-        kernel_step.run(calls, runtime, totals, safeguard=states.safeguard)
+        kernel_step.run(calls, states, totals, self._name)
         if totals is not None:
             fallback = None if trust is None else trust.fallback
             runtime.metrics = totals.result(self._counts("skipped"), fallback)

@@ -14,7 +14,7 @@ from lightning_lopt.optimizer.gradients import descent
 from lightning_lopt.optimizer.groups import MovingTensor, lr_and_decay
 from lightning_lopt.optimizer.metrics import Totals
 from lightning_lopt.optimizer.sharding import DTensorShard, tensor_scope
-from lightning_lopt.optimizer.states import TensorStates
+from lightning_lopt.optimizer.states import TensorStates, with_step
 from lightning_lopt.optimizer.step import ProposedStep, take, take_together
 from lightning_lopt.optimizer.trust_band import TrustBand
 from lightning_lopt.rules import StepContext, UpdateRule
@@ -80,13 +80,13 @@ class RuleStep:
         grads: dict[str, Tensor] = {}
         states: dict[str, Any] = {}
         counts = []
-        for number, (param, group, _) in enumerate(tensors):
+        for number, tensor in enumerate(tensors):
             key = str(number)
-            params[key] = param
-            with tensor_scope(param):
-                values[key], grads[key] = descent(param, group)
-            states[key] = self.states.typed(param)
-            counts.append(self.states.flat(param)["step"].to(first.device))
+            params[key] = tensor.param
+            with tensor_scope(tensor.param):
+                values[key], grads[key] = descent(tensor.param, tensor.grad, maximize=tensor.group["maximize"])
+            states[key] = self.states.typed(tensor)
+            counts.append(with_step(tensor)["step"].to(first.device))
         dtype = values["0"].dtype
         meta_params = self.states.runtime.meta_params(first.device, dtype)
         step = torch.stack(counts).max().to(dtype)
@@ -97,11 +97,11 @@ class RuleStep:
 
     def _propose(self, tensor: MovingTensor, shard: DTensorShard | None = None) -> ProposedStep:
         """What the rule would do with a tensor, or with this process's shard of it."""
-        param, group, num_tensors = tensor
-        value, grad = descent(param, group)
+        param, grad, _, group, num_tensors = tensor
+        value, grad = descent(param, grad, maximize=group["maximize"])
         dtype = value.dtype
-        flat = self.states.flat(param)
-        old = self.states.typed(param)
+        flat = with_step(tensor)
+        old = self.states.typed(tensor)
         start = self.shared_states.get(param, old)
         if shard is not None:
             value = sharding.local_of(value)

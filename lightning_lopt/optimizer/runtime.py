@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_lopt import kernels
 from lightning_lopt.optimizer.metrics import StepMetrics
-from lightning_lopt.rules import UpdateRule
+from lightning_lopt.rules import UpdateRule, compute_dtype
 
 
 class LossSource(Protocol):
@@ -49,7 +49,7 @@ class Runtime:
         self._read: dict[str, Tensor] = {}  # the meta-parameters that these are copies of, as they were
         self._layouts: dict[Any, StateLayout] = {}
         self._kernels: dict[str, kernels.Kernel | str] = {}
-        self._eager_kernel: kernels.Kernel | None = None
+        self._eager_kernels: dict[str, kernels.Kernel | None] = {}
 
     def name(self, param: Tensor, groups: Iterable[dict[str, Any]]) -> str:
         """A parameter's name: what was told, or that of a group that was made with names."""
@@ -72,19 +72,21 @@ class Runtime:
 
     def eager_kernel(self, rule: UpdateRule, param: Tensor) -> kernels.Kernel | None:
         """Faster eager code than the rule's own, if there is any for a parameter."""
-        if self._eager_kernel is None:
-            self._eager_kernel = kernels.find_fallback(rule, param.device.type)
-        if self._eager_kernel is None:
-            return None
-        return None if self._eager_kernel.refuses(param) else self._eager_kernel
+        device_type = param.device.type
+        if device_type not in self._eager_kernels:
+            self._eager_kernels[device_type] = kernels.find_fallback(rule, device_type)
+        found = self._eager_kernels[device_type]
+        return None if found is None or found.refuses(param) else found
 
-    def layout(self, rule: UpdateRule, param: Tensor, dtype: torch.dtype) -> StateLayout:
-        """What the rule's state of a parameter looks like, in this dtype of the arithmetic."""
-        key = (param.shape, dtype)
-        if key not in self._layouts:
-            state = rule.init_state(torch.empty(param.shape, dtype=dtype, device="meta"))
-            self._layouts[key] = StateLayout(type(state), {name: t.shape for name, t in state._asdict().items()})
-        return self._layouts[key]
+    def layout(self, rule: UpdateRule, param: Tensor) -> StateLayout:
+        """What the rule's state of a parameter looks like."""
+        key = (param.shape, param.dtype)
+        found = self._layouts.get(key)
+        if found is None:
+            state = rule.init_state(torch.empty(param.shape, dtype=compute_dtype(param.dtype), device="meta"))
+            found = StateLayout(type(state), {name: t.shape for name, t in state._asdict().items()})
+            self._layouts[key] = found
+        return found
 
     def read_meta_params(self, rule: UpdateRule) -> None:
         """Look, once a step, whether the meta-parameters have changed, and forget what was made of the old ones.
@@ -94,8 +96,7 @@ class Runtime:
         device, so that they are taken anew at each step.
         """
         now = rule.meta_params()
-        same = now.keys() == self._read.keys() and all(_is_same(p, self._read[name]) for name, p in now.items())
-        if not same:
+        if now.keys() != self._read.keys() or not all(map(_is_same, now.values(), self._read.values())):
             self._meta_params.clear()
             self.constants.clear()
             self._read = {name: p.detach().clone() for name, p in now.items()}
@@ -127,6 +128,4 @@ def checked_num_steps(num_steps: Any) -> int | None:
 
 
 def _is_same(param: Tensor, before: Tensor) -> bool:
-    if param.device.type != "cpu" or param.dtype != before.dtype or param.shape != before.shape:
-        return False
-    return torch.equal(param.detach(), before)
+    return param.is_cpu and param.dtype is before.dtype and torch.equal(param, before)

@@ -155,15 +155,15 @@ def changed(change):
 
 
 REFUSED = {
-    "AdamW": (adamw_state, "state of another optimizer.*no 'lopt_kind'.*Load only the model's weights"),
+    "AdamW": (adamw_state, "state of another optimizer.*no 'lopt_kind'.*Load the model's weights alone"),
     "other kind": (
         lambda: changed(lambda s: s["param_groups"][0].update(lopt_kind="lstm")),
         r"rule of kind \['lstm'\], but this optimizer's rule is of kind 'star'",
     ),
     "other shape": (
         lambda: changed(lambda s: s["state"][0].update(exp_avg=torch.zeros(3, 4, 4))),
-        r"State 'exp_avg' of parameter 0 of group 0 \(shape \(4, 3\)\) is of shape \(3, 4, 4\) in the checkpoint, and "
-        r"\(3, 4, 3\) here",
+        r"State 'exp_avg' of parameter 0 of group 0 \(shape \(4, 3\)\) is of shape \(3, 4, 4\) in the checkpoint, but "
+        r"must have shape \(3, 4, 3\)",
     ),
     "missing entry": (
         lambda: changed(lambda s: s["state"][1].pop("diag")),

@@ -6,12 +6,13 @@ import weakref
 import pytest
 import torch
 from contract_table import RULES_UNDER_TEST
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from optimizer_cases import LossRule, assert_equal, parameters, set_gradients, snapshot, star
 from torch import nn
 
 import lightning_lopt as lopt
 from lightning_lopt import RuleOptimizer
-from lightning_lopt.optimizer.gradients import dense_gradient
+from lightning_lopt.optimizer.gradients import dense
 
 
 @pytest.fixture(params=RULES_UNDER_TEST, ids=lambda case: case.kind)
@@ -131,9 +132,7 @@ def test_gradients_that_overlap_in_memory(rule, shape):
 
 def test_kernels_are_given_gradients_whose_memory_has_the_sign():
     """Autograd itself gives such gradients, to real parameters behind conj() of complex numbers."""
-    (param,) = parameters([(4, 3)])
-    param.grad = negative(torch.ones(4, 3))
-    given = dense_gradient(param)
+    given = dense(negative(torch.ones(4, 3)))
     assert not given.is_neg()
     assert torch.equal(given, torch.ones(4, 3))
 
@@ -260,6 +259,13 @@ def test_run_lengths_that_are_allowed(number):
     optimizer = RuleOptimizer(parameters([(2,)]), star())
     optimizer.num_steps = number
     assert optimizer.num_steps is None if number is None else optimizer.num_steps == int(number)
+
+
+def test_a_run_length_set_on_lightnings_wrapper_reaches_the_optimizer():
+    optimizer = RuleOptimizer(parameters([(2,)]), star())
+    wrapper = LightningOptimizer(optimizer)
+    wrapper.num_steps = 12
+    assert (optimizer.num_steps, wrapper.num_steps) == (12, 12)
 
 
 # --- what stays alive

@@ -60,6 +60,7 @@ class TensorKernel:
 
     moments: ClassVar[tuple[str, ...]]  # fields of the state that C++ reads and writes, float32
     squares_per_tensor: ClassVar[int]
+    step_dtype = torch.int64
 
     def __init__(self, rule: UpdateRule, function: Any) -> None:
         self.rule = rule

@@ -173,6 +173,7 @@ class TritonKernel(abc.ABC, Generic[PlanType]):
     """A fused step on the host; see `kernels.Kernel`. Subclasses say what the state holds, and launch the kernels."""
 
     plan_type: type[PlanType]
+    step_dtype = torch.float32
 
     def __init__(self, rule: UpdateRule, terms: Sequence[str]) -> None:
         self.rule = rule

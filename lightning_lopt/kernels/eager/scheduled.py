@@ -82,6 +82,8 @@ class _Multipliers(NamedTuple):
 class EagerScheduled:
     """See `kernels.Kernel`."""
 
+    step_dtype = torch.int64
+
     def __init__(self, rule: Scheduled) -> None:
         self.rule = rule
         self._decays: tuple[Mapping[str, Tensor], feats.Decays] | None = None
