@@ -2,6 +2,7 @@
 # make test       run the whole test suite
 # make lint, types, examples, clean
 # make compat     run the tests that depend on Lightning and torch with every supported version of them
+# make third-party  compare star with the default optimizers of six packages built on Lightning
 #
 # Needs Python >= 3.10, git and make. Variables: PYTHON, VENV, TORCH (e.g. TORCH="torch>=2.4"), JOBS, PYTEST_ARGS.
 
@@ -12,7 +13,7 @@ JOBS ?= 2
 PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types examples compat clean
+.PHONY: demo test lint types examples compat third-party clean
 
 demo: $(VENV)/.installed-demo
 	MPLBACKEND=Agg $(BIN)/python examples/quickstart.py
@@ -39,8 +40,11 @@ examples: $(VENV)/.installed-test
 compat:
 	bash .ci/compat $(COMBINATIONS)
 
+third-party:
+	$(PYTHON) examples/third_party/run.py
+
 clean:
-	rm -rf "$(VENV)" build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf "$(VENV)" .venv-third-party-* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # One pip command, so torch and the package are resolved together. The stamp makes a second call quick. It is written
 # last, so an interrupted installation is repeated.
