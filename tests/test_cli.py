@@ -22,6 +22,7 @@ SHORT = [
         "--trainer.max_steps=2",
         "--trainer.limit_val_batches=1",
         "--model.steps_per_epoch=2",
+        "--model.compiled=false",  # compiling takes longer than all the rest
         "--trainer.accelerator=cpu",
     ),
     *("--model.validation_horizon=3", "--model.validation_seeds=1", "--model.estimator.truncation=2"),

@@ -194,7 +194,7 @@ class LearnedOptimizer(Callback, *_pytorch_lightnings_callback()):  # type: igno
         Example:
             >>> import lightning_lopt as lopt
             >>> lopt.LearnedOptimizer.from_pretrained("star").rule.kind
-            'star'
+            'scheduled'
         """
         rule = load_rule(
             name_or_path,

@@ -234,6 +234,6 @@ def test_no_optimizer_in_a_trainer_of_pytorch_lightning(tmp_path):
 
 def test_a_bundled_rule_by_name(tmp_path):
     runner = strategy_fit(tmp_path, "lopt")
-    assert runner.optimizers[0].rule.kind == "star"
+    assert runner.optimizers[0].rule.kind == "scheduled"
     by_callback = fit(tmp_path, lopt.LearnedOptimizer.from_pretrained("star"))
     assert_equal(weights(runner), weights(by_callback))
