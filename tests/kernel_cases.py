@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from optimizer_cases import set_gradients, snapshot
+from optimizer_cases import set_gradients, snapshot, star
 from torch import Tensor
 
 import lightning_lopt as lopt
@@ -35,7 +35,7 @@ def scheduled(seed: int = 0, **config: Any) -> UpdateRule:
     return rule
 
 
-RULES: dict[str, Callable[[], UpdateRule]] = {"scheduled": scheduled}  # a new C++ kernel adds its rule
+RULES: dict[str, Callable[[], UpdateRule]] = {"scheduled": scheduled, "star": star}  # a new C++ kernel adds its rule
 
 
 def both(

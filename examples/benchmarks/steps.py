@@ -82,6 +82,7 @@ def contenders(params):
         "Adafactor": lambda: torch.optim.Adafactor(params),
         "star": lambda: lopt.RuleOptimizer(params, star, safeguard=True, num_steps=1000),
         "star, eager": lambda: in_eager(star),
+        "STAR (paper)": lambda: lopt.RuleOptimizer(params, paper, safeguard=True),
         "STAR (paper), reference": lambda: lopt.RuleOptimizer(params, paper, safeguard=True, backend="reference"),
     }
     if hasattr(torch.optim, "Muon") and all(p.dim() == 2 for p in params):  # Muon takes matrices alone

@@ -25,6 +25,9 @@ from lightning_lopt.rules import UpdateRule
 MODULES = {
     ("scheduled", "cpu"): "lightning_lopt.kernels.cpu.scheduled",
     ("scheduled", "cuda"): "lightning_lopt.kernels.cuda.scheduled",
+    ("star", "cpu"): "lightning_lopt.kernels.cpu.star",
+    ("hyperparam", "cpu"): "lightning_lopt.kernels.cpu.star",
+    ("blackbox", "cpu"): "lightning_lopt.kernels.cpu.star",
 }
 FALLBACKS = {("scheduled", "cpu"): "lightning_lopt.kernels.eager.scheduled"}
 

@@ -17,10 +17,10 @@ from optimizer_cases import assert_equal, parameters, run, set_gradients, snapsh
 from torch import nn
 
 from lightning_lopt import RuleOptimizer
-from lightning_lopt.kernels.cpu import scheduled, tensors
+from lightning_lopt.kernels.cpu import scheduled, star, tensors
 from lightning_lopt.rules import make
 
-MODULES = {"scheduled": scheduled}
+MODULES = {"scheduled": scheduled, "star": star}
 
 
 @pytest.fixture(params=RULES)
@@ -319,7 +319,7 @@ LIMITS = {torch.float32: 3.4028234e38, torch.bfloat16: 3.3895e38, torch.float16:
 
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 @pytest.mark.parametrize("shape", [(5,), (3, 40000)], ids=str)
-@pytest.mark.parametrize("kind", ["scheduled"])
+@pytest.mark.parametrize("kind", ["scheduled", "hyperparam"])
 def test_values_at_the_end_of_the_range_are_skipped_as_the_reference_does(kind, dtype, shape):
     rule = make(kind, nominal_stepsize=1.0)
     results = []
@@ -395,7 +395,7 @@ def refused(optimizer, limit):
         ),
     ],
 )
-@pytest.mark.parametrize(("kind", "config"), [("scheduled", {"centering_start": 1.0})])
+@pytest.mark.parametrize(("kind", "config"), [("scheduled", {"centering_start": 1.0}), ("star", {})])
 def test_what_the_system_refuses_is_done_without_or_said(kind, config, limit, expected):
     optimizer = RuleOptimizer(parameters([(1000000, 1), (40,)]), make(kind, **config), backend="fused")
     run(optimizer, 1)

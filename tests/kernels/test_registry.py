@@ -34,9 +34,9 @@ def test_a_kind_without_a_kernel():
     assert kernels.exists(rule)
     assert kernels.exists(rule, "cpu")
     assert not kernels.exists(rule, "mps")
-    assert not kernels.exists(paper)
+    assert not kernels.exists(paper, "cuda")
     assert kernels.find(rule, "mps") == "there is no fused kernel for kind 'scheduled' on 'mps'"
-    assert kernels.find(paper, "cpu") == "there is no fused kernel for kind 'star' on 'cpu'"
+    assert kernels.find(paper, "cuda") == "there is no fused kernel for kind 'star' on 'cuda'"
 
 
 def test_a_fallback_is_for_the_class_it_was_written_for():

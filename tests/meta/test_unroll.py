@@ -282,6 +282,8 @@ def test_a_truncation_copies_its_runs_once_and_looks_for_the_kernel_once(monkeyp
 
 FUSED = {
     "scheduled": ("scheduled", {"centering_start": 0.5, "caution_end": 0.5}),
+    "star": ("star", {"step_mult": 1e-2}),
+    "blackbox": ("blackbox", {}),
 }
 
 

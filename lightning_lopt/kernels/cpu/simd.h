@@ -42,6 +42,7 @@ inline void store(float* p, V v, int n) {
   else
     _mm512_mask_storeu_ps(p, first(n), (__m512)v);
 }
+inline V head_of(V v, int n) { return (V)_mm512_maskz_mov_ps(first(n), (__m512)v); }
 #else
 inline V load(const float* p, int n) {
   if (n == LANES) return load(p);
@@ -54,6 +55,10 @@ inline void store(float* p, V v, int n) {
     store(p, v);
   else
     std::memcpy(p, &v, 4 * n);
+}
+inline V head_of(V v, int n) {
+  for (int i = n; i < LANES; i++) v[i] = 0;
+  return v;
 }
 #endif
 
@@ -70,6 +75,10 @@ inline V in_register(V x) { return x; }
 // Arithmetic
 
 inline V each(float x) { return x - V{}; }  // 0 + x would be an addition, because of the sign of zero
+inline V relu(V x) { return x > 0 ? x : V{}; }
+inline V larger(V a, V b) { return a > b ? a : b; }
+inline V smaller(V a, V b) { return a < b ? a : b; }
+inline V magnitude(V a) { return a < 0 ? -a : a; }
 inline V flipped(V x, VI sign_bits) { return (V)((VI)x ^ sign_bits); }
 
 #ifdef __AVX512F__
@@ -82,8 +91,34 @@ inline float sum(V v) {
 }
 #endif
 
-// 1 / sqrt(x) for x > 0, 0 for infinity. AVX-512 has an instruction that does most of it.
+inline V permuted(V table, VI index) {
+#if defined(__clang__)
+  V out;
+  for (int i = 0; i < LANES; i++) out[i] = table[index[i]];
+  return out;
+#else
+  return __builtin_shuffle(table, index);
+#endif
+}
+
+// Polynomial of e^r for |r| <= log(2) / 2.
+inline V power_series(V r) {
+  V e = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  e = e * r + 8.3334519073e-3f;
+  e = e * r + 4.1665795894e-2f;
+  e = e * r + 1.6666665459e-1f;
+  e = e * r + 0.5f;
+  return e * (r * r) + (r + 1.0f);
+}
+
+// e^x = 2^n e^r, and 1 / sqrt(x) for x > 0, 0 for infinity. AVX-512 has instructions that do most of either.
 #ifdef __AVX512F__
+inline V exponential(V x) {
+  V n = (V)_mm512_roundscale_ps((__m512)(x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  V r = x - n * 0.693359375f;
+  return (V)_mm512_scalef_ps((__m512)power_series(r + n * 2.12194440e-4f), (__m512)n);
+}
+
 inline V inverse_root(V x) {
   const V y = (V)_mm512_rsqrt14_ps((__m512)x);
   const V correction = 1.5f - 0.5f * x * y * y;  // a Newton step, from 14 bits to all; NaN where x is infinite
@@ -91,6 +126,19 @@ inline V inverse_root(V x) {
   return (V)_mm512_maskz_mul_ps(finite, (__m512)y, (__m512)correction);
 }
 #else
+inline V exponential(V x) {
+  x = x > 89.0f ? each(89.0f) : x;  // infinity from 88.4 on
+  x = x < -87.0f ? each(-87.0f) : x;
+  V shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;  // 1.5 * 2^23: n is in the low bits
+  V r = x - n * 0.693359375f;
+  VI bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits - (0x4B400000 - 127)) << 23;
+  V power;
+  std::memcpy(&power, &bits, sizeof power);
+  return power_series(r + n * 2.12194440e-4f) * power;
+}
+
 inline V inverse_root(V x) {
   for (int i = 0; i < LANES; i++) x[i] = 1.0f / std::sqrt(x[i]);
   return x;
