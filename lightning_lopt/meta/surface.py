@@ -14,13 +14,17 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.func import vmap
 from torch.quasirandom import SobolEngine
+from torch.utils._pytree import tree_map
 
-from lightning_lopt.meta.unroll import MetaParams, Unroll
+from lightning_lopt.meta.unroll import Inner, MetaParams, Unroll
 from lightning_lopt.rules import UpdateRule
 from lightning_lopt.tasks import Task
 
 FLOOR = 1e-3  # times a task's initial loss: lower losses count as equal
+NUM_VALID = 512  # examples of the validation split that are looked at
+AT_ONCE = 16  # points that are validated at a time
 LAST = 20  # the final loss is the mean over the last 1 / LAST of a run, at least ten steps
 
 
@@ -34,8 +38,9 @@ class Knob(NamedTuple):
 class Scores(NamedTuple):
     """The scores of n points on one task; lower is better."""
 
-    final: Tensor  # (n,) logarithm of the loss at the end
-    mean: Tensor  # (n,) logarithm of the loss averaged over the run
+    final: Tensor  # (n,) logarithm of the training loss at the end
+    mean: Tensor  # (n,) logarithm of the training loss averaged over the run
+    valid: Tensor  # (n,) logarithm of the validation loss at the end
 
 
 def sample(
@@ -86,11 +91,22 @@ def score(
     unroll, horizon = Unroll(rule, task, "raw", tell_horizon=tell), torch.tensor([steps])
     with torch.no_grad():
         inner = unroll.start(generator, horizon, sides=n)
-        _, record = unroll.run(stacked, inner, steps, generator, lambda k: horizon.expand(k), sides=n, batched=True)
-    losses = torch.nan_to_num(record.losses, nan=torch.inf).clamp(max=1e9)
+        inner, record = unroll.run(stacked, inner, steps, generator, lambda k: horizon.expand(k), sides=n, batched=True)
+        valid = _validation_losses(task, inner)
+    losses, valid = (torch.nan_to_num(each, nan=torch.inf).clamp(max=1e9) for each in (record.losses, valid))
     floor = FLOOR * losses[0].mean()
     final, mean = losses[-max(steps // LAST, 10) :].mean(0), losses.mean(0)
-    return Scores(final.clamp(min=floor).log(), mean.clamp(min=floor).log())
+    return Scores(*(each.clamp(min=floor).log() for each in (final, mean, valid)))
+
+
+def _validation_losses(task: Task, inner: Inner) -> Tensor:
+    """(n,) losses of n runs on the same examples of the split "valid", a few runs at a time."""
+    found = []
+    for first in range(0, len(inner.step), AT_ONCE):
+        params, constants = tree_map(lambda t: t[first : first + AT_ONCE], (inner.params, inner.constants))
+        count = len(next(iter(params.values())))
+        found.append(vmap(task.loss)(params, task.eval_batch("valid", constants, count, size=NUM_VALID)))
+    return torch.cat(found)
 
 
 class Surface(NamedTuple):

@@ -234,9 +234,9 @@ class Unroll:
         if self.rule.needs_shared_context:
             shared, states = self.rule.shared_context(meta_params, grads, states, params, context)
             context = context._replace(shared=shared)
-        new_params, new_states = {}, {}
+        new_params, new_states, roles = {}, {}, self.task.roles
         for name, param in params.items():
-            own = context._replace(name=name)
+            own = context._replace(name=name, role=roles.get(name))
             delta, new_states[name] = self.rule.update(meta_params, grads[name], states[name], param, own)
             new_params[name] = param + delta
         return new_params, new_states, loss

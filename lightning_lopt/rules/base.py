@@ -29,6 +29,7 @@ class StepContext(NamedTuple):
     shard: TensorShard | None = None  # the shard that gradient, state and value cover; None for the whole tensor
     in_place: bool = False  # the state's tensors may be overwritten: their old values are not needed
     name: str | None = None  # of the tensor, None if unknown; always given to rules with needs_names
+    role: str | None = None  # of the tensor in the net, one of `matrix.ROLES`; None if unknown
 
 
 ConfigType = TypeVar("ConfigType", bound="RuleConfig")

@@ -6,13 +6,16 @@ There is no network and nothing is learned per parameter. Each step of a tensor 
     m_k     <- b_k m_k + (1 - b_k) g,   v <- b v + (1 - b) g^2                           (k = 1, 2, 3)
     u        = sum_k w_k(t) m_k / sqrt(v + eps)                                          (eq. 21's direction)
     u       <- u (1 - caution(t)) where u g < 0
-    delta    = -nominal_stepsize factor(tensor, t) u
+    u       <- orthogonal matrix nearest to u, at u's root mean square                    (hidden matrices)
+    delta    = -nominal_stepsize factor(tensor, t) u - decay(t) p
 
-with `factor` and the weights w_k from `scheduler`. Three mechanisms are added to the nominal term of STAR (Harrison et
-al. 2022, arXiv 2209.11208): *centering* (Yong et al. 2020, arXiv 2004.01461), *caution* (Liang et al. 2024, arXiv
-2411.16085), and *growth*, which keeps steps relative to a tensor's scale from feeding on themselves.
+with `factor` and the weights w_k from `scheduler`. These are added to the nominal term of STAR (Harrison et al. 2022,
+arXiv 2209.11208): *centering* (Yong et al. 2020, arXiv 2004.01461); *caution* (Liang et al. 2024, arXiv 2411.16085);
+the *orthogonal* step of hidden matrices (Muon, see `matrix`); a decay that goes with the schedule; and three guards for
+steps relative to a tensor's scale, which could feed on themselves: *growth*, *first scale* and a *cap*. Rows of an
+embedding move only in steps that read them.
 
-Twenty-seven readable numbers, the fields of `ScheduledConfig` from `peak` on, fill the 88 meta-parameters (`curves`).
+Readable numbers, the fields of `ScheduledConfig` from `peak` on, fill the meta-parameters (`curves`).
 `examples/recipes/star_scheduler.py` fits the numbers; `MetaTrainer` can train the meta-parameters themselves.
 """
 
@@ -21,17 +24,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lopt.rules import features as feats
-from lightning_lopt.rules import nominal, scheduler
+from lightning_lopt.rules import matrix, nominal, scheduler
 from lightning_lopt.rules.base import RuleConfig, StepContext, UpdateRule, compute_dtype, register
+from lightning_lopt.rules.constants import constant
 from lightning_lopt.rules.shards import TensorShard, means, whole_shape
 
+ROLE_FEATURES = ("hidden", "embedding", "output")  # roles that have a factor of their own; experts count as hidden
 SHAPES = {
     **scheduler.SHAPES,
     "momentum_decays": (3,),  # offsets, see `features.effective_decay`
@@ -39,7 +43,14 @@ SHAPES = {
     "growth": (2,),  # (start, end) exponent
     "centering": (2,),  # (start, end) fraction, see `centered`
     "caution": (2,),  # (start, end) fraction, see `cautious`
+    "orthogonal": (2,),  # (start, end) share of the orthogonal step, see `matrix.orthogonal_step`
+    "roles": (len(ROLE_FEATURES), 2),  # role x (added to the log factor, the same per factor of ten in the fan-in)
+    "first_scale": (1,),  # power of how much smaller than usual a matrix began, see `first_scale`
+    "cap": (1,),  # log of a matrix's largest relative step, see `capped`
+    "decay": (1,),  # what a run takes off a matrix by decay, as a log, if the schedule stayed at its peak
 }
+USUAL = 0.58  # root mean square times sqrt(fan-in) of torch's own initial weights
+FLOORS = (0.1, 0.01)  # of the scale that a step is relative to: for a matrix that began at 0, and for others
 DOUBT = 0.2  # gradients count as noise while the log of the squared strength is this close to that of white noise
 
 
@@ -80,6 +91,15 @@ class ScheduledConfig(RuleConfig):
     centering_end: float = _number(0.0, "the same, at the end")
     caution_start: float = _number(0.0, "fraction of a step against the gradient that is held back at the start")
     caution_end: float = _number(0.0, "the same, at the end")
+    orthogonal_start: float = _number(0.0, "share of the orthogonal step in a hidden matrix's at the start")
+    orthogonal_end: float = _number(0.0, "the same, at the end")
+    hidden: float = _number(0.0, "log factor of hidden matrices")
+    hidden_fan_in: float = _number(0.0, "added to it per factor of ten in their fan-in")
+    embedding: float = _number(0.0, "log factor of embeddings")
+    output: float = _number(0.0, "log factor of the last layer's matrix")
+    first_scale: float = _number(0.0, "power of how much smaller than usual a matrix began")
+    cap: float = _number(100.0, "log of a matrix's largest step relative to its root mean square, at the peak")
+    decay: float = _number(0.0, "log of what decay takes off a matrix in a run, if the schedule stayed at its peak")
     fast_offset: float = _number(0.0, "offset of the fastest momentum's decay")
     slow_offset: float = _number(0.0, "offset of the slowest momentum's decay; the middle one has half of it")
     rms_offset: float = _number(0.0, "offset of the second moment's decay")
@@ -105,10 +125,11 @@ class ScheduledConfig(RuleConfig):
 
 
 class Moments(NamedTuple):
-    """The state: 16 bytes per parameter."""
+    """The state: 16 bytes per parameter, and 4 per tensor."""
 
     exp_avg: Tensor  # (3, *shape) momenta, slowest last
     exp_avg_sq: Tensor  # (*shape) second moment
+    first_square: Tensor  # () mean square of the tensor before its first step
 
 
 class Scheduled(UpdateRule):
@@ -130,6 +151,7 @@ class Scheduled(UpdateRule):
     Config = ScheduledConfig
     config: ScheduledConfig
     takes_shards = True
+    whole_state = frozenset({"first_square"})
 
     def __init__(self, config: ScheduledConfig | None = None, *, kind: str = "scheduled") -> None:
         super().__init__(config, kind=kind)
@@ -138,8 +160,8 @@ class Scheduled(UpdateRule):
             self.register_parameter(name, nn.Parameter(values.to(dtype)))
 
     def init_state(self, param: Tensor) -> Moments:
-        """Zero moments."""
-        return Moments(param.new_zeros((3, *param.shape)), torch.zeros_like(param))
+        """Zeros."""
+        return Moments(param.new_zeros((3, *param.shape)), torch.zeros_like(param), param.new_zeros(()))
 
     def decays(self, meta_params: Mapping[str, Tensor]) -> feats.Decays:
         """Effective decay rates of the momenta (3,) and of the second moment (1,)."""
@@ -152,23 +174,37 @@ class Scheduled(UpdateRule):
         step, num_steps, shard = context.step, context.num_steps, context.shard
         grad = centered(grad, scheduler.ramp(meta_params, "centering", step, num_steps), shard)
         decays = self.decays(meta_params)
-        state = Moments(*feats.update_moments(state.exp_avg, state.exp_avg_sq, grad, decays))
-        inv_root = feats.inverse_root(state.exp_avg_sq, self.config.eps)
+        exp_avg, exp_avg_sq = feats.update_moments(state.exp_avg, state.exp_avg_sq, grad, decays)
+        if context.role == "embedding":  # rows that the batch does not read
+            exp_avg = torch.where(grad == 0, state.exp_avg, exp_avg)
+            exp_avg_sq = torch.where(grad == 0, state.exp_avg_sq, exp_avg_sq)
+        inv_root = feats.inverse_root(exp_avg_sq, self.config.eps)
+        squares = [*scheduler.scales(param, exp_avg, inv_root), (exp_avg_sq > 0).to(grad.dtype)]
         whole_tensor = tuple(range(-grad.dim(), 0))
-        squares = scheduler.scales(param, state.exp_avg, inv_root)
-        mean_squares = means(shard, *((square, whole_tensor) for square in squares))
-        factor, weights = scheduler.of_tensor(
-            meta_params,
-            mean_squares,
-            whole_shape(shard, param),
-            step,
-            num_steps,
-            context.num_tensors,
-            compute=partial(multipliers, decays=decays),
+        square, *strengths, seen = means(shard, *((square, whole_tensor) for square in squares))
+        first_square = torch.where(step == 0, square, state.first_square)
+        strengths = [strength / seen.clamp(min=1e-12) for strength in strengths]
+        shape = whole_shape(shard, param)
+        tensor = TensorFacts(
+            mean_squares=torch.stack([square, *strengths]).unsqueeze(0),
+            first_square=first_square.reshape(1),
+            shapes=constant((scheduler.shape_features(shape, context.num_tensors),), grad.dtype, grad.device),
+            roles=constant((role_features(shape, context.role),), grad.dtype, grad.device),
         )
-        direction = nominal.nominal_direction("AdamAggMo", grad, state.exp_avg, inv_root, weights)
+        factor, weights = multipliers(
+            meta_params, tensor, step, num_steps, decays=decays, stepsize=self.config.nominal_stepsize
+        )
+        direction = nominal.nominal_direction("AdamAggMo", grad, exp_avg, inv_root, weights.squeeze(0))
         direction = cautious(direction, grad, scheduler.ramp(meta_params, "caution", step, num_steps))
-        return -factor * (self.config.nominal_stepsize * direction), state
+        if context.role == "embedding":
+            direction = torch.where(grad == 0, 0.0, direction)
+        if matrix.is_matrix(shape, context.role):
+            share = scheduler.ramp(meta_params, "orthogonal", step, num_steps)
+            direction = matrix.orthogonal_step(direction, context.role, share, shard)
+        delta = -factor.squeeze(0) * (self.config.nominal_stepsize * direction)
+        if len(shape) > 1:
+            delta = delta - decay(meta_params, step, num_steps) * param
+        return delta, Moments(exp_avg, exp_avg_sq, first_square)
 
     def terms(
         self, meta_params: Mapping[str, Tensor], grad: Tensor, state: Moments, param: Tensor, context: StepContext
@@ -210,6 +246,11 @@ def curves(config: ScheduledConfig) -> dict[str, Tensor]:
     for end, (strength, mix) in enumerate(((c.strength_start, c.mix_start), (c.strength_end, c.mix_end))):
         found["tensor_powers"][:, end, 5:] = 2 / 3 * strength
         found["momentum_mix"][end] = torch.tensor([mix, 0.0, -mix], dtype=torch.float32)
+    found["orthogonal"] += torch.tensor([c.orthogonal_start, c.orthogonal_end], dtype=torch.float32)
+    levels = (c.hidden, c.hidden_fan_in), (c.embedding, 0.0), (c.output, 0.0)
+    found["roles"] += torch.tensor(levels, dtype=torch.float32)
+    for name in ("first_scale", "cap", "decay"):
+        found[name] += getattr(c, name)
     found["growth"] += c.growth
     found["centering"] += torch.tensor([c.centering_start, c.centering_end], dtype=torch.float32)
     found["caution"] += torch.tensor([c.caution_start, c.caution_end], dtype=torch.float32)
@@ -219,29 +260,122 @@ def curves(config: ScheduledConfig) -> dict[str, Tensor]:
     return found
 
 
+class TensorFacts(NamedTuple):
+    """What the factors of T tensors depend on, beside the time."""
+
+    mean_squares: Tensor  # (T, 4) as `scheduler.multipliers` takes them, of the coordinates that had a gradient
+    first_square: Tensor  # (T,) mean square before the first step
+    shapes: Tensor  # (T, 4) as `scheduler.shape_features` gives them
+    roles: Tensor  # (T, 3) as `role_features` gives them
+
+
 def multipliers(
     meta_params: Mapping[str, Tensor],
-    mean_squares: Tensor,
-    shapes: Tensor,
+    tensors: TensorFacts,
     step: Tensor,
     num_steps: Tensor | int | None,
+    *,
     decays: feats.Decays,
+    stepsize: float,
 ) -> scheduler.Multipliers:
-    """`scheduler.multipliers` for T tensors, with growth.
+    """`scheduler.multipliers` for T tensors, with their roles, growth, first scale and cap.
 
     Args:
         meta_params: with the names and shapes of `SHAPES`.
-        mean_squares: (T, 4) as `scheduler.multipliers` takes them.
-        shapes: (T, 4) as `scheduler.shape_features` gives them.
+        tensors: what is known of them.
         step: () or (T,) updates made so far.
         num_steps: the run's length, or None where it is unknown.
         decays: effective decays, as `Scheduled.decays` gives them.
+        stepsize: what the factors multiply, for the cap.
     """
+    mean_squares, shapes = tensors.mean_squares, tensors.shapes
     noise = noise_strength(decays.momentum[2], decays.rms[0], step)
     start, end = meta_params["growth"]
     fraction = scheduler.progress(step.to(mean_squares.dtype), num_steps).reshape(-1)
     extra = torch.lerp(start, end, fraction) * growth(mean_squares, shapes, noise)
-    return scheduler.multipliers(meta_params, mean_squares, shapes, step, num_steps, extra)
+    level, slope = meta_params["roles"].unbind(1)
+    extra = extra + (tensors.roles * (level + slope * shapes[:, 2:3])).sum(1)
+    extra = extra + meta_params["first_scale"] * first_scale(tensors)
+    found = scheduler.multipliers(meta_params, mean_squares, shapes, step, num_steps, extra)
+    return found._replace(factor=capped(meta_params, found, tensors, step, num_steps, stepsize))
+
+
+def role_features(shape: tuple[int, ...], role: str | None) -> tuple[float, ...]:
+    """1 for the tensor's role, 0 for the other `ROLE_FEATURES`; all 0 for vectors and unknown roles.
+
+    Example:
+        >>> role_features((8, 4), "hidden"), role_features((8,), "hidden"), role_features((8, 4), None)
+        ((1.0, 0.0, 0.0), (0.0, 0.0, 0.0), (0.0, 0.0, 0.0))
+    """
+    hidden = matrix.is_matrix(shape, role)
+    found = (hidden, role == "embedding", role == "output")
+    return tuple(float(one and len(shape) > 1) for one in found)
+
+
+def first_scale(tensors: TensorFacts) -> Tensor:
+    """(T,) log of a matrix's first root mean square relative to torch's usual one, at most 0; 0 where it began at 0.
+
+    Steps are relative to a power of the present scale below 1. So a matrix that begins small, as those of a SIREN or of
+    a matrix factorization, takes larger steps relative to itself than one of the usual scale.
+    """
+    log_scale = (torch.log(tensors.first_square.clamp(min=1e-30)) + math.log(10) * (tensors.shapes[:, 2] + 1.5)) / 2
+    smaller = (log_scale - math.log(USUAL)).clamp(max=0)
+    return smaller * (tensors.first_square > 0) * (1 - tensors.shapes[:, 0])
+
+
+def capped(
+    meta_params: Mapping[str, Tensor],
+    found: scheduler.Multipliers,
+    tensors: TensorFacts,
+    step: Tensor,
+    num_steps: Tensor | int | None,
+    stepsize: float,
+) -> Tensor:
+    """(T,) factors with which no matrix moves farther than the cap allows, relative to its root mean square.
+
+    The root mean square of a direction is at most the sum of its momenta's strengths, by the triangle inequality, which
+    is what is compared. The cap falls with the schedule. `FLOORS` bound the scale from below.
+
+    Args:
+        meta_params: with the names and shapes of `SHAPES`.
+        found: the factors without a cap, and the momenta's weights.
+        tensors: what is known of them.
+        step: () or (T,) updates made so far.
+        num_steps: the run's length, or None where it is unknown.
+        stepsize: what the factors multiply.
+    """
+    strengths = tensors.mean_squares[:, 1:].clamp(min=1e-30).sqrt()
+    direction = stepsize * (found.momenta * strengths).sum(1)
+    began_at_zero = (tensors.first_square == 0).to(strengths.dtype)
+    floors = FLOORS[1] + (FLOORS[0] - FLOORS[1]) * began_at_zero
+    scale = torch.maximum(tensors.mean_squares[:, 0].clamp(min=1e-30).sqrt(), floors)
+    cap = torch.exp(meta_params["cap"]) * scale * annealed(meta_params, step, num_steps)
+    return torch.where(tensors.shapes[:, 0] > 0, found.factor, torch.minimum(found.factor, cap / direction))
+
+
+def annealed(meta_params: Mapping[str, Tensor], step: Tensor, num_steps: Tensor | int | None) -> Tensor:
+    """The schedule's curve over the run relative to its highest point, between 0 and 1; 1 for runs of unknown length."""
+    if num_steps is None:
+        return torch.ones_like(step)
+    curve = meta_params["schedule_fraction"]
+    fraction = scheduler.progress(step.to(curve.dtype), num_steps)
+    return torch.exp(scheduler.interpolate(fraction, scheduler.FRACTIONS, curve) - curve.max())
+
+
+def decay(meta_params: Mapping[str, Tensor], step: Tensor, num_steps: Tensor | int | None) -> Tensor:
+    """The fraction that a matrix loses in a step, besides the update: () or (T,), as `step`.
+
+    It goes with the schedule, and its sum over the run does not depend on the run's length. A run of unknown length
+    decays as one of a thousand steps, and after those as one that ends now.
+
+    Example:
+        >>> round(float(decay({"decay": torch.tensor([3.0])}, torch.tensor(1999.0), None)), 6)
+        0.0015
+    """
+    lost = meta_params["decay"].squeeze(0) * annealed(meta_params, step, num_steps)
+    if num_steps is None:
+        return lost / (step + 1).clamp(min=1000)
+    return lost / torch.as_tensor(num_steps, dtype=lost.dtype, device=lost.device).clamp(min=10)
 
 
 def centered(grad: Tensor, fraction: Tensor, shard: TensorShard | None = None) -> Tensor:

@@ -17,7 +17,7 @@ the nominal term are mixed by learned weights, again from start to end, instead 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -92,7 +92,6 @@ def of_tensor(
     step: Tensor,
     num_steps: Tensor | int | None,
     num_tensors: int | None,
-    compute: Callable[..., Multipliers] = multipliers,
 ) -> Multipliers:
     """`multipliers` for one tensor: the factor () and the weights (3,).
 
@@ -103,7 +102,6 @@ def of_tensor(
         step: () updates made so far.
         num_steps: the run's length, or None where it is unknown.
         num_tensors: how many tensors the optimizer trains, or None where it is unknown.
-        compute: `multipliers`, or a rule's own function of the same arguments.
 
     Example:
         >>> zeros = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
@@ -112,7 +110,7 @@ def of_tensor(
     """
     means = torch.stack(list(mean_squares))[None]
     shapes = constant((shape_features(shape, num_tensors),), means.dtype, means.device)
-    factor, momenta = compute(meta_params, means, shapes, step, num_steps)
+    factor, momenta = multipliers(meta_params, means, shapes, step, num_steps)
     return Multipliers(factor.squeeze(0), momenta.squeeze(0))
 
 

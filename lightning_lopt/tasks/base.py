@@ -115,6 +115,11 @@ class Task(ABC):
         return SPLITS
 
     @property
+    def roles(self) -> dict[str, str]:
+        """Name -> role in the net (`rules.matrix.ROLES`) of parameters with two dims or more; others are unknown."""
+        return {}
+
+    @property
     def device(self) -> torch.device | None:
         """The device of everything that the task draws; None, the generator's device, for a task without data."""
         return None

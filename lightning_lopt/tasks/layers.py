@@ -113,6 +113,28 @@ def _draw(spec: Spec, generator: torch.Generator, population: int | None, scheme
     return draws.uniform(generator, shape, population, -bound, bound)
 
 
+def roles_of(specs: Mapping[str, Spec]) -> dict[str, str]:
+    """Name -> role (`rules.matrix.ROLES`) of the parameters with two dims or more.
+
+    A layer's weight is named `weight`. Of those, a table of the kind "embedding" is an embedding, the last one of all is
+    the output, and the rest are hidden. Position embeddings and tokens are parameters of their own: "other".
+
+    Example:
+        >>> roles_of({**linear_specs("first", 2, 3), **linear_specs("head", 3, 4)})
+        {'first.weight': 'hidden', 'head.weight': 'output'}
+    """
+    weights = [name for name, spec in specs.items() if len(spec.shape) > 1]
+    roles = {}
+    for name in weights:
+        is_layer = name.rpartition(".")[2] == "weight"
+        kind = "embedding" if specs[name].kind == "embedding" else "hidden"
+        roles[name] = kind if is_layer else "other"
+    layers = [name for name, role in roles.items() if role == "hidden"]
+    if layers:
+        roles[layers[-1]] = "output"
+    return roles
+
+
 def linear_specs(name: str, inputs: int, outputs: int, *, gain: float = 1.0, zero: bool = False) -> dict[str, Spec]:
     """Return the specifications of a linear layer; with `zero`, its weight and bias start at 0."""
     kinds = ("zeros", "zeros") if zero else ("weight", "bias")

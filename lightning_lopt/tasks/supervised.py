@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_lopt.tasks import draws, sources
 from lightning_lopt.tasks.base import Params, Start, Task, check_choice, check_positive, check_range
 from lightning_lopt.tasks.datasets import Dataset
-from lightning_lopt.tasks.layers import SCHEMES, Network, init_params
+from lightning_lopt.tasks.layers import SCHEMES, Network, init_params, roles_of
 from lightning_lopt.tasks.networks import MLP, ConvNet, PooledConvNet, ResNet
 from lightning_lopt.tasks.sequences import LSTMLanguageModel, TransformerLanguageModel, VisionTransformer
 
@@ -141,6 +141,11 @@ class Supervised(Task):
     def device(self) -> torch.device:
         """The device of the data."""
         return self.source.device
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """Roles of the network's matrices, in forward order: the last linear layer is the output."""
+        return roles_of(self.network.specs())
 
     def init(self, generator: torch.Generator, population: int | None = None) -> Start:
         """Draw parameters, and for each member its subset of the data and its label noise."""

@@ -46,6 +46,11 @@ class Wrapper(Task):
         return self.task.splits
 
     @property
+    def roles(self) -> dict[str, str]:
+        """The roles of the inner task's parameters."""
+        return self.task.roles
+
+    @property
     def device(self) -> torch.device | None:
         """The device of the inner task."""
         return self.task.device

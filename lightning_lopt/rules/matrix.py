@@ -1,0 +1,153 @@
+"""Matrix-aware steps: a tensor's step seen as a matrix, and made orthogonal.
+
+A step that moves every coordinate by itself moves a matrix mostly along its few largest singular directions. The nearest
+orthogonal matrix moves all directions equally far. Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon)
+takes it of a momentum; `orthogonal_step` takes it of any rule's step, and keeps that step's root mean square.
+
+Which tensors are matrices in this sense, a shape does not tell: an embedding and a hidden layer look alike. `ROLES` has
+the roles that a tensor can have in a net; `StepContext.role` is that of the tensor that moves.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_lopt.rules.shards import TensorShard, local, means, whole_shape
+
+ROLES = {
+    "hidden": "weight of a hidden layer: (out, in), or (out, in, ...) of a convolution",
+    "experts": "weights of several hidden layers in one tensor: (layers, ..., rows, columns)",
+    "embedding": "table of which a batch reads some rows: (rows, width)",
+    "output": "weight of the last layer: (out, in, ...)",
+    "other": "none of these: a position embedding, a class token, a learned temperature",
+}
+"""Roles of tensors with two dims or more. Vectors and scalars have none that matters."""
+
+QUINTIC = (3.4445, -4.7750, 2.0315)
+"""Coefficients of one Newton-Schulz iteration: Muon's, which spreads singular values between 0.7 and 1.2 fast."""
+TINY = 1e-30  # the smallest norm that is divided by; a float32 that is still normal
+
+
+def is_matrix(shape: tuple[int, ...], role: str | None) -> bool:
+    """Whether a tensor's step is seen as a matrix: a hidden layer or experts, with both sides longer than 1.
+
+    Example:
+        >>> is_matrix((8, 4), "hidden"), is_matrix((8, 4), "embedding"), is_matrix((8, 4), None)
+        (True, False, False)
+    """
+    return role in ("hidden", "experts") and len(shape) > 1 and min(_sides(shape, role)) > 1
+
+
+def as_matrices(tensor: Tensor, role: str | None) -> Tensor:
+    """A view of (*shape) as matrices (n, rows, columns): n = 1 for a hidden layer, the number of layers for experts.
+
+    Example:
+        >>> as_matrices(torch.zeros(16, 3, 5, 5), "hidden").shape, as_matrices(torch.zeros(4, 8, 6), "experts").shape
+        (torch.Size([1, 16, 75]), torch.Size([4, 8, 6]))
+    """
+    rows, columns = _sides(tuple(tensor.shape), role)
+    return tensor.reshape(-1, rows, columns)
+
+
+def newton_schulz(
+    matrices: Tensor, iterations: int = 2, coefficients: tuple[float, float, float] = QUINTIC
+) -> Tensor:
+    """Push the singular values of matrices towards 1 and keep their singular vectors.
+
+    Each iteration is X <- a X + b (X X^T) X + c (X X^T)^2 X, from X of Frobenius norm 1, with the shorter side as rows.
+    Wide matrices take all iterations on X X^T alone, which is smaller, and multiply X by the result once. Two iterations
+    did as well as five in training (measured), so that is the default: singular values above a tenth of the norm end
+    near 1, smaller ones grow twelvefold.
+
+    Args:
+        matrices: (..., rows, columns), in the dtype of the arithmetic.
+        iterations: how many; 0 gives X of norm 1.
+        coefficients: (a, b, c).
+
+    Example:
+        >>> torch.linalg.svdvals(newton_schulz(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), 5)).round(decimals=1)
+        tensor([1.1000, 0.7000])
+    """
+    a, b, c = coefficients
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / x.abs().amax((-2, -1), keepdim=True).clamp(min=TINY)  # first, or squares of small numbers are lost
+    x = x / x.square().sum((-2, -1), keepdim=True).sqrt().clamp(min=TINY)
+    if iterations and x.shape[-1] >= 2 * x.shape[-2]:
+        x = _polynomial(x @ x.mT, iterations, coefficients) @ x
+    else:
+        for _ in range(iterations):
+            gram = x @ x.mT
+            x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return x.mT if tall else x
+
+
+def polar(matrices: Tensor) -> Tensor:
+    """The nearest orthogonal matrices U V^T, by SVD: what `newton_schulz` approximates. (..., rows, columns)."""
+    u, _, v = torch.linalg.svd(matrices, full_matrices=False)
+    return u @ v
+
+
+def orthogonal_step(
+    step: Tensor, role: str | None, share: Tensor | float, shard: TensorShard | None = None, iterations: int = 2
+) -> Tensor:
+    """A step whose direction goes from its own to the orthogonal one; its root mean square stays.
+
+    Args:
+        step: (*shape) of a tensor for which `is_matrix` holds.
+        role: the tensor's role.
+        share: () between 0, the step as it is, and 1, the orthogonal one.
+        shard: the shard of the tensor that `step` covers; None for all of it. Every process then takes the whole step.
+        iterations: of Newton-Schulz.
+
+    Returns:
+        (*shape). Matrices of experts are treated one by one, each with its own root mean square.
+
+    Example:
+        >>> step = torch.tensor([[0.3, 0.0], [0.0, 0.1]])
+        >>> orthogonal_step(step, "hidden", 1.0, iterations=8).square().mean().sqrt(), step.square().mean().sqrt()
+        (tensor(0.1581), tensor(0.1581))
+    """
+    whole = step
+    if shard is not None:
+        (whole,) = means(shard, (step, ()))
+        whole = whole.reshape(whole_shape(shard, step))
+    given = as_matrices(whole, role)
+    found = newton_schulz(given, iterations)
+    if not (isinstance(share, float) and share == 1.0):
+        found = torch.lerp(_normalized(given), _normalized(found), torch.as_tensor(share, dtype=given.dtype))
+    return local(shard, (_normalized(found) * _norm(given)).reshape(whole.shape))
+
+
+def _sides(shape: tuple[int, ...], role: str | None) -> tuple[int, int]:
+    if role == "experts":
+        return shape[-2], shape[-1]
+    columns = 1
+    for size in shape[1:]:
+        columns *= size
+    return shape[0], columns
+
+
+def _norm(matrices: Tensor) -> Tensor:
+    """Frobenius norms (..., 1, 1); of small numbers, too, whose squares are lost."""
+    largest = matrices.abs().amax((-2, -1), keepdim=True)
+    return largest * (matrices / largest.clamp(min=TINY)).square().sum((-2, -1), keepdim=True).sqrt()
+
+
+def _normalized(matrices: Tensor) -> Tensor:
+    return matrices / _norm(matrices).clamp(min=TINY)
+
+
+def _polynomial(gram: Tensor, iterations: int, coefficients: tuple[float, float, float]) -> Tensor:
+    """P with P X = what the iterations make of X, from X X^T (..., rows, rows). All its factors commute."""
+    a, b, c = coefficients
+    product = None
+    for number in range(iterations):
+        factor = b * gram + c * (gram @ gram)
+        factor.diagonal(dim1=-2, dim2=-1).add_(a)
+        product = factor if product is None else factor @ product
+        if number + 1 < iterations:
+            gram = gram @ (factor @ factor)
+    assert product is not None
+    return product
