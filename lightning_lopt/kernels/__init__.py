@@ -41,6 +41,7 @@ class WorkItem(NamedTuple):
     scale: float | Tensor
     decay: float | Tensor
     maximize: bool  # negate the gradient
+    role: str | None = None  # of the tensor in the net, one of `rules.matrix.ROLES`
 
 
 class Squares(NamedTuple):

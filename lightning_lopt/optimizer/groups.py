@@ -9,14 +9,18 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from lightning_lopt.optimizer.gradients import dense
+from lightning_lopt.rules import matrix
 
 Group = dict[str, Any]
 
 # Parallel to a group's "params", as torch's "param_names" is: for each tensor, how many tensors the net trained when it
 # moved for the first time; None before that.
 NUM_TENSORS = "lopt_num_tensors"
+# Likewise: the role of each tensor in the net, as it was known when the tensor moved for the first time.
+ROLES = "lopt_roles"
+UNKNOWN = "unknown"
 _LR_KEYS = ("max_lr", "initial_lr", "lr")  # where a group's reference learning rate is found, in this order
-_DROPPED_KEYS = ("params", "fused", "foreach", "capturable", "differentiable", NUM_TENSORS)
+_DROPPED_KEYS = ("params", "fused", "foreach", "capturable", "differentiable", NUM_TENSORS, ROLES)
 
 
 class MovingTensor(NamedTuple):
@@ -27,14 +31,18 @@ class MovingTensor(NamedTuple):
     state: dict[str, Tensor]  # empty before the first step
     group: Group
     num_tensors: int  # see `RuleOptimizer`
+    role: str | None  # one of `rules.matrix.ROLES`
 
 
-def moving_tensors(groups: Iterable[Group], states: Mapping[Tensor, dict[str, Tensor]]) -> list[MovingTensor]:
-    """The parameters that have a gradient; those that move for the first time get their number of tensors.
+def moving_tensors(
+    groups: Iterable[Group], states: Mapping[Tensor, dict[str, Tensor]], roles: Mapping[Tensor, str]
+) -> list[MovingTensor]:
+    """The parameters that have a gradient; those that move for the first time get their number of tensors and role.
 
     Args:
         groups: the optimizer's `param_groups`.
         states: its `state`.
+        roles: of the tensors, as far as they are known; a group's own "role" comes first.
     """
     groups = list(groups)
     moving = []
@@ -44,6 +52,9 @@ def moving_tensors(groups: Iterable[Group], states: Mapping[Tensor, dict[str, Te
         numbers = group.get(NUM_TENSORS, ())
         if len(numbers) != len(params):  # a group that is new, or whose list of parameters was changed by hand
             group[NUM_TENSORS] = numbers = [None] * len(params)
+        if len(group.get(ROLES, ())) != len(params):
+            group[ROLES] = [None] * len(params)
+        own_roles = group[ROLES]
         for index, param in enumerate(params):
             grad = param.grad
             if grad is None or not param.numel():
@@ -51,8 +62,18 @@ def moving_tensors(groups: Iterable[Group], states: Mapping[Tensor, dict[str, Te
             if numbers[index] is None:
                 count = count_trainable(groups) if count is None else count
                 numbers[index] = count
-            moving.append(MovingTensor(param, dense(grad), states[param], group, numbers[index]))
+            role = own_roles[index]
+            if role is None:
+                role = own_roles[index] = group.get("role") or roles.get(param, UNKNOWN)
+            known = None if role == UNKNOWN else role
+            moving.append(MovingTensor(param, dense(grad), states[param], group, numbers[index], known))
     return moving
+
+
+def check_role(group: Group) -> None:
+    """Raise a ValueError if a group's "role" is not one that there is."""
+    if (role := group.get("role")) is not None and role not in matrix.ROLES:
+        raise ValueError(f"role={role!r} of a parameter group is not allowed: use one of {list(matrix.ROLES)}.")
 
 
 def count_trainable(groups: Iterable[Group]) -> int:

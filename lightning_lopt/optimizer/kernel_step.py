@@ -64,7 +64,7 @@ def split(tensors: Iterable[MovingTensor], choice: KernelChoice) -> tuple[Calls,
     others = []
     last = None
     for tensor in tensors:  # hot loop: keep it short
-        param, grad, _, group, num_tensors = tensor
+        param, grad, _, group, num_tensors, role = tensor
         kernel = choice.of(param)
         if kernel is None:
             others.append(tensor)
@@ -73,7 +73,7 @@ def split(tensors: Iterable[MovingTensor], choice: KernelChoice) -> tuple[Calls,
             _, scale, decay = lr_and_decay(group)
             last = group
         state = with_step(tensor, kernel.step_dtype)
-        item = WorkItem(param, grad, state, scale, decay, group["maximize"])
+        item = WorkItem(param, grad, state, scale, decay, group["maximize"], role)
         calls.setdefault((param.device, num_tensors), (kernel, []))[1].append(item)
     return calls, others
 

@@ -8,6 +8,7 @@ by the rule itself, which `step` and `safeguard` take or skip.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,10 +17,18 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from lightning_lopt.optimizer import checkpoints, kernel_step
+from lightning_lopt.optimizer import checkpoints, kernel_step, roles
 from lightning_lopt.optimizer import safeguard as guard
 from lightning_lopt.optimizer.gradients import check_real
-from lightning_lopt.optimizer.groups import NUM_TENSORS, MovingTensor, kept_keys, largest_lr, moving_tensors
+from lightning_lopt.optimizer.groups import (
+    NUM_TENSORS,
+    ROLES,
+    MovingTensor,
+    check_role,
+    kept_keys,
+    largest_lr,
+    moving_tensors,
+)
 from lightning_lopt.optimizer.kernel_step import KernelChoice
 from lightning_lopt.optimizer.metrics import StepMetrics, Totals
 from lightning_lopt.optimizer.rule_step import RuleStep
@@ -47,9 +56,13 @@ class RuleOptimizer(Optimizer):
     backbone that is unfrozen takes the small steps of a deep net, while its head keeps the larger steps it had. Weights
     that stay frozen do not count, whether the optimizer holds them or not.
 
+    Some rules move hidden matrices in another way than embeddings and the last layer. The role of a tensor
+    (`rules.matrix.ROLES`) is told by a group's `role`; else by the types of modules (`set_roles`); else by the names of
+    named parameters (`optimizer.roles`). It is decided at the tensor's first step, and saved in the checkpoint.
+
     Args:
         params: parameters, named parameters or groups, as for any torch optimizer. A group may set `lr`,
-            `weight_decay` and `maximize`. Complex parameters are refused.
+            `weight_decay`, `maximize` and `role`. Complex parameters are refused.
         rule: the update rule; it is shared, not copied, and never trained here.
         lr: multiplier of the update.
         weight_decay: decoupled decay, multiplied by `lr` as in `torch.optim.AdamW`.
@@ -158,8 +171,9 @@ class RuleOptimizer(Optimizer):
         """Add a group, with this optimizer's defaults for what it leaves open; complex parameters are refused."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        group[NUM_TENSORS] = [None] * len(group["params"])
+        group[NUM_TENSORS], group[ROLES] = [None] * len(group["params"]), [None] * len(group["params"])
         try:
+            check_role(group)
             for param in group["params"]:
                 check_real(param)
             self.rule.check_params(p for p in self._parameters() if p.requires_grad and not is_lazy(p))
@@ -169,6 +183,8 @@ class RuleOptimizer(Optimizer):
         except ValueError:
             del self.param_groups[-1]
             raise
+        named = [pair for g in self.param_groups for pair in zip(g.get("param_names", ()), g["params"], strict=False)]
+        self._runtime.roles.update(roles.by_name(named))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, loss: Tensor | float | None = None) -> Any:
@@ -186,8 +202,9 @@ class RuleOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 value = closure()
-        moving = moving_tensors(self.param_groups, self.state)
+        moving = moving_tensors(self.param_groups, self.state, self._runtime.roles)
         if moving:
+            self._warn_of_unknown_roles(moving)
             with constants.keeping(self._runtime.constants):
                 self._move(moving, self._loss(loss, value))
         self._runtime.steps += 1
@@ -285,6 +302,16 @@ class RuleOptimizer(Optimizer):
         for name, param in named:
             self._runtime.names[param] = name
 
+    def set_roles(self, module: torch.nn.Module) -> None:
+        """Tell the roles of parameters in the net from the types of a model's modules; `LearnedOptimizer` does it.
+
+        Example:
+            >>> model = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 1))
+            >>> optimizer = RuleOptimizer(model.parameters(), rules.make("scheduled"))
+            >>> optimizer.set_roles(model)
+        """
+        self._runtime.roles.update(roles.by_module(module, self._parameters()))
+
     def set_loss_source(self, source: LossSource | None) -> None:
         """Where `step` finds the loss that a rule needs; `zero_grad` resets it."""
         self._runtime.loss_source = source
@@ -309,7 +336,20 @@ class RuleOptimizer(Optimizer):
     def __repr__(self) -> str:
         head = f"kind={self.rule.kind!r}, backend={self.backend!r}, safeguard={self.safeguard}"
         lines = super().__repr__().splitlines()
-        return "\n".join([f"RuleOptimizer[{head}]", *(line for line in lines if NUM_TENSORS not in line)])
+        return "\n".join([f"RuleOptimizer[{head}]", *(line for line in lines if not (NUM_TENSORS in line or ROLES in line))])
+
+    def _warn_of_unknown_roles(self, moving: list[MovingTensor]) -> None:
+        """Warn, at the first step, of matrices whose role is not known, if the rule would use it."""
+        if not self.rule.uses_roles or self._runtime.steps:
+            return
+        unknown = [tensor.param for tensor in moving if tensor.role is None and tensor.param.dim() > 1]
+        if unknown:
+            warnings.warn(
+                f"The roles of {len(unknown)} matrices in the net are unknown, such as that of {self._name(unknown[0])}. "
+                f"Rule {self.rule.kind!r} moves them coordinate by coordinate, which is worse for hidden layers. Make "
+                "the optimizer from model.named_parameters(), call set_roles(model), or give groups a 'role'.",
+                stacklevel=4,
+            )
 
     def _kernels(self) -> KernelChoice:
         return KernelChoice(self.rule, self._runtime, must_exist=self._backend == "fused", name=self._name)

@@ -44,6 +44,7 @@ class Runtime:
         self.metrics: StepMetrics | None = None
         self.loss_source: LossSource | None = None
         self.names = WeakTensorKeyDictionary()  # of parameters, for rules with needs_names
+        self.roles = WeakTensorKeyDictionary()  # of parameters in the net
         self.constants: dict[Any, Any] = {}  # see `rules.constants`
         self._meta_params: dict[Any, dict[str, Tensor]] = {}  # (device, dtype) -> copies
         self._read: dict[str, Tensor] = {}  # the meta-parameters that these are copies of, as they were

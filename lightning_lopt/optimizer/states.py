@@ -38,7 +38,7 @@ class TensorStates:
 
     def _make(self, tensor: MovingTensor) -> bool:
         """Make a state, and tell whether the tensor moves, too."""
-        param, grad, flat, group, _ = tensor
+        param, grad, flat, group, *_ = tensor
         with tensor_scope(param):
             value, grad = descent(param, grad, maximize=group["maximize"])
             flat["step"] = torch.zeros((), dtype=STEP_DTYPE, device=param.device)

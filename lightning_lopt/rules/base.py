@@ -106,6 +106,7 @@ class UpdateRule(nn.Module):
     needs_loss: bool = False
     needs_shared_context: bool = False
     needs_names: bool = False
+    uses_roles: bool = False  # steps depend on `StepContext.role`; what is unknown is warned of
     takes_shards: bool = False  # `update` is coordinatewise, except for what it asks of `shards.means`
     whole_state: frozenset[str] = frozenset()  # fields of the state that are not sharded
     kind: str

@@ -151,6 +151,7 @@ class Scheduled(UpdateRule):
     Config = ScheduledConfig
     config: ScheduledConfig
     takes_shards = True
+    uses_roles = True
     whole_state = frozenset({"first_square"})
 
     def __init__(self, config: ScheduledConfig | None = None, *, kind: str = "scheduled") -> None:
