@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -35,14 +35,14 @@ class MovingTensor(NamedTuple):
 
 
 def moving_tensors(
-    groups: Iterable[Group], states: Mapping[Tensor, dict[str, Tensor]], roles: Mapping[Tensor, str]
+    groups: Iterable[Group], states: Mapping[Tensor, dict[str, Tensor]], role_of: Callable[[Tensor], str | None]
 ) -> list[MovingTensor]:
     """The parameters that have a gradient; those that move for the first time get their number of tensors and role.
 
     Args:
         groups: the optimizer's `param_groups`.
         states: its `state`.
-        roles: of the tensors, as far as they are known; a group's own "role" comes first.
+        role_of: tensor -> its role, None if it is unknown; a group's own "role" comes first.
     """
     groups = list(groups)
     moving = []
@@ -64,7 +64,7 @@ def moving_tensors(
                 numbers[index] = count
             role = own_roles[index]
             if role is None:
-                role = own_roles[index] = group.get("role") or roles.get(param, UNKNOWN)
+                role = own_roles[index] = group.get("role") or role_of(param) or UNKNOWN
             known = None if role == UNKNOWN else role
             moving.append(MovingTensor(param, dense(grad), states[param], group, numbers[index], known))
     return moving

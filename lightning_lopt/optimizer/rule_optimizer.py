@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_lopt.optimizer import checkpoints, kernel_step, roles
 from lightning_lopt.optimizer import safeguard as guard
@@ -184,7 +185,7 @@ class RuleOptimizer(Optimizer):
             del self.param_groups[-1]
             raise
         named = [pair for g in self.param_groups for pair in zip(g.get("param_names", ()), g["params"], strict=False)]
-        self._runtime.roles.update(roles.by_name(named))
+        self._runtime.roles_by_name = WeakTensorKeyDictionary(roles.by_name(named))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, loss: Tensor | float | None = None) -> Any:
@@ -202,7 +203,7 @@ class RuleOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 value = closure()
-        moving = moving_tensors(self.param_groups, self.state, self._runtime.roles)
+        moving = moving_tensors(self.param_groups, self.state, self._runtime.role)
         if moving:
             self._warn_of_unknown_roles(moving)
             with constants.keeping(self._runtime.constants):

@@ -44,7 +44,8 @@ class Runtime:
         self.metrics: StepMetrics | None = None
         self.loss_source: LossSource | None = None
         self.names = WeakTensorKeyDictionary()  # of parameters, for rules with needs_names
-        self.roles = WeakTensorKeyDictionary()  # of parameters in the net
+        self.roles = WeakTensorKeyDictionary()  # of parameters in the net, told from modules
+        self.roles_by_name = WeakTensorKeyDictionary()  # the same from names, for what is not in `roles`
         self.constants: dict[Any, Any] = {}  # see `rules.constants`
         self._meta_params: dict[Any, dict[str, Tensor]] = {}  # (device, dtype) -> copies
         self._read: dict[str, Tensor] = {}  # the meta-parameters that these are copies of, as they were
@@ -64,6 +65,10 @@ class Runtime:
                 "Make the optimizer from model.named_parameters(), or call set_names(model.named_parameters())."
             )
         return cast(str, self.names[param])
+
+    def role(self, param: Tensor) -> str | None:
+        """A parameter's role in the net, None if it is unknown."""
+        return self.roles.get(param) or self.roles_by_name.get(param)  # type: ignore[no-any-return]
 
     def kernel(self, rule: UpdateRule, device_type: str) -> kernels.Kernel | str:
         """The kernel for the rule's tensors on a type of device, or why there is none."""

@@ -1,5 +1,5 @@
 // The learned schedule of scheduled.cpp: the multipliers of one tensor's step. The math and the names are those of
-// rules/scheduler.py, and of `growth` in rules/scheduled.py.
+// rules/scheduler.py, and of `multipliers` in rules/scheduled.py.
 
 #pragma once
 
@@ -10,33 +10,39 @@
 namespace {
 
 constexpr int FEATURES = 8;  // of a tensor, see scheduler.tensor_features
+constexpr int ROLES = 3;     // see scheduled.ROLE_FEATURES
+constexpr float LN10 = 2.302585f;
 
 struct Schedule {  // constants and meta-parameters, in the order of scheduled.py
   float fractions[FRACTIONS], log_steps[LOG_STEPS];
-  float log_lengths[2], largest_power, doubt;
+  float log_lengths[2], largest_power, doubt, usual, floors[2];
   float schedule_fraction[FRACTIONS], schedule_length[FRACTIONS];
   float schedule_early[LOG_STEPS], schedule_step[LOG_STEPS];
   float tensor_powers[2][2][FEATURES];
   float momentum_mix[2][3];
   float growth[2], centering[2], caution[2];
+  float roles[ROLES][2], first_scale, cap, decay;
 };
 
 struct Rule : Common {
   Schedule schedule;
 };
 
-struct Shape {  // scheduler.shape_features
+struct Shape {  // scheduler.shape_features and scheduled.role_features
   float is_vector, log_size, log_fan_in, log_depth;
+  float role[ROLES];
 };
 
 struct MeanSquares {
   float param, strength[3];  // of the value, and of the momenta / sqrt(second moment)
+  float first;               // of the value before the first step
 };
 
 struct Multipliers {
   float factor;      // of the whole step
   float momenta[3];  // weights; they sum to 1
   float caution;     // fraction of a step against the gradient that is held back
+  float decay;       // fraction of the value that is taken off
 };
 
 inline float clamp(float x, float low, float high) { return x < low ? low : x > high ? high : x; }  // NaN stays NaN
@@ -70,7 +76,7 @@ float noise_strength(const Rule& rule, double step) {
 
 // What the growth of a matrix that only noise moves adds to its log factor.
 float growth_term(const Rule& rule, const Shape& shape, const MeanSquares& mean, double step) {
-  const float grown = (std::log(clamp(mean.param, 1e-30f, INFINITY)) + 2.302585f * (shape.log_fan_in + 1.5f)) / 2;
+  const float grown = (std::log(clamp(mean.param, 1e-30f, INFINITY)) + LN10 * (shape.log_fan_in + 1.5f)) / 2;
   const float signal = std::log(clamp(mean.strength[2], 1e-12f, INFINITY)) - noise_strength(rule, step);
   const float noisy = clamp(2 - std::abs(signal) / rule.schedule.doubt, 0, 1);
   return lerp(rule.schedule.growth, progress(rule, step)) * clamp(grown, 0, INFINITY) * noisy;
@@ -88,6 +94,37 @@ float log_factor_at(const Rule& rule, double step) {
   return log_factor + interpolate(log_step, s.log_steps, s.schedule_early, LOG_STEPS);
 }
 
+// The log of a matrix's first root mean square relative to the usual one, at most 0; 0 where it began at 0.
+float first_scale(const Rule& rule, const Shape& shape, const MeanSquares& mean) {
+  if (!(mean.first > 0)) return 0;
+  const float log_scale = (std::log(clamp(mean.first, 1e-30f, INFINITY)) + LN10 * (shape.log_fan_in + 1.5f)) / 2;
+  return std::min(0.0f, log_scale - std::log(rule.schedule.usual));
+}
+
+// The schedule's curve over the run relative to its highest point.
+float annealed(const Rule& rule, double step) {
+  const Schedule& s = rule.schedule;
+  if (!rule.num_steps) return 1;
+  const float highest = *std::max_element(s.schedule_fraction, s.schedule_fraction + FRACTIONS);
+  return std::exp(interpolate(progress(rule, step), s.fractions, s.schedule_fraction, FRACTIONS) - highest);
+}
+
+// The fraction that a matrix loses in a step, besides the update.
+float decay_at(const Rule& rule, double step) {
+  const double length = rule.num_steps ? std::max(10.0f, rule.num_steps) : std::max(1000.0, step + 1);
+  return (float)(rule.schedule.decay * annealed(rule, step) / length);
+}
+
+// The factor with which a matrix moves no farther than the cap allows, relative to its root mean square.
+float capped(const Rule& rule, const Multipliers& found, const MeanSquares& mean, double step) {
+  float direction = 0;
+  for (int k = 0; k < 3; k++) direction += found.momenta[k] * std::sqrt(clamp(mean.strength[k], 1e-30f, INFINITY));
+  const float floor = rule.schedule.floors[mean.first == 0 ? 0 : 1];
+  const float scale = std::max(std::sqrt(clamp(mean.param, 1e-30f, INFINITY)), floor);
+  const float cap = std::exp(rule.schedule.cap) * scale * annealed(rule, step);
+  return std::min(found.factor, cap / (rule.nominal * direction));
+}
+
 Multipliers multipliers_of(const Rule& rule, const Shape& shape, const MeanSquares& mean, double step) {
   const Schedule& s = rule.schedule;
   const float fraction = progress(rule, step);
@@ -98,7 +135,11 @@ Multipliers multipliers_of(const Rule& rule, const Shape& shape, const MeanSquar
   const auto& powers = s.tensor_powers[shape.is_vector ? 0 : 1];
   float own = 0;
   for (int i = 0; i < FEATURES; i++) own += lerp({powers[0][i], powers[1][i]}, fraction) * x[i];
-  if (!shape.is_vector) own += growth_term(rule, shape, mean, step);
+  if (!shape.is_vector) {
+    own += growth_term(rule, shape, mean, step);
+    for (int i = 0; i < ROLES; i++) own += shape.role[i] * (s.roles[i][0] + s.roles[i][1] * shape.log_fan_in);
+    own += s.first_scale * first_scale(rule, shape, mean);
+  }
 
   Multipliers found;
   found.factor = std::exp(log_factor_at(rule, step) + clamp(own, -s.largest_power, s.largest_power));
@@ -109,6 +150,8 @@ Multipliers multipliers_of(const Rule& rule, const Shape& shape, const MeanSquar
     total += found.momenta[k];
   }
   for (float& weight : found.momenta) weight /= total;
+  if (!shape.is_vector) found.factor = capped(rule, found, mean, step);
+  found.decay = shape.is_vector ? 0 : decay_at(rule, step);
   return found;
 }
 

@@ -4,7 +4,8 @@
 // Two passes over a tensor:
 //   sum   the means of the gradient's rows, where they are centered, and the mean squares that the schedule reads: of
 //         the parameter, and of the momenta's strengths
-//   move  the new value, momenta and second moment
+//   move  the new value, momenta and second moment; for a hidden matrix, whose step scheduled.py makes orthogonal
+//         before it adds it, the step and what decay leaves of the value
 // The time of large tensors is that of reading and writing memory. So nothing of the tensor's size is stored between the
 // passes; both compute the new moments.
 //
@@ -21,20 +22,26 @@ struct Geometry {  // as in scheduled.py
   int64_t rows;  // the first dim of a matrix; 0 for vectors
   float limit;
   Shape shape;
+  int32_t is_table;  // an embedding: only what has a gradient moves
 };
 
 struct Item {
   Tensor tensor;
   const Geometry& geometry;
-  double* squares;  // of change and nominal term, where they are measured
+  float* first_square;  // the mean square of the value before the first step
+  float* step;          // where a hidden matrix's step is written; null for other tensors
+  double* squares;      // of change and nominal term, where they are measured
 };
 
-enum Sum { PARAM_SQUARES, STRENGTH_SQUARES, SECOND_MOMENTS = STRENGTH_SQUARES + 3, NUM_SUMS };
+enum Sum { PARAM_SQUARES, STRENGTH_SQUARES, SECOND_MOMENTS = STRENGTH_SQUARES + 3, SEEN, NUM_SUMS };
 
 // What the passes over one tensor hand on to each other.
 struct Work {
   const Rule& rule;
   Tensor tensor{};
+  float* step = nullptr;          // as in Item
+  float first_square = 0;
+  bool is_table = false;
   int64_t blocks = 0;
   int64_t fan_in = 0;             // of a gradient that is centered, else 0
   float centering = 0;            // fraction of the rows' means that is removed
@@ -60,6 +67,8 @@ struct Work {
 
   void begin(const Item& item) {
     tensor = item.tensor;
+    step = item.step;
+    is_table = item.geometry.is_table;
     blocks = blocks_of(tensor.size);
     centering = item.geometry.rows ? centering_at(rule, *tensor.step) : 0;
     fan_in = centering ? tensor.size / item.geometry.rows : 0;
@@ -146,7 +155,9 @@ template <bool large>
 struct Coordinates {
   V grad, param, momentum[3], second;
 
-  inline Coordinates(const Rule& rule, const Tensor& t, VI flip, const Run& run, int i, int n) {
+  inline Coordinates(const Work& w, VI flip, const Run& run, int i, int n) {
+    const Rule& rule = w.rule;
+    const Tensor& t = w.tensor;
     const int64_t at = run.at + i;
     grad = flipped(without(load(run.grad + i, n), run.mean), flip);
     param = load(t.param + at, n);
@@ -156,12 +167,14 @@ struct Coordinates {
         momentum[k] = old * rule.momentum[k] + grad * (1 - rule.momentum[k]);
       else
         momentum[k] = old + (grad - old) * (1 - rule.momentum[k]);
+      if (w.is_table) momentum[k] = grad == 0 ? old : momentum[k];
     }
     const V old = in_register(load(t.exp_avg_sq + at, n));
     if (large)
       second = old * rule.rms + (grad * (1 - rule.rms)) * grad;
     else
       second = old + (grad * grad - old) * (1 - rule.rms);
+    if (w.is_table) second = grad == 0 ? old : second;
   }
 };
 
@@ -169,7 +182,6 @@ struct Coordinates {
 
 template <bool large>
 void sum_block(Work& w, int64_t block) {
-  const Rule& rule = w.rule;
   const Tensor t = w.tensor;
   const VI flip = sign_bits(t.sign);
   float room[CHUNK];
@@ -181,9 +193,10 @@ void sum_block(Work& w, int64_t block) {
     run = run_at(w, block, run.at, end, room);
     auto add = [&](int i, int n) {
       prefetch<2048, 2>(t, run.at + i, n);
-      const Coordinates<large> c(rule, t, flip, run, i, n);
+      const Coordinates<large> c(w, flip, run, i, n);
       totals[PARAM_SQUARES] += c.param * c.param;
       totals[SECOND_MOMENTS] += c.second;
+      totals[SEEN] += c.second > 0 ? each(1) : V{};
       if (large) {
         const V root = inverse_root(c.second + EPS);
         for (int k = 0; k < 3; k++) {
@@ -209,7 +222,7 @@ double total_of(const Work& w, int which) {
 }
 
 bool leaves_range(const Work& w) {
-  for (int k = STRENGTH_SQUARES; k < NUM_SUMS; k++)
+  for (int k = STRENGTH_SQUARES; k <= SECOND_MOMENTS; k++)
     if (!std::isfinite(total_of(w, k))) return true;
   return false;
 }
@@ -217,8 +230,8 @@ bool leaves_range(const Work& w) {
 // Whether no new number can leave the range. No number is larger than the root of its block's sum of squares, and the
 // change is at most the sum of its parts.
 bool proves_finite(const Work& w) {
-  double largest[NUM_SUMS];
-  for (int k = 0; k < NUM_SUMS; k++) {
+  double largest[SEEN];
+  for (int k = 0; k < SEEN; k++) {
     double high = 0;
     for (int64_t block = 0; block < w.blocks; block++) {
       const double s = w.sums[block * NUM_SUMS + k];
@@ -232,13 +245,19 @@ bool proves_finite(const Work& w) {
   const Tensor& t = w.tensor;
   const double param = largest[PARAM_SQUARES];
   const double change = std::fabs(t.scale) * w.multipliers.factor * w.rule.nominal * direction;
-  return 1.01 * (param + change + std::fabs(t.decay) * param) < std::min<double>(t.limit, 1e38);
+  const double decay = std::fabs(t.decay) + std::fabs(t.scale) * w.multipliers.decay;
+  // The largest coordinate of an orthogonal step may be as large as the norm of the step that it is made of.
+  const double spread = w.step ? std::sqrt((double)t.size) : 1;
+  return 1.01 * (param + spread * change + decay * param) < std::min<double>(t.limit, 1e38);
 }
 
 void schedule(Work& w, const Shape& shape) {
   MeanSquares mean;
   mean.param = (float)(total_of(w, PARAM_SQUARES) / w.tensor.size);
-  for (int k = 0; k < 3; k++) mean.strength[k] = (float)(total_of(w, STRENGTH_SQUARES + k) / w.tensor.size);
+  const double seen = std::max(total_of(w, SEEN), 1e-12 * w.tensor.size);  // coordinates that have had a gradient
+  for (int k = 0; k < 3; k++) mean.strength[k] = (float)(total_of(w, STRENGTH_SQUARES + k) / seen);
+  if (*w.tensor.step == 0) w.first_square = mean.param;
+  mean.first = w.first_square;
   w.multipliers = multipliers_of(w.rule, shape, mean, *w.tensor.step);
   w.proven = w.rule.safeguard && proves_finite(w);
 }
@@ -258,6 +277,8 @@ void move_block(Work& w, int64_t block) {
   float weights[3];
   for (int k = 0; k < 3; k++) weights[k] = w.multipliers.momenta[k] * stepsize;
   const float kept = 1 - w.multipliers.caution;
+  const float own_decay = w.multipliers.decay;
+  const float decay = t.decay + t.scale * own_decay;
   float room[CHUNK];
   V spoiled = {}, change_squares = {}, nominal_squares = {};
   const int64_t end = std::min(t.size, (block + 1) * BLOCK);
@@ -267,25 +288,28 @@ void move_block(Work& w, int64_t block) {
     auto move = [&](int i, int n) {
       const int64_t at = run.at + i;
       prefetch<128, 3>(t, at, n);
-      const Coordinates<large> c(rule, t, flip, run, i, n);
+      const Coordinates<large> c(w, flip, run, i, n);
       V nominal = c.momentum[0] * weights[0];
       nominal += c.momentum[1] * weights[1];
       nominal += c.momentum[2] * weights[2];
       if (kept != 1) nominal = c.grad * nominal < 0 ? nominal * kept : nominal;
       nominal *= inverse_root(c.second + EPS);
-      V value = c.param - nominal * t.scale;
-      if (t.decay != 0) value -= c.param * t.decay;
+      if (w.is_table) nominal = c.grad == 0 ? V{} : nominal;
+      V value = w.step ? c.param : c.param - nominal * t.scale;
+      if (decay != 0) value -= c.param * decay;
       if (mode == WRITE) {
-        store(t.param + at, value, n);
+        if (w.step) store(w.step + at, nominal * -t.scale, n);
+        if (!w.step || decay != 0) store(t.param + at, value, n);
         store(t.exp_avg_sq + at, c.second, n);
         for (int k = 0; k < 3; k++) store(t.exp_avg + k * t.size + at, c.momentum[k], n);
       } else {  // the zeros beyond the last coordinate stay zeros
+        if (w.step) value -= nominal * t.scale;
         const V size = value > 0 ? value : -value;
         const V moments = c.second + c.momentum[0] + c.momentum[1] + c.momentum[2];
         spoiled += (size < t.limit ? V{} : each(1)) + moments * 0.0f;
-        const V change = value - c.param;
+        const V change = value - c.param, step = nominal + c.param * own_decay;
         change_squares += change * change;
-        nominal_squares += nominal * nominal;
+        nominal_squares += step * step;
       }
     };
     int i = 0;
@@ -306,7 +330,10 @@ void move_block(Work& w, int64_t block) {
 // All passes over one tensor, by a whole team: every member runs this, with the same Work.
 void move(Team& team, int member, Work& w, const Item& item) {
   const Rule& rule = w.rule;
-  team.once([&] { w.begin(item); });
+  team.once([&] {
+    w.begin(item);
+    w.first_square = *item.first_square;
+  });
   if (w.fan_in > BLOCK) team.each(member, item.geometry.rows, [&](int64_t row) { average_long_row(w, row); });
   auto finish_sums = [&] {
     w.large = leaves_range(w);
@@ -324,6 +351,8 @@ void move(Team& team, int member, Work& w, const Item& item) {
   }
   auto finish = [&] {
     count_step(rule, w.tensor, skip);
+    if (!skip) *item.first_square = w.first_square;
+    if (skip && w.step) std::fill_n(w.step, w.tensor.size, 0.0f);
     for (int64_t i = 0; rule.measure && !skip && i < 2 * w.blocks; i++) item.squares[i % 2] += w.squares[i];
   };
   // Backwards: the last blocks still lie in the cache.
@@ -334,15 +363,18 @@ void move(Team& team, int member, Work& w, const Item& item) {
 
 extern "C" const int64_t scheduled_layout[] = {sizeof(Rule), sizeof(Geometry)};
 
-// Moves `count` tensors; with `measure` adds up the squares of change and nominal term, 2 for each tensor.
+// Moves `count` tensors; with `measure` adds up the squares of change and nominal term, 2 for each tensor. `steps` are
+// where the steps of hidden matrices are written, null for other tensors.
 extern "C" int32_t scheduled_step(const Rule* rule, void* const* addresses, const float* scalars, double* squares,
-                                  const Geometry* geometries, int64_t count) {
+                                  const Geometry* geometries, int64_t count, float* const* steps) {
   return outcome_of([&] {
     std::vector<Item> items;
     items.reserve(count);
     for (int64_t i = 0; i < count; i++) {
       const Geometry& g = geometries[i];
-      items.push_back({tensor_at(*rule, addresses, scalars, g.size, g.limit, i, count), g, squares + 2 * i});
+      float* const first_square = static_cast<float*>(addresses[FIRST_SQUARE * count + i]);
+      const Tensor tensor = tensor_at(*rule, addresses, scalars, g.size, g.limit, i, count);
+      items.push_back({tensor, g, first_square, steps[i], squares + 2 * i});
     }
     step_all<Work>(*rule, items);
   });
