@@ -63,7 +63,7 @@ class Fused:
         self.params = {name: _clone(param) for name, param in params.items()}
         self.states = {name: type(state)(*map(_clone, state)) for name, state in states.items()}
         # Kernels count the steps of each tensor, the unroll those of each run.
-        counts = step.to(self.run_kernels[0][0].step_dtype).repeat(len(params), 1)
+        counts = step.to(torch.int64).repeat(len(params), 1)
         self.work_items = [[] for _ in self.run_kernels]
         for number, (name, param) in enumerate(self.params.items()):
             fields = {field: values.unbind() for field, values in self.states[name]._asdict().items()}
