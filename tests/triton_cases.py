@@ -52,7 +52,11 @@ class Run:
 
     def new_state(self, param):
         counters = {name: torch.zeros((), dtype=torch.int64) for name in ("skipped", "skipped_in_row")}
-        state = {"step": torch.zeros(()), **self.rule.init_state(param.float().cpu())._asdict(), **counters}
+        state = {
+            "step": torch.zeros((), dtype=torch.int64),
+            **self.rule.init_state(param.float().cpu())._asdict(),
+            **counters,
+        }
         return {name: value.to(DEVICE) for name, value in state.items()}
 
     def add(self, param):
@@ -66,11 +70,11 @@ class Run:
         self.grads = [(size * torch.randn(p.shape) * (torch.rand(p.shape) < 0.9)).to(p) for p in self.params]
 
     def step(self, scale=0.5, decay=0.01, maximize=False, num_steps=None, measure=False):
-        parts = [
+        work_items = [
             kernels.WorkItem(param, grad, state, scale, decay, maximize)
             for param, grad, state in zip(self.params, self.grads, self.states, strict=True)
         ]
-        return self.kernel.step(parts, self.meta_params, num_steps, 5, safeguard=self.safeguard, measure=measure)
+        return self.kernel.step(work_items, self.meta_params, num_steps, 5, safeguard=self.safeguard, measure=measure)
 
     def reference_step(self, scale=0.5, decay=0.01, num_steps=None):
         for param, grad, state in zip(self.copies, self.grads, self.copied, strict=True):
@@ -78,7 +82,7 @@ class Run:
                 continue
             fields = type(self.rule.init_state(param))
             old, value = fields(*(state[name] for name in fields._fields)), param.float()
-            context = StepContext(state["step"], None, num_steps, num_tensors=5)
+            context = StepContext(state["step"].float(), None, num_steps, num_tensors=5)
             delta, new = self.rule.update(self.meta_params, grad.float(), old, value, context)
             param.copy_(value + scale * delta - decay * value)
             state.update(new._asdict(), step=state["step"] + 1)

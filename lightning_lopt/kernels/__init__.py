@@ -17,7 +17,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from lightning_lopt.rules import UpdateRule
@@ -37,7 +36,9 @@ class WorkItem(NamedTuple):
 
     param: Tensor  # updated in place
     grad: Tensor  # dense, with the parameter's shape, dtype and device, and any strides
-    state: dict[str, Tensor]  # updated in place: "step" (), the fields of the rule's state, perhaps the skip counters
+    state: dict[
+        str, Tensor
+    ]  # updated in place: "step" () int64, the fields of the rule's state, perhaps the skip counters
     scale: float | Tensor
     decay: float | Tensor
     maximize: bool  # negate the gradient
@@ -54,15 +55,13 @@ class Squares(NamedTuple):
 class Kernel(Protocol):
     """A fused implementation of one rule on one type of device; each optimizer has its own, which may keep tables."""
 
-    step_dtype: torch.dtype  # of the states' "step", which counts updates
-
     def refuses(self, param: Tensor) -> str | None:
         """Why the rule itself must move this parameter (dtype, sharding), None if the kernel can. Cheap."""
         ...
 
     def step(
         self,
-        parts: Sequence[WorkItem],
+        work_items: Sequence[WorkItem],
         meta_params: Mapping[str, Tensor],
         num_steps: int | None,
         num_tensors: int | None = None,
@@ -73,7 +72,7 @@ class Kernel(Protocol):
         """Update the parameters and states of all work items.
 
         Args:
-            parts: at least one work item, each with its state.
+            work_items: at least one, each with its state.
             meta_params: float32, on the same device; the same object as long as they have not changed.
             num_steps: the length of the run, None if unknown.
             num_tensors: the number of tensors that the net trains, see `RuleOptimizer`; None if unknown.

@@ -1,4 +1,7 @@
-"""The error of a step whose tensors do not fit together: kernels read and write raw memory, so they look first."""
+"""The error of a step whose tensors do not fit together, and the check that raises it.
+
+Kernels read and write raw memory, so they look first; the optimizer looks for the rules that it calls itself.
+"""
 
 from __future__ import annotations
 
@@ -7,39 +10,51 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lightning_lopt.kernels import WorkItem
-
 
 class TensorMismatch(RuntimeError):
-    """A parameter's gradient or state is not of the parameter's size; nothing has been written.
+    """A parameter's gradient or state does not fit it; nothing has been written.
 
-    Attributes:
-        param: the parameter, whose name the optimizer knows.
+    Args:
+        param: the parameter.
+        what: the gradient or the state, as the first words of the message.
+        came: what is wrong with it.
+        expected: what it should be.
     """
 
-    def __init__(self, param: Tensor, came: str, expected: str) -> None:
-        super().__init__(
-            f"{came}, expected {expected} for a parameter of shape {tuple(param.shape)} on {param.device}. A parameter "
-            "that is resized or replaced needs a gradient and a state of its own: delete optimizer.state[parameter], "
-            "or resize its tensors too."
-        )
+    def __init__(self, param: Tensor, what: str, came: str, expected: str) -> None:
         self.param = param
+        self._message = (
+            f"{what} of {{}} {came}, expected {expected}. A parameter that is resized, moved or replaced needs a "
+            "gradient and a state that fit: call zero_grad() before the next backward(), and resize or move the state, "
+            "too, or delete optimizer.state[parameter] to start anew."
+        )
+        super().__init__(self.about(f"a parameter of shape {tuple(param.shape)}"))
+
+    def about(self, name: str) -> str:
+        """The message with the parameter's name, which kernels do not know."""
+        return self._message.format(name)
 
 
-def check_shapes(item: WorkItem, state_shapes: Mapping[str, torch.Size]) -> None:
+def check_shapes(
+    param: Tensor, grad: Tensor, state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
     """Raise a TensorMismatch unless gradient and state have the shapes that belong to the parameter, and its device.
 
     Args:
-        item: a tensor's part of a step.
-        state_shapes: name -> shape of a tensor of the state; others are not looked at.
+        param: the parameter.
+        grad: its gradient.
+        state: its state.
+        shapes: name -> shape of a tensor of the state; others are not looked at.
     """
-    param = item.param
-    expected = [("gradient", item.grad, param.shape)]
-    expected += [(f"state {name!r}", item.state[name], shape) for name, shape in state_shapes.items()]
-    for name, tensor, shape in expected:
-        if tensor.shape != shape or tensor.device != param.device:
-            came = f"The {name} has shape {tuple(tensor.shape)} on {tensor.device}"
-            raise TensorMismatch(param, came, f"shape {tuple(shape)}")
+    _check(param, "The gradient", grad, param.shape)
+    for name, shape in shapes.items():
+        _check(param, f"State {name!r}", state.get(name), shape)
+
+
+def _check(param: Tensor, what: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+    if tensor is None or tensor.shape != shape or tensor.device != param.device:
+        came = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)} on {tensor.device}"
+        raise TensorMismatch(param, what, came, f"shape {tuple(shape)} on {param.device}")
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -22,10 +22,14 @@ class Fused:
 
     Args:
         run_kernels: for each run, its kernel and its meta-parameters in float32.
+        roles: name -> role of a parameter in the net, see `Task.roles`.
     """
 
-    def __init__(self, run_kernels: list[tuple[kernels.Kernel, Mapping[str, Tensor]]]) -> None:
+    def __init__(
+        self, run_kernels: list[tuple[kernels.Kernel, Mapping[str, Tensor]]], roles: Mapping[str, str]
+    ) -> None:
         self.run_kernels = run_kernels
+        self.roles = roles
         self.params: dict[str, Tensor] | None = None  # name -> (P, *shape), our own copy
         self.states: dict[str, Any] = {}  # name -> the rule's state of P runs, our own copy
         self.work_items: list[list[kernels.WorkItem]] = []  # per run and tensor; the gradient is filled in at each call
@@ -63,14 +67,14 @@ class Fused:
         self.params = {name: _clone(param) for name, param in params.items()}
         self.states = {name: type(state)(*map(_clone, state)) for name, state in states.items()}
         # Kernels count the steps of each tensor, the unroll those of each run.
-        counts = step.to(self.run_kernels[0][0].step_dtype).repeat(len(params), 1)
+        counts = step.to(torch.int64).repeat(len(params), 1)
         self.work_items = [[] for _ in self.run_kernels]
         for number, (name, param) in enumerate(self.params.items()):
             fields = {field: values.unbind() for field, values in self.states[name]._asdict().items()}
             for run, (value, count) in enumerate(zip(param.unbind(), counts[number].unbind(), strict=True)):
                 state = {"step": count, **{field: values[run] for field, values in fields.items()}}
                 self.work_items[run].append(
-                    kernels.WorkItem(param=value, grad=value, state=state, scale=1.0, decay=0.0, maximize=False)
+                    kernels.WorkItem(value, value, state, 1.0, 0.0, maximize=False, role=self.roles.get(name))
                 )
 
 
@@ -81,6 +85,7 @@ def fused(
     params: Mapping[str, Tensor],
     *,
     batched: bool,
+    roles: Mapping[str, str],
 ) -> Fused | None:
     """Build the fused update of a population; None unless all is float32 on the CPU and the rule has a kernel there.
 
@@ -90,6 +95,7 @@ def fused(
         frozen: the rule's other meta-parameters, the same for all runs.
         params: name -> (P, *shape), the parameters to be updated.
         batched: each run has its own meta-parameters.
+        roles: name -> role of a parameter in the net, see `Task.roles`.
     """
     tensors = [*params.values(), *meta_params.values(), *frozen.values()]
     if any(tensor.device.type != "cpu" or tensor.dtype is not torch.float32 for tensor in tensors):
@@ -99,11 +105,11 @@ def fused(
         return None
     population = len(next(iter(params.values())))
     if not batched:
-        return Fused([(kernel, {**frozen, **meta_params})] * population)
+        return Fused([(kernel, {**frozen, **meta_params})] * population, roles)
     # A kernel packs its meta-parameters once and reuses them as long as it gets the same ones. So each run has a kernel
     # of its own: a shallow copy, since `find` looks for the compiler every time.
     own = [{**frozen, **{name: value[run] for name, value in meta_params.items()}} for run in range(population)]
-    return Fused([(copy.copy(kernel), own_params) for own_params in own])
+    return Fused([(copy.copy(kernel), own_params) for own_params in own], roles)
 
 
 def _clone(tensor: Tensor) -> Tensor:

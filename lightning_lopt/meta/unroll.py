@@ -134,7 +134,8 @@ class Unroll:
         """
         fused_update = None
         if self.compiled and not torch.is_grad_enabled():
-            fused_update = fused(self.rule, meta_params, self.frozen, inner.params, batched=batched)
+            roles = self.task.roles
+            fused_update = fused(self.rule, meta_params, self.frozen, inner.params, batched=batched, roles=roles)
         records = []
         for _ in range(length):
             inner, record, _ = self._slot(

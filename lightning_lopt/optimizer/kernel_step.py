@@ -9,7 +9,6 @@ from torch import Tensor
 
 from lightning_lopt import kernels
 from lightning_lopt.kernels import Kernel, WorkItem
-from lightning_lopt.kernels.mismatch import TensorMismatch
 from lightning_lopt.optimizer.groups import MovingTensor, lr_and_decay
 from lightning_lopt.optimizer.metrics import Totals
 from lightning_lopt.optimizer.runtime import Runtime
@@ -72,20 +71,18 @@ def split(tensors: Iterable[MovingTensor], choice: KernelChoice) -> tuple[Calls,
         if group is not last:
             _, scale, decay = lr_and_decay(group)
             last = group
-        state = with_step(tensor, kernel.step_dtype)
-        item = WorkItem(param, grad, state, scale, decay, group["maximize"], role)
+        item = WorkItem(param, grad, with_step(tensor), scale, decay, group["maximize"], role)
         calls.setdefault((param.device, num_tensors), (kernel, []))[1].append(item)
     return calls, others
 
 
-def run(calls: Calls, states: TensorStates, totals: Totals | None, name: Callable[[Tensor], str]) -> None:
+def run(calls: Calls, states: TensorStates, totals: Totals | None) -> None:
     """Move the tensors of all calls, and their states with them.
 
     Args:
         calls: of the kernels.
         states: of the tensors.
         totals: sums of what the tensors do, in a step that is measured.
-        name: what to call a parameter in an error.
     """
     runtime = states.runtime
     for (device, num_tensors), (kernel, items) in calls.items():
@@ -98,11 +95,9 @@ def run(calls: Calls, states: TensorStates, totals: Totals | None, name: Callabl
                 safeguard=states.safeguard,
                 measure=totals is not None,
             )
-        except (RuntimeError, KeyError) as error:  # a kernel knows no names: say which tensor does not fit
+        except KeyError:  # a state that lacks a tensor: say whose
             for item in items:
-                states.check(item.param, item.grad, item.state, name)
-            if isinstance(error, TensorMismatch):
-                raise RuntimeError(f"{name(error.param)}: {error}") from error
+                states.check(item.param, item.grad, item.state)
             raise
         if totals is not None and squares is not None:
             totals.add_squares(sum(item.param.numel() for item in items), *squares)

@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lightning_lopt.kernels.mismatch import TensorMismatch
 from lightning_lopt.optimizer import checkpoints, kernel_step, roles
 from lightning_lopt.optimizer import safeguard as guard
 from lightning_lopt.optimizer.gradients import check_real
@@ -206,8 +207,11 @@ class RuleOptimizer(Optimizer):
         moving = moving_tensors(self.param_groups, self.state, self._runtime.role)
         if moving:
             self._warn_of_unknown_roles(moving)
-            with constants.keeping(self._runtime.constants):
-                self._move(moving, self._loss(loss, value))
+            try:
+                with constants.keeping(self._runtime.constants):
+                    self._move(moving, self._loss(loss, value))
+            except TensorMismatch as error:
+                raise RuntimeError(error.about(self._name(error.param))) from None
         self._runtime.steps += 1
         if self.safeguard and self._runtime.steps % guard.CHECK_EVERY == 0:
             self.check_skipped()
@@ -226,7 +230,7 @@ class RuleOptimizer(Optimizer):
         if trust is None and self._backend != "reference" and not self.rule.needs_shared_context:
             calls, by_rule = kernel_step.split(ready, self._kernels())
         for param, grad, state, *_ in by_rule:  # before anything is written; kernels check theirs on their own
-            states.check(param, grad, state, self._name)
+            states.check(param, grad, state)
         RuleStep(
             self.rule,
             states,
@@ -236,7 +240,7 @@ class RuleOptimizer(Optimizer):
             totals=totals,
             name=lambda param: runtime.name(param, self.param_groups),
         ).move(by_rule)
-        kernel_step.run(calls, states, totals, self._name)
+        kernel_step.run(calls, states, totals)
         if totals is not None:
             fallback = None if trust is None else trust.fallback
             runtime.metrics = totals.result(self._counts("skipped"), fallback)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_lopt.kernels.mismatch import check_shapes
 from lightning_lopt.optimizer import safeguard as guard
 from lightning_lopt.optimizer.gradients import descent
 from lightning_lopt.optimizer.groups import MovingTensor
@@ -49,35 +50,14 @@ class TensorStates:
             # torch.distributed.checkpoint creates states by a step with lr 0 and gradient 0, which must move nothing.
             return not (group["lr"] == 0 and whole(grad.abs().sum()) == 0)
 
-    def check(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], name: Callable[[Tensor], str]) -> None:
-        """Raise a RuntimeError for a gradient or a state that does not fit its parameter.
-
-        Args:
-            param: the parameter.
-            grad: its gradient.
-            state: its state, not empty.
-            name: what to call it in an error.
-        """
-        if grad.shape != param.shape:
-            raise RuntimeError(
-                f"The gradient of {name(param)} has shape {tuple(grad.shape)}, expected shape {tuple(param.shape)}. If "
-                "the parameter was resized, call zero_grad() before the next backward(), and delete "
-                "optimizer.state[parameter] or resize it."
-            )
-        for field, shape in self.runtime.layout(self.rule, param).shapes.items():
-            kept = state.get(field)
-            if kept is None or kept.shape != shape or kept.device != param.device:
-                came = "is missing" if kept is None else f"has shape {tuple(kept.shape)} on {kept.device}"
-                raise RuntimeError(
-                    f"State {field!r} of {name(param)} {came}, expected shape {tuple(shape)} on {param.device}. A "
-                    "parameter that was resized, moved or replaced needs a state that fits: resize or move it, too, or "
-                    "delete optimizer.state[parameter] to start anew."
-                )
+    def check(self, param: Tensor, grad: Tensor, state: dict[str, Tensor]) -> None:
+        """Raise a TensorMismatch for a gradient or a state that does not fit its parameter."""
+        check_shapes(param, grad, state, self.runtime.layout(self.rule, param).shapes)
 
 
-def with_step(tensor: MovingTensor, dtype: torch.dtype = STEP_DTYPE) -> dict[str, Tensor]:
-    """A tensor's state, its step counter on the parameter's device and in a dtype."""
+def with_step(tensor: MovingTensor) -> dict[str, Tensor]:
+    """A tensor's state, its step counter on the parameter's device and in 64 bits."""
     step = tensor.state["step"]
-    if step.dtype is not dtype or step.device != tensor.param.device:  # Lightning and torch leave it on the CPU
-        tensor.state["step"] = step.to(tensor.param.device, dtype)
+    if step.dtype is not STEP_DTYPE or step.device != tensor.param.device:  # Lightning and torch leave it on the CPU
+        tensor.state["step"] = step.to(tensor.param.device, STEP_DTYPE)
     return tensor.state

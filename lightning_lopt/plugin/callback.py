@@ -61,6 +61,7 @@ class _Fit:
         self.hooks: StrategyHooks | None = None
         self.replacement = Replacement([], [])
         self.checks = FitChecks([], scales=False)
+        self.length = run_length.ToldLength()
         self.fallen_back: set[int] = set()  # positions of the optimizers whose fallback has been announced
 
     def rule_optimizers(self) -> list[RuleOptimizer]:
@@ -84,8 +85,10 @@ class LearnedOptimizer(Callback, *_pytorch_lightnings_callback()):  # type: igno
             initial lr of the groups (max_lr under OneCycleLR and CyclicLR). For a schedule that climbs, pass its peak.
         weight_decay: "ignore" (default), or "decoupled": apply the groups' own weight decay, as AdamW does.
         num_steps: the run's length in steps of each optimizer; rules with a schedule anneal over it. "auto" (default):
-            taken from the Trainer, or unknown where it cannot be known (manual optimization, a Timer, EarlyStopping
-            with Lightning's default max_epochs, reloaded dataloaders). None: unknown.
+            taken from the Trainer, or unknown where it cannot be known (a Timer, EarlyStopping with Lightning's default
+            max_epochs, reloaded dataloaders, manual optimization of several optimizers). A module that steps its one
+            optimizer by hand is taken to do so once a batch, until its batches show otherwise; then the length is the
+            number of batches times the steps that they have taken on average. None: unknown.
         only: replace only these optimizers, given as positions in what `configure_optimizers` returns or as exact
             classes. Default: all.
         skip: do not replace these optimizers, given likewise. SparseAdam is never replaced.
@@ -271,11 +274,15 @@ class LearnedOptimizer(Callback, *_pytorch_lightnings_callback()):  # type: igno
         if not isinstance(optimizer, RuleOptimizer):
             return
         self._fits[trainer].checks.observe(optimizer)
+        if self.num_steps == "auto" and trainer.global_step == 0:
+            self._fits[trainer].length.correct(trainer, stepping=True)
         if _is_logged_step(trainer):
             optimizer.measure_next_step()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log what the measured steps did."""
+        """Log what the measured steps did, and correct the length of a run whose steps only the module knows."""
+        if self.num_steps == "auto":
+            self._fits[trainer].length.correct(trainer)
         for number, optimizer in enumerate(trainer.strategy.optimizers):
             measured = optimizer.take_metrics() if isinstance(optimizer, RuleOptimizer) else None
             if measured is not None:
@@ -369,11 +376,11 @@ class LearnedOptimizer(Callback, *_pytorch_lightnings_callback()):  # type: igno
 
     def _tell_num_steps(self, trainer: Any) -> run_length.RunLength:
         """Give the run's length to our optimizers, and to the module's own RuleOptimizers that know none."""
+        fit = self._fits[trainer]
         length = run_length.find_run_length(trainer, self.num_steps)
-        ours = self._fits[trainer].rule_optimizers()
-        for optimizer in trainer.strategy.optimizers:
-            if isinstance(optimizer, RuleOptimizer) and (optimizer in ours or optimizer.num_steps is None):
-                optimizer.num_steps = length.steps
+        ours = fit.rule_optimizers()
+        own = [optimizer for optimizer in trainer.strategy.optimizers if isinstance(optimizer, RuleOptimizer)]
+        fit.length.tell(length.steps, [optimizer for optimizer in own if optimizer in ours or not optimizer.num_steps])
         return length
 
     def _announce_fallback(self, trainer: Any, number: int, fallback: Tensor | None) -> None:

@@ -7,8 +7,12 @@ Trainer's own estimate may be wrong, the length is unknown unless the user gives
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
+
+from lightning_lopt.optimizer import RuleOptimizer
 from lightning_lopt.plugin.arguments import NumSteps
 
 _LIGHTNINGS_MAX_EPOCHS = 1000  # what Trainer() takes where neither epochs nor steps are given
@@ -21,30 +25,69 @@ class RunLength(NamedTuple):
     reason: str
 
 
-def find_run_length(trainer: Any, num_steps: NumSteps) -> RunLength:
+class ToldLength:
+    """A run's length as optimizers have been told it, which is corrected while it runs; see `find_run_length`."""
+
+    def __init__(self) -> None:
+        self.optimizers: Iterable[RuleOptimizer] = ()
+        self.steps: int | None = None
+        self.seen = 0  # steps when it was corrected last
+        self.announced = False
+
+    def tell(self, steps: int | None, optimizers: Iterable[RuleOptimizer]) -> None:
+        """Give the length to optimizers."""
+        self.optimizers = optimizers
+        self.steps = steps
+        for optimizer in optimizers:
+            optimizer.num_steps = steps
+
+    def correct(self, trainer: Any, *, stepping: bool = False) -> None:
+        """Under manual optimization, give the length anew, except to those that somebody has told another.
+
+        Args:
+            trainer: a Trainer at the end of a batch,
+            stepping: or before the first step of all.
+        """
+        if trainer.lightning_module.automatic_optimization or 0 < trainer.global_step == self.seen:
+            return
+        self.seen = trainer.global_step
+        steps = find_run_length(trainer, "auto", stepping=stepping).steps
+        if steps is not None and steps != self.steps and not self.announced:
+            self.announced = True
+            rank_zero_info(f"LearnedOptimizer: the module does not step once a batch, so the run has {steps:,} steps.")
+        self.tell(steps, [optimizer for optimizer in self.optimizers if optimizer.num_steps == self.steps])
+
+
+def find_run_length(trainer: Any, num_steps: NumSteps, *, stepping: bool = False) -> RunLength:
     """Return the length of the Trainer's fit.
+
+    Under manual optimization of one optimizer this is one step a batch at first. As soon as batches take more or fewer,
+    the length changes with the steps that they have taken on average.
 
     Args:
         trainer: a Trainer in a fit.
         num_steps: what the user said: a number, None (unknown), or "auto", to work it out from the Trainer.
+        stepping: whether a batch is about to take its first step, which counts as taken then.
     """
     if num_steps != "auto":
         return RunLength(num_steps, "as given by num_steps")
     if why := _why_unknown(trainer):
         return RunLength(None, why)
-    steps = _planned_steps(trainer)
+    if trainer.lightning_module.automatic_optimization:
+        steps, source = _planned_steps(trainer), "from the Trainer"
+    else:
+        steps, source = _extrapolated_steps(trainer, stepping=stepping)
     if not 0 < steps < math.inf:
-        return RunLength(None, "neither the data nor the Trainer limits it")
+        return RunLength(None, "neither the data nor the Trainer limits it" if steps else source)
     may_stop = "; EarlyStopping may end it sooner" if _has_callback(trainer, "EarlyStopping") else ""
-    return RunLength(int(steps), f"from the Trainer{may_stop}")
+    return RunLength(int(steps), f"{source}{may_stop}")
 
 
 def _why_unknown(trainer: Any) -> str | None:
     """Why nobody can know the length of this fit; None if the Trainer's estimate holds."""
-    if not trainer.lightning_module.automatic_optimization:
-        # Lightning counts batches, or steps of all optimizers together. The module alone decides how often each one
-        # steps: several times a batch, or once in several batches.
-        return "manual optimization"
+    if not trainer.lightning_module.automatic_optimization and len(trainer.optimizers) > 1:
+        # Lightning counts their steps together. The module alone decides how often each one steps.
+        return "manual optimization of several optimizers"
     if _has_callback(trainer, "Timer"):  # the Trainer adds one for max_time
         return "a Timer or max_time may end it"
     if _has_callback(trainer, "EarlyStopping") and trainer.max_epochs == _LIGHTNINGS_MAX_EPOCHS:
@@ -65,6 +108,22 @@ def _planned_steps(trainer: Any) -> float:
         math.ceil(batches / schedule.get_accumulate_grad_batches(epoch)) for epoch in range(max(trainer.max_epochs, 1))
     )
     return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
+
+
+def _extrapolated_steps(trainer: Any, *, stepping: bool) -> tuple[float, str]:
+    """The steps of a module that steps its one optimizer itself: the run's batches times the steps a batch so far.
+
+    Before the first batch that is one. With this length, the fraction of the run that is done is that of its batches,
+    whether the module steps once in several batches, several times a batch, or as it likes.
+    """
+    planned: float = trainer.estimated_stepping_batches  # manual optimization has no accumulation by the Trainer
+    if trainer.max_epochs == -1 or trainer.num_training_batches == math.inf:
+        return planned, "from the Trainer"
+    done = trainer.fit_loop.epoch_loop.batch_progress.total.processed + stepping
+    rate = (trainer.global_step + stepping) / done if done else 1.0
+    found = round(trainer.num_training_batches * max(trainer.max_epochs, 1) * rate)
+    steps = found if trainer.max_steps == -1 else min(found, trainer.max_steps)
+    return steps, f"from the Trainer, with {rate:.3g} per batch"
 
 
 def _has_callback(trainer: Any, name: str) -> bool:

@@ -10,6 +10,8 @@ the roles that a tensor can have in a net; `StepContext.role` is that of the ten
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -36,7 +38,7 @@ def is_matrix(shape: tuple[int, ...], role: str | None) -> bool:
         >>> is_matrix((8, 4), "hidden"), is_matrix((8, 4), "embedding"), is_matrix((8, 4), None)
         (True, False, False)
     """
-    return role in ("hidden", "experts") and len(shape) > 1 and min(_sides(shape, role)) > 1
+    return role in ("hidden", "experts") and len(shape) > 1 and min(sides(shape, role)) > 1
 
 
 def as_matrices(tensor: Tensor, role: str | None) -> Tensor:
@@ -46,7 +48,7 @@ def as_matrices(tensor: Tensor, role: str | None) -> Tensor:
         >>> as_matrices(torch.zeros(16, 3, 5, 5), "hidden").shape, as_matrices(torch.zeros(4, 8, 6), "experts").shape
         (torch.Size([1, 16, 75]), torch.Size([4, 8, 6]))
     """
-    rows, columns = _sides(tuple(tensor.shape), role)
+    rows, columns = sides(tuple(tensor.shape), role)
     return tensor.reshape(-1, rows, columns)
 
 
@@ -69,11 +71,75 @@ def newton_schulz(
         >>> torch.linalg.svdvals(newton_schulz(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), 5)).round(decimals=1)
         tensor([1.1000, 0.7000])
     """
+    return _iterated(matrices / norm(matrices).clamp(min=TINY), iterations, coefficients)
+
+
+def polar(matrices: Tensor) -> Tensor:
+    """The nearest orthogonal matrices U V^T, by SVD: what `newton_schulz` approximates. (..., rows, columns)."""
+    u, _, v = torch.linalg.svd(matrices, full_matrices=False)
+    return u @ v
+
+
+def orthogonal(matrices: Tensor, share: Tensor | float = 1.0, iterations: int = 2) -> Tensor:
+    """Matrices on the way to orthogonal ones, each at its own Frobenius norm.
+
+    Args:
+        matrices: (..., rows, columns).
+        share: (..., 1, 1) or () between 0, the matrices as they are, and 1, the orthogonal ones.
+        iterations: of Newton-Schulz.
+
+    Example:
+        >>> given = torch.tensor([[0.3, 0.0], [0.0, 0.1]])
+        >>> orthogonal(given, iterations=8).norm(), given.norm()
+        (tensor(0.3162), tensor(0.3162))
+    """
+    size = norm(matrices)
+    given = matrices / size.clamp(min=TINY)
+    found = _iterated(given, iterations, QUINTIC)
+    found_size = norm(found).clamp(min=TINY)
+    if isinstance(share, float) and share == 1.0:
+        return found * (size / found_size)
+    mixed = torch.lerp(given, found / found_size, torch.as_tensor(share, dtype=given.dtype, device=given.device))
+    return mixed * (size / norm(mixed).clamp(min=TINY))
+
+
+def orthogonal_step(
+    step: Tensor, role: str | None, share: Tensor | float, shard: TensorShard | None = None, iterations: int = 2
+) -> Tensor:
+    """A tensor's step, with the direction of `orthogonal`, (*shape).
+
+    Args:
+        step: (*shape) of a tensor for which `is_matrix` holds.
+        role: the tensor's role. Matrices of experts are treated one by one.
+        share: () as for `orthogonal`.
+        shard: the shard of the tensor that `step` covers; None for all of it. Every process then takes the whole step.
+        iterations: of Newton-Schulz.
+    """
+    whole = step
+    if shard is not None:
+        (whole,) = means(shard, (step, ()))
+        whole = whole.reshape(whole_shape(shard, step))
+    return local(shard, orthogonal(as_matrices(whole, role), share, iterations).reshape(whole.shape))
+
+
+def norm(matrices: Tensor) -> Tensor:
+    """Frobenius norms (..., 1, 1); also of numbers whose squares are too small or too large."""
+    largest = matrices.abs().amax((-2, -1), keepdim=True)
+    return largest * (matrices / largest.clamp(min=TINY)).square().sum((-2, -1), keepdim=True).sqrt()
+
+
+def sides(shape: tuple[int, ...], role: str | None) -> tuple[int, int]:
+    """Rows and columns of a tensor's matrices, see `as_matrices`."""
+    if role == "experts":
+        return shape[-2], shape[-1]
+    return shape[0], math.prod(shape[1:])
+
+
+def _iterated(matrices: Tensor, iterations: int, coefficients: tuple[float, float, float]) -> Tensor:
+    """Newton-Schulz from matrices of norm 1."""
     a, b, c = coefficients
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
-    x = x / x.abs().amax((-2, -1), keepdim=True).clamp(min=TINY)  # first, or squares of small numbers are lost
-    x = x / x.square().sum((-2, -1), keepdim=True).sqrt().clamp(min=TINY)
     if iterations and x.shape[-1] >= 2 * x.shape[-2]:
         x = _polynomial(x @ x.mT, iterations, coefficients) @ x
     else:
@@ -83,71 +149,14 @@ def newton_schulz(
     return x.mT if tall else x
 
 
-def polar(matrices: Tensor) -> Tensor:
-    """The nearest orthogonal matrices U V^T, by SVD: what `newton_schulz` approximates. (..., rows, columns)."""
-    u, _, v = torch.linalg.svd(matrices, full_matrices=False)
-    return u @ v
-
-
-def orthogonal_step(
-    step: Tensor, role: str | None, share: Tensor | float, shard: TensorShard | None = None, iterations: int = 2
-) -> Tensor:
-    """A step whose direction goes from its own to the orthogonal one; its root mean square stays.
-
-    Args:
-        step: (*shape) of a tensor for which `is_matrix` holds.
-        role: the tensor's role.
-        share: () between 0, the step as it is, and 1, the orthogonal one.
-        shard: the shard of the tensor that `step` covers; None for all of it. Every process then takes the whole step.
-        iterations: of Newton-Schulz.
-
-    Returns:
-        (*shape). Matrices of experts are treated one by one, each with its own root mean square.
-
-    Example:
-        >>> step = torch.tensor([[0.3, 0.0], [0.0, 0.1]])
-        >>> orthogonal_step(step, "hidden", 1.0, iterations=8).square().mean().sqrt(), step.square().mean().sqrt()
-        (tensor(0.1581), tensor(0.1581))
-    """
-    whole = step
-    if shard is not None:
-        (whole,) = means(shard, (step, ()))
-        whole = whole.reshape(whole_shape(shard, step))
-    given = as_matrices(whole, role)
-    found = newton_schulz(given, iterations)
-    if not (isinstance(share, float) and share == 1.0):
-        found = torch.lerp(_normalized(given), _normalized(found), torch.as_tensor(share, dtype=given.dtype))
-    return local(shard, (_normalized(found) * _norm(given)).reshape(whole.shape))
-
-
-def _sides(shape: tuple[int, ...], role: str | None) -> tuple[int, int]:
-    if role == "experts":
-        return shape[-2], shape[-1]
-    columns = 1
-    for size in shape[1:]:
-        columns *= size
-    return shape[0], columns
-
-
-def _norm(matrices: Tensor) -> Tensor:
-    """Frobenius norms (..., 1, 1); of small numbers, too, whose squares are lost."""
-    largest = matrices.abs().amax((-2, -1), keepdim=True)
-    return largest * (matrices / largest.clamp(min=TINY)).square().sum((-2, -1), keepdim=True).sqrt()
-
-
-def _normalized(matrices: Tensor) -> Tensor:
-    return matrices / _norm(matrices).clamp(min=TINY)
-
-
 def _polynomial(gram: Tensor, iterations: int, coefficients: tuple[float, float, float]) -> Tensor:
     """P with P X = what the iterations make of X, from X X^T (..., rows, rows). All its factors commute."""
     a, b, c = coefficients
-    product = None
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    product = identity
     for number in range(iterations):
-        factor = b * gram + c * (gram @ gram)
-        factor.diagonal(dim1=-2, dim2=-1).add_(a)
-        product = factor if product is None else factor @ product
+        factor = a * identity + b * gram + c * (gram @ gram)
+        product = factor @ product if number else factor
         if number + 1 < iterations:
             gram = gram @ (factor @ factor)
-    assert product is not None
     return product

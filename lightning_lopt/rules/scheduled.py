@@ -176,7 +176,8 @@ class Scheduled(UpdateRule):
         grad = centered(grad, scheduler.ramp(meta_params, "centering", step, num_steps), shard)
         decays = self.decays(meta_params)
         exp_avg, exp_avg_sq = feats.update_moments(state.exp_avg, state.exp_avg_sq, grad, decays)
-        if context.role == "embedding":  # rows that the batch does not read
+        reads_rows = is_table(grad.shape, context.role)
+        if reads_rows:  # the batch does not read the others
             exp_avg = torch.where(grad == 0, state.exp_avg, exp_avg)
             exp_avg_sq = torch.where(grad == 0, state.exp_avg_sq, exp_avg_sq)
         inv_root = feats.inverse_root(exp_avg_sq, self.config.eps)
@@ -197,7 +198,7 @@ class Scheduled(UpdateRule):
         )
         direction = nominal.nominal_direction("AdamAggMo", grad, exp_avg, inv_root, weights.squeeze(0))
         direction = cautious(direction, grad, scheduler.ramp(meta_params, "caution", step, num_steps))
-        if context.role == "embedding":
+        if reads_rows:
             direction = torch.where(grad == 0, 0.0, direction)
         if matrix.is_matrix(shape, context.role):
             share = scheduler.ramp(meta_params, "orthogonal", step, num_steps)
@@ -311,6 +312,14 @@ def role_features(shape: tuple[int, ...], role: str | None) -> tuple[float, ...]
     hidden = matrix.is_matrix(shape, role)
     found = (hidden, role == "embedding", role == "output")
     return tuple(float(one and len(shape) > 1) for one in found)
+
+
+def is_table(shape: tuple[int, ...], role: str | None) -> bool:
+    """Whether a batch reads some rows of a tensor: what has no gradient in a step then stays as it is, moments too.
+
+    So a rare row's step does not depend on how rare it is.
+    """
+    return role == "embedding" and len(shape) > 1
 
 
 def first_scale(tensors: TensorFacts) -> Tensor:

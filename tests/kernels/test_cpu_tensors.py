@@ -193,7 +193,7 @@ def test_other_sizes_than_the_states_are_an_error_that_names_the_parameter(rule,
     before = snapshot(optimizer)
     with pytest.raises(
         RuntimeError,
-        match=r"parameter 0 of group 0 .*(has shape .* zero_grad|has shape .*expected shape .*delete optimizer)",
+        match=r"of parameter 0 of group 0 .* has shape .*expected shape .* zero_grad\(\) .*delete optimizer.state",
     ):
         optimizer.step()
     assert_equal(before, snapshot(optimizer))
@@ -257,7 +257,7 @@ def test_counters_of_other_dtypes_are_an_error(rule, name, dtype):
     run(optimizer, 1)
     state = next(iter(optimizer.state.values()))
     state[name] = state[name].to(dtype)
-    with pytest.raises(RuntimeError, match=f"parameter 0 of group 0 .*state '{name}' is {dtype}, expected"):
+    with pytest.raises(RuntimeError, match=f"State '{name}' of parameter 0 of group 0 .* is {dtype}, expected"):
         run(optimizer, 1)
 
 

@@ -36,11 +36,11 @@ def test_the_recorded_trajectory(length, steps, tensors):
         run.add(start[index].detach().to(DEVICE))
     for step in range(steps):
         grads = [gradient(param.cpu(), index, step) for index, param in zip(tensors, run.params, strict=True)]
-        parts = [
+        work_items = [
             WorkItem(param, grad.to(DEVICE), state, 1.0, 0.0, False)
             for param, grad, state in zip(run.params, grads, run.states, strict=True)
         ]
-        run.kernel.step(parts, run.meta_params, LENGTHS[length], len(start), safeguard=True, measure=False)
+        run.kernel.step(work_items, run.meta_params, LENGTHS[length], len(start), safeguard=True, measure=False)
     for index, param in zip(tensors, run.params, strict=True):
         torch.testing.assert_close(param, expected[steps][index].to(DEVICE), rtol=2e-5, atol=2e-7)
 

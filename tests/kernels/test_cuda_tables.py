@@ -28,7 +28,12 @@ def test_a_step_after_the_first_works_nothing_out_again(kind, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("this is known, and a CUDA graph cannot capture a copy from the host")
 
-    for module, name in ((torch, "tensor"), (layout, "memory_order"), (tables, "memory_order"), (tables, "_check")):
+    for module, name in (
+        (torch, "tensor"),
+        (layout, "memory_order"),
+        (tables, "memory_order"),
+        (tables, "check_shapes"),
+    ):
         monkeypatch.setattr(module, name, refuse)
     run.step()
 
@@ -136,6 +141,19 @@ def test_state_of_another_layout_or_dtype_is_brought_into_order(kind):
             run.states[0][name] = tensor.double().transpose(0, -1).contiguous().transpose(0, -1)
     run.both()
     run.check()
+
+
+@KINDS
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_step_counters_go_on_beyond_what_float32_counts(kind, dtype):
+    run = new_run(kind)
+    for state, copied in zip(run.states, run.copied, strict=True):
+        copied["step"] += 2**24
+        state["step"] = copied["step"].to(dtype)
+    for _ in range(3):
+        run.both(num_steps=10**8)
+    run.check()
+    assert [state["step"].tolist() for state in run.states] == [2**24 + 3] * 2
 
 
 @KINDS

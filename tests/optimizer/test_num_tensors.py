@@ -158,16 +158,14 @@ def test_empty_tensors_do_not_count_and_gradients_set_by_hand_do(rule):
 class RecordingKernel:
     """Moves nothing; remembers what it was called with."""
 
-    step_dtype = torch.int64
-
     def __init__(self):
         self.calls = []
 
     def refuses(self, param):
         return None
 
-    def step(self, parts, meta_params, num_steps, num_tensors=None, *, safeguard, measure):
-        self.calls.append((num_tensors, [tuple(part.param.shape) for part in parts]))
+    def step(self, work_items, meta_params, num_steps, num_tensors=None, *, safeguard, measure):
+        self.calls.append((num_tensors, [tuple(item.param.shape) for item in work_items]))
 
 
 def test_a_kernel_is_called_once_for_each_number(monkeypatch, rule):

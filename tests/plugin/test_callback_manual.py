@@ -6,7 +6,7 @@ import torch
 from lightning_cases import KNOWN_WARNINGS, ManualModule, Module, data, fit, weights
 from optimizer_cases import assert_close, assert_equal
 
-from lightning_lopt import RuleOptimizer
+from lightning_lopt import LearnedOptimizer, RuleOptimizer
 
 pytestmark = KNOWN_WARNINGS
 
@@ -64,6 +64,19 @@ def test_every_way_to_step_is_the_automatic_one(tmp_path, step):
     assert_equal(weights(manual), weights(fit(tmp_path)))
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "64-true"])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_the_flagship_steps_to_the_bit_as_in_automatic_optimization(tmp_path, precision, backend):
+    """Under bf16-true, torch's default dtype is bfloat16 inside training_step, where manual steps are taken."""
+
+    def run(module):
+        callback = LearnedOptimizer.from_pretrained("star", backend=backend)
+        batches = data(dtype=torch.float64 if precision == "64-true" else torch.float32)
+        return weights(fit(tmp_path, callback, module=module, precision=precision, train_dataloaders=batches))
+
+    assert_equal(run(OneManual()), run(Module()))
+
+
 def test_accumulation_by_hand(tmp_path):
     class Accumulates(OneManual):
         def training_step(self, batch, batch_idx):
@@ -91,7 +104,7 @@ def test_our_methods_through_lightnings_wrapper(tmp_path):
             assert wrapper.num_skipped() == 0
             wrapper.check_skipped()
             assert wrapper.rule.kind == "star"
-            assert wrapper.num_steps is None
+            assert wrapper.num_steps == 16
             assert "kind='star'" in repr(wrapper)
             assert wrapper.state_dict()["state"]
 

@@ -4,9 +4,10 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, Timer
-from lightning_cases import KNOWN_WARNINGS, ManualModule, Module, data, fit, learned
+from lightning_cases import KNOWN_WARNINGS, ManualModule, Module, adamw, data, fit, learned, weights
+from optimizer_cases import assert_equal
 
-from lightning_lopt import RuleOptimizer
+from lightning_lopt import LearnedOptimizer, RuleOptimizer
 from lightning_lopt.plugin.strategies import LearnedSingleDevice
 
 pytestmark = KNOWN_WARNINGS
@@ -17,6 +18,25 @@ class Growing(Module):
 
     def train_dataloader(self):
         return data(2 ** min(self.current_epoch + 1, 5))
+
+
+class Stepping(Module):
+    """Manual optimization: one optimizer, which takes so many steps in the first batch, the second, and so on again."""
+
+    def __init__(self, *steps, wrapped=True, configure=adamw):
+        super().__init__(configure)
+        self.automatic_optimization = False
+        self.steps = steps or (1,)
+        self.wrapped = wrapped
+        self.told = []  # the length in each step
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers(use_pl_optimizer=self.wrapped)
+        for _ in range(self.steps[batch_idx % len(self.steps)]):
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(batch))
+            optimizer.step()
+            self.told.append(self.trainer.optimizers[0].num_steps)
 
 
 class Stream(torch.utils.data.IterableDataset):
@@ -62,8 +82,19 @@ LENGTHS = {
     ),
     "data without a length": ({"max_epochs": 2, "train_dataloaders": stream()}, None),
     "data without a length, and steps": ({"max_epochs": -1, "max_steps": 5, "train_dataloaders": stream()}, 5),
-    "manual optimization": ({"max_epochs": 2, "module": ManualModule}, None),
-    "manual optimization, and steps": ({"max_epochs": -1, "max_steps": 6, "module": ManualModule}, None),
+    "manual optimization of two": ({"max_epochs": 2, "module": ManualModule}, None),
+    "manual optimization of two, and steps": ({"max_epochs": -1, "max_steps": 6, "module": ManualModule}, None),
+    "manual optimization": ({"max_epochs": 2, "module": Stepping}, 16),
+    "manual optimization, and steps": ({"max_epochs": 2, "max_steps": 9, "module": Stepping}, 9),
+    "manual optimization, and steps alone": ({"max_epochs": -1, "max_steps": 6, "module": Stepping}, 6),
+    "manual optimization, a timer": (
+        {"max_epochs": 2, "module": Stepping, "callbacks": lambda: [Timer("00:01:00:00")]},
+        None,
+    ),
+    "manual optimization, data without a length": (
+        {"max_epochs": 2, "module": Stepping, "train_dataloaders": stream()},
+        None,
+    ),
 }
 
 
@@ -109,3 +140,71 @@ def test_a_rule_optimizer_of_the_modules_own_keeps_the_length_that_it_knows(tmp_
     rule = learned().rule
     module = Module(lambda module: RuleOptimizer(module.parameters(), rule, num_steps=own))
     assert fit(tmp_path, learned(), module=module).optimizers[0].num_steps == told
+
+
+# Steps in batch after batch (8 an epoch, 3 epochs) -> the length in each step.
+BY_HAND = {
+    "one a batch": ((1,), [24] * 24),
+    "one in four batches": ((0, 0, 0, 1), [6] * 6),
+    "two a batch": ((2,), [24] * 2 + [48] * 46),
+    "a batch with two": ((2, 1, 1, 1, 1, 1, 1, 1), None),
+    "in the second half of an epoch": ((0, 0, 0, 0, 1, 1, 1, 1), None),
+    "as it likes": ((0, 3, 0, 1, 0, 0, 0, 2), None),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_a_module_that_steps_as_it_likes_is_counted(tmp_path, caplog, name):
+    steps, expected = BY_HAND[name]
+    with caplog.at_level("INFO"):
+        module = fit(tmp_path, module=Stepping(*steps), max_epochs=3).lightning_module
+    taken = 3 * 8 * sum(steps) // len(steps)
+    assert len(module.told) == taken
+    assert module.trainer.optimizers[0].num_steps == taken
+    assert module.told == (expected or module.told)
+    assert "24 steps (from the Trainer, with 1 per batch)" in caplog.text
+    first_change = next((length for length in [*module.told, taken] if length != 24), 24)
+    said = f"the module does not step once a batch, so the run has {first_change} steps"
+    assert (said in caplog.text) == (steps != (1,))
+
+
+def test_max_steps_limits_what_is_counted(tmp_path):
+    module = fit(tmp_path, module=Stepping(2), max_epochs=3, max_steps=10).lightning_module
+    assert module.told == [10] * 10
+
+
+def test_the_length_is_unknown_where_steps_cannot_be_seen(tmp_path):
+    module = fit(tmp_path, module=Stepping(1, wrapped=False)).lightning_module
+    assert module.told == [16] + [None] * 15
+
+
+def test_a_length_that_the_module_sets_stays(tmp_path):
+    class Knows(Stepping):
+        def on_train_start(self):
+            self.trainer.optimizers[0].num_steps = 7
+
+    assert fit(tmp_path, module=Knows(0, 1)).lightning_module.told == [7] * 8
+
+
+@pytest.mark.parametrize(("own", "told"), [(None, 8), (5, 5)])
+def test_the_modules_own_optimizer_is_told_what_is_counted(tmp_path, own, told):
+    rule = learned().rule
+    configure = lambda module: RuleOptimizer(module.parameters(), rule, num_steps=own)  # noqa: E731
+    assert fit(tmp_path, module=Stepping(0, 1, configure=configure)).lightning_module.told == [told] * 8
+
+
+@pytest.mark.parametrize("steps", [(1,), (0, 0, 0, 1), (2,)])
+def test_a_run_that_was_resumed_goes_on_with_the_length_that_it_had(tmp_path, steps):
+    class Stops(Stepping):
+        def on_train_epoch_end(self):
+            self.trainer.should_stop = self.current_epoch == 1
+
+    def run(module, **options):
+        return fit(tmp_path, LearnedOptimizer.from_pretrained("star"), module=module, max_epochs=4, **options)
+
+    whole = run(Stepping(*steps))
+    half = run(Stops(*steps))
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    rest = run(Stepping(*steps), ckpt_path=tmp_path / "half.ckpt")
+    assert half.lightning_module.told + rest.lightning_module.told == whole.lightning_module.told
+    assert_equal(weights(rest), weights(whole))

@@ -1,7 +1,9 @@
 """The rule `scheduled` on the CPU: scheduled.cpp, called once a step for all tensors.
 
 The decays and what the schedule knows of a shape come from the rule's own functions; the schedule itself is written
-again in schedule.h. Parameters of lower precision or another memory layout are copied to contiguous float32 and back.
+again in schedule.h. The steps of hidden matrices are written to memory of their own, where `matrix.orthogonal` takes
+all of one shape together. Parameters of lower precision or another memory layout are copied to contiguous float32 and
+back.
 """
 
 from __future__ import annotations
@@ -9,18 +11,19 @@ from __future__ import annotations
 import ctypes
 import struct
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_lopt.kernels import Kernel, Squares
+from lightning_lopt.kernels import Kernel, Squares, WorkItem
 from lightning_lopt.kernels.cpu import build, tensors
-from lightning_lopt.rules import Scheduled, UpdateRule, scheduled, scheduler
+from lightning_lopt.rules import Scheduled, UpdateRule, matrix, scheduled, scheduler
 
 SOURCE = Path(__file__).with_name("scheduled.cpp")
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq", "first_square")
 # The constants and meta-parameters of schedule.h's Schedule, in its order
 CONSTANTS = (
     *scheduler.FRACTIONS,
@@ -28,13 +31,16 @@ CONSTANTS = (
     *scheduler.LOG_LENGTHS,
     scheduler.LARGEST_POWER,
     scheduled.DOUBT,
+    scheduled.USUAL,
+    *scheduled.FLOORS,
 )
 META_PARAMS = (
     *("schedule_fraction", "schedule_length", "schedule_early", "schedule_step"),
-    *("tensor_powers", "momentum_mix", "growth", "centering", "caution"),
+    *("tensor_powers", "momentum_mix", "growth", "centering", "caution", "roles", "first_scale", "cap", "decay"),
 )
 NUM_FLOATS = len(CONSTANTS) + sum(torch.Size(scheduled.SHAPES[name]).numel() for name in META_PARAMS)
-GEOMETRY = struct.Struct("2q5f4x")  # size, rows, limit, shape
+GEOMETRY = struct.Struct("2q8fi4x")  # size, rows, limit, shape, is_table
+AT_ONCE = 1 << 24  # numbers of matrices that are made orthogonal together, which takes four times their memory
 
 
 def supports(rule: UpdateRule) -> str | None:
@@ -72,6 +78,10 @@ class ScheduledKernel(tensors.TensorKernel):
     squares_per_tensor = 2
     rule: Scheduled
 
+    def __init__(self, rule: Scheduled, function: Any) -> None:
+        super().__init__(rule, function)
+        function.argtypes = [*function.argtypes, ctypes.c_void_p]
+
     def pack(self, meta_params: Mapping[str, Tensor]) -> _Rule:
         """The rule as C++ reads it."""
         packed, decays = _Rule(), self.rule.decays(meta_params)
@@ -82,13 +92,73 @@ class ScheduledKernel(tensors.TensorKernel):
         packed.schedule[:] = [*CONSTANTS, *learned]
         return packed
 
-    def geometry(self, param: Tensor, num_tensors: int | None) -> bytes:
-        """What C++ knows of a parameter beside its addresses."""
+    def geometry(self, item: WorkItem, num_tensors: int | None) -> bytes:
+        """What C++ knows of a tensor beside its addresses."""
+        param = item.param
         rows = param.shape[0] if param.dim() > 1 else 0
         features = scheduler.shape_features(param.shape, num_tensors)
-        return GEOMETRY.pack(param.numel(), rows, tensors.LIMITS[param.dtype], *features)
+        roles = scheduled.role_features(param.shape, item.role)
+        is_table = scheduled.is_table(param.shape, item.role)
+        return GEOMETRY.pack(param.numel(), rows, tensors.LIMITS[param.dtype], *features, *roles, is_table)
+
+    def run(
+        self,
+        arguments: tuple[Any, ...],
+        work_items: Sequence[WorkItem],
+        values: Sequence[Tensor],
+        meta_params: Mapping[str, Tensor],
+        num_steps: int | None,
+        squares: array[float],
+    ) -> None:
+        """Call C++, then make the steps of hidden matrices orthogonal and add them."""
+        found = self._matrices(work_items)
+        steps = array("q", bytes(8 * len(work_items)))
+        stacks = []
+        for shape, members in found.items():
+            counts = torch.stack([work_items[index].state["step"] for index in members])
+            share = scheduler.ramp(meta_params, "orthogonal", counts, num_steps)
+            stack = torch.empty(len(members), *shape, dtype=torch.float32, device="cpu")
+            for index, one in zip(members, stack, strict=True):
+                steps[index] = one.data_ptr()
+            stacks.append((members, share, stack))
+        measured = [index for members in found.values() for index in members] if squares else []
+        before = {index: values[index].clone() for index in measured}
+        tensors.raise_unless_done(self.function(*arguments, steps.buffer_info()[0]))
+        for members, share, stack in stacks:
+            _add_orthogonal([values[index] for index in members], stack, share)
+        for index, old in before.items():
+            change, item = values[index] - old, work_items[index]
+            squares[2 * index] = float(change.square().sum())
+            nominal = (change + item.decay * old) / item.scale if item.scale else change
+            squares[2 * index + 1] = float(nominal.square().sum())
+
+    def _matrices(self, work_items: Sequence[WorkItem]) -> dict[tuple[int, ...], list[int]]:
+        """(matrices, rows, columns) -> the numbers of the hidden matrices of that shape."""
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for index, item in enumerate(work_items):
+            shape = item.param.shape
+            if item.role is not None and matrix.is_matrix(shape, item.role):
+                rows, columns = matrix.sides(shape, item.role)
+                alike.setdefault((shape.numel() // (rows * columns), rows, columns), []).append(index)
+        return alike
 
     def total_squares(self, squares: array[float]) -> Squares:
         """The step's squares from those of its tensors."""
         change, nominal = (torch.tensor(sum(squares[i::2]), dtype=torch.float32, device="cpu") for i in (0, 1))
         return Squares(change, {"nominal": nominal})
+
+
+def _add_orthogonal(values: Sequence[Tensor], stack: Tensor, share: Tensor) -> None:
+    """Add the orthogonal steps of n parameters to them.
+
+    Args:
+        values: n contiguous tensors, of any shape.
+        stack: (n, matrices, rows, columns) their steps.
+        share: (n,) as for `matrix.orthogonal`.
+    """
+    number = max(1, AT_ONCE // stack[0].numel())
+    for first in range(0, len(values), number):
+        part, own_share = stack[first : first + number], share[first : first + number]
+        orthogonal = matrix.orthogonal(part, 1.0 if bool((own_share == 1).all()) else own_share.reshape(-1, 1, 1, 1))
+        for value, step in zip(values[first : first + number], orthogonal, strict=True):
+            value.view(step.shape).add_(step)

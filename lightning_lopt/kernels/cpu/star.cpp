@@ -249,7 +249,7 @@ void finish(Work& w, const Item& item, bool skip) {
 void move(Team& team, int member, Work& w, const Item& item) {
   const Rule& rule = w.rule;
   team.once([&] { w.begin(item); });
-  team.each(member, item.geometry.A ? w.row_blocks : 0, [&](int64_t i) { sum_squares(w, i); }, [&] { factor(w, item); });
+  team.each(member, w.row_blocks, [&](int64_t i) { sum_squares(w, i); }, [&] { factor(w, item); });
   team.each(member, w.blocks, [&](int64_t i) { sum_features(w, i); }, [&] { normalize(w); });
   if (rule.aggregate[0] || rule.aggregate[1] || rule.aggregate[2])
     team.each(member, w.blocks, [&](int64_t i) { move_block<AVERAGE>(w, i); }, [&] { average_heads(w); });

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_lopt.kernels import Kernel, Squares
+from lightning_lopt.kernels import Kernel, Squares, WorkItem
 from lightning_lopt.kernels.cpu import build, tensors
 from lightning_lopt.rules import STAR, UpdateRule
 from lightning_lopt.rules.features import factored_dims
@@ -105,8 +105,9 @@ class StarKernel(tensors.TensorKernel):
         packed.blackbox_root, packed.selfnormalize = c.normalize_blackbox, c.selfnormalize_blackbox
         return packed
 
-    def geometry(self, param: Tensor, num_tensors: int | None) -> bytes:
-        """What C++ knows of a parameter beside its addresses: its shape as [A, X, B, Y, C], see star.cpp."""
+    def geometry(self, item: WorkItem, num_tensors: int | None) -> bytes:
+        """What C++ knows of a tensor beside its addresses: its shape as [A, X, B, Y, C], see star.cpp."""
+        param = item.param
         shape, limit = param.shape, tensors.LIMITS[param.dtype]
         if (dims := factored_dims(shape)) is None:
             return GEOMETRY.pack(param.numel(), 0, 0, 0, 0, 0, 0, limit)

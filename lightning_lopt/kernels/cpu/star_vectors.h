@@ -49,17 +49,20 @@ float inverse_rms(double squares, int64_t n) { return (float)(1.0 / std::sqrt(1e
 struct Sizes {
   int64_t n_left = 0, n_right = 0, lines = 0, length = 0, blocks = 0, row_blocks = 0, lines_per_row_block = 0;
 
+  bool by_chunk = false;  // one line: a second moment for each coordinate, so that nothing is gained by storing more
+
   Sizes() = default;
   explicit Sizes(const Geometry& g) {
     const bool diagonal = !g.A;
+    by_chunk = diagonal || g.X == 1;
     n_left = diagonal ? g.size : g.A * g.X * g.B * g.C;
     n_right = diagonal ? 0 : g.A * g.B * g.Y * g.C;
     lines = diagonal ? 1 : g.A * g.X * g.B;
     length = g.size / lines;
     blocks = (g.size + BLOCK - 1) / BLOCK;
     // Each row block sums columns in a row of its own; there must not be too many of these.
-    lines_per_row_block = diagonal ? 1 : (std::max(4 * BLOCK, 16 * n_right) + length - 1) / length;
-    row_blocks = (lines + lines_per_row_block - 1) / lines_per_row_block;
+    lines_per_row_block = (std::max(4 * BLOCK, 16 * n_right) + length - 1) / length;
+    row_blocks = by_chunk ? 0 : (lines + lines_per_row_block - 1) / lines_per_row_block;
   }
 };
 
@@ -82,7 +85,8 @@ struct Work : Sizes {
   std::vector<uint8_t> block_finite;
   float weights[DENSE][HIDDEN];  // of the dense features, normalized
   float widest[HIDDEN];          // bounds of the first layer's sums without the dense features
-  HiddenWeights diagonal;        // of a tensor whose roots and sums are made chunk by chunk, instead of the vectors
+  HiddenWeights own_hidden;      // `by_chunk`: roots and sums are made with these, instead of being stored
+  float relative[3];             // what own moments are multiplied by before their roots are taken
   float head_means[HEADS], mean_grad = 0;
   bool finite = true, proven = false;  // the factored moments; all new numbers
   VI inner[LANES];                     // (c + lane) % C for each c, where 1 < C <= LANES
@@ -96,9 +100,9 @@ struct Work : Sizes {
     resize(left, 3 * n.n_left);
     resize(right, 3 * n.n_right);
     resize(left_root, g.A ? 3 * n.n_left : 0);
-    resize(right_root, 3 * n.n_right);
+    resize(right_root, n.by_chunk ? 0 : 3 * n.n_right);
     resize(left_hidden, g.A ? HIDDEN * n.n_left : 0);
-    resize(right_hidden, HIDDEN * n.n_right);
+    resize(right_hidden, n.by_chunk ? 0 : HIDDEN * n.n_right);
     resize(right_sums, n.row_blocks * n.n_right);
     resize(grad_sums, n.row_blocks);
     resize(partial, n.blocks * DENSE);
@@ -116,7 +120,7 @@ struct Work : Sizes {
     geometry = item.geometry;
     static_cast<Sizes&>(*this) = Sizes(geometry);
     for_each_vector(geometry, [](auto& vector, int64_t size) { vector.resize(size); });
-    std::fill(right.begin(), right.end(), 0.0f);  // these are added to
+    if (!by_chunk) std::fill(right.begin(), right.end(), 0.0f);  // these are added to
     std::fill(right_sums.begin(), right_sums.end(), 0.0f);
     const int64_t C = geometry.C;
     for (int c = 0; c < C && C <= LANES; c++)
@@ -192,14 +196,15 @@ void sum_squares(Work& w, int64_t block) {
 }
 
 // New second moments (3, n) from old ones and means of squares, in place of the means; false if one is not finite.
-bool average(const Rule& rule, const float* old, float* means, int64_t n) {
+// The three follow each other at a distance.
+bool average(const Rule& rule, const float* old, float* means, int64_t n, int64_t distance) {
   float check = 0;
   for (int k = 2; k >= 0; k--) {  // backwards: the means lie where the first of the three go
     const float decay = rule.adafactor[k], rest = 1 - decay;
 #pragma omp simd reduction(+ : check)
     for (int64_t i = 0; i < n; i++) {
-      const float moment = decay * old[k * n + i] + rest * means[i];
-      means[k * n + i] = moment;
+      const float moment = decay * old[k * distance + i] + rest * means[i];
+      means[k * distance + i] = moment;
       check += moment * 0;
     }
   }
@@ -216,26 +221,42 @@ inline void vector_by_vector(int64_t size, Function function) {
 
 inline V clamped_rsqrt(V x) { return inverse_root(x < 1e-9f ? each(1e-9f) : x); }  // NaN stays NaN
 
-// Weights of the features that depend on second moments alone. `row` is the first of their rows in w0, and `other` too
+// Sums over second moments that the features need.
+struct MomentSums {
+  double moments[3] = {}, squares[3] = {}, inverse_squares[3] = {};
+
+  // Adds n numbers of each, at most a CHUNK, which follow each other at a distance.
+  void add(const float* from, int64_t n, int64_t distance) {
+    for (int k = 0; k < 3; k++) {
+      V sums = {}, of_squares = {}, of_inverses = {};
+      vector_by_vector(n, [&](int64_t i, int count) {
+        const V v = load(from + k * distance + i, count), inverse = 1.0f / (v + 1e-8f);
+        sums += v;
+        of_squares += v * v;
+        of_inverses += count == LANES ? inverse : head_of(inverse, count);
+      });
+      moments[k] += sum(sums);
+      squares[k] += sum(of_squares);
+      inverse_squares[k] += sum(of_inverses);
+    }
+  }
+};
+
+MomentSums sums_of(const float* moments, int64_t n) {
+  MomentSums sums;
+  for (int64_t at = 0; at < n; at += CHUNK) sums.add(moments + at, std::min<int64_t>(CHUNK, n - at), n);
+  return sums;
+}
+
+// Weights of the features that depend on n second moments alone. `row` is the first of their rows in w0, and `other` too
 // where the moments are both rows and columns. Bounds of their sums are added to `widest`.
-HiddenWeights hidden_weights(Work& w, const float* moments, int64_t n, const float* start, int row, int other) {
+HiddenWeights hidden_weights(Work& w, const MomentSums& sums, int64_t n, const float* start, int row, int other) {
   const float* w0 = w.rule.weights;
   HiddenWeights found;
   std::copy_n(start, HIDDEN, found.start);
   for (int j = 0; j < HIDDEN; j++) w.widest[j] += std::fabs(start[j]);
   for (int k = 0; k < 3; k++) {
-    double squares = 0, inverse_squares = 0;
-    for (int64_t at = 0; at < n; at += CHUNK) {
-      V sums = {}, inverse_sums = {};
-      vector_by_vector(std::min<int64_t>(CHUNK, n - at), [&](int64_t i, int count) {
-        const V v = load(moments + k * n + at + i, count), inverse = 1.0f / (v + 1e-8f);
-        sums += v * v;
-        inverse_sums += count == LANES ? inverse : head_of(inverse, count);
-      });
-      squares += sum(sums);
-      inverse_squares += sum(inverse_sums);
-    }
-    const float scale = inverse_rms(squares, n), inverse_scale = inverse_rms(inverse_squares, n);
+    const float scale = inverse_rms(sums.squares[k], n), inverse_scale = inverse_rms(sums.inverse_squares[k], n);
     for (int j = 0; j < HIDDEN; j++) {
       float moment = w0[(row + k) * HIDDEN + j], inverse = w0[(row + k + 6) * HIDDEN + j];
       if (other) {
@@ -244,8 +265,8 @@ HiddenWeights hidden_weights(Work& w, const float* moments, int64_t n, const flo
       }
       found.moment[k][j] = moment * scale;
       found.inverse[k][j] = inverse * inverse_scale;
-      w.widest[j] += 1.01f * (float)(std::fabs(found.moment[k][j]) * std::sqrt(squares));
-      w.widest[j] += 1.01f * (float)(std::fabs(found.inverse[k][j]) * std::sqrt(inverse_squares));
+      w.widest[j] += 1.01f * (float)(std::fabs(found.moment[k][j]) * std::sqrt(sums.squares[k]));
+      w.widest[j] += 1.01f * (float)(std::fabs(found.inverse[k][j]) * std::sqrt(sums.inverse_squares[k]));
     }
   }
   return found;
@@ -268,23 +289,48 @@ void sum_hidden(const HiddenWeights& weights, const float* moments, int64_t dist
   });
 }
 
-// A tensor below two dims: its own second moments take the place of rows and columns.
-void factor_diagonal(Work& w, const Item& item, const float* bias) {
-  const int64_t n = w.n_left;
-  float* left = w.left.data();
-  double total = 0;
+// A tensor with a second moment for each coordinate: new ones are made chunk by chunk, without any other vector. Below
+// two dims they take the place of rows and columns; of a single line they are the right ones, and it has one left one.
+void factor_by_chunk(Work& w, const Item& item, const float* bias) {
+  const int64_t n = w.tensor.size;
+  const bool diagonal = !w.geometry.A;
+  const float* old = diagonal ? item.left : item.right;
+  float* own = diagonal ? w.left.data() : w.right.data();
+  double total = 0, total_squares = 0;
+  MomentSums sums;
+  w.finite = true;
   for (int64_t at = 0; at < n; at += CHUNK) {
-    V sums = {};
-    vector_by_vector(std::min<int64_t>(CHUNK, n - at), [&](int64_t i, int count) {
-      const V grad = load(w.tensor.grad + at + i, count);
-      store(left + at + i, grad * grad + 1e-30f, count);
-      sums += grad;
+    const int64_t size = std::min<int64_t>(CHUNK, n - at);
+    V grads = {}, squares = {};
+    vector_by_vector(size, [&](int64_t i, int count) {
+      const V grad = load(w.tensor.grad + at + i, count), square = grad * grad;
+      store(own + at + i, square + 1e-30f, count);
+      grads += grad;
+      squares += square;
     });
-    total += sum(sums);
+    total += sum(grads);
+    total_squares += sum(squares);
+    w.finite &= average(w.rule, old + at, own + at, size, n);
+    sums.add(own + at, size, n);
   }
   w.mean_grad = w.tensor.sign * (float)(total / n);
-  w.finite = average(w.rule, item.left, left, n);
-  w.diagonal = hidden_weights(w, left, n, bias, 13, 16);
+  if (diagonal) {
+    w.own_hidden = hidden_weights(w, sums, n, bias, 13, 16);
+    return;
+  }
+  const bool left_is_row = w.geometry.left_is_row;
+  float* left = w.left.data();
+  left[0] = (float)(total_squares / n) + 1e-30f;
+  w.finite &= average(w.rule, item.left, left, 1, 1);
+  for (int k = 0; k < 3; k++) {
+    const float moment = left_is_row ? left[k] / (left[k] + 1e-9f) : left[k];
+    w.left_root[k] = 1 / std::sqrt(moment < 1e-9f ? 1e-9f : moment);  // NaN stays NaN
+    w.relative[k] = left_is_row ? 1 : 1 / ((float)(sums.moments[k] / n) + 1e-9f);
+  }
+  const float none[HIDDEN] = {};
+  const HiddenWeights of_left = hidden_weights(w, sums_of(left, 1), 1, bias, left_is_row ? 13 : 16, 0);
+  w.own_hidden = hidden_weights(w, sums, n, none, left_is_row ? 16 : 13, 0);
+  sum_hidden(of_left, left, 1, 1, w.left_hidden.data(), 1);
 }
 
 // Divides row moments by their mean over the other factored dim.
@@ -321,7 +367,7 @@ void factor(Work& w, const Item& item) {
       bias[j] += std::tanh(step / TIMESCALES[i] - 1) * w.rule.weights[(CHANNELS + i) * HIDDEN + j];
     w.widest[j] = 0;
   }
-  if (!g.A) return factor_diagonal(w, item, bias);
+  if (w.by_chunk) return factor_by_chunk(w, item, bias);
 
   const int64_t nl = w.n_left, nr = w.n_right;
   float *left = w.left.data(), *right = w.right.data();
@@ -334,15 +380,15 @@ void factor(Work& w, const Item& item) {
   w.mean_grad = w.tensor.sign * (float)(total / g.size);
   for (int64_t i = 0; i < nl; i++) left[i] = left[i] / g.Y + 1e-30f;
   for (int64_t i = 0; i < nr; i++) right[i] = right[i] / g.X + 1e-30f;
-  w.finite = average(w.rule, item.left, left, nl) & average(w.rule, item.right, right, nr);
+  w.finite = average(w.rule, item.left, left, nl, nl) & average(w.rule, item.right, right, nr, nr);
   std::copy(left, left + 3 * nl, w.left_root.begin());
   std::copy(right, right + 3 * nr, w.right_root.begin());
   make_relative(w);
   take_roots(w.left_root);
   take_roots(w.right_root);
   const float none[HIDDEN] = {};
-  const HiddenWeights of_left = hidden_weights(w, left, nl, bias, g.left_is_row ? 13 : 16, 0);
-  const HiddenWeights of_right = hidden_weights(w, right, nr, none, g.left_is_row ? 16 : 13, 0);
+  const HiddenWeights of_left = hidden_weights(w, sums_of(left, nl), nl, bias, g.left_is_row ? 13 : 16, 0);
+  const HiddenWeights of_right = hidden_weights(w, sums_of(right, nr), nr, none, g.left_is_row ? 16 : 13, 0);
   sum_hidden(of_left, left, nl, nl, w.left_hidden.data(), nl);
   sum_hidden(of_right, right, nr, nr, w.right_hidden.data(), nr);
 }
@@ -402,20 +448,25 @@ Run run_at(const Work& w, int64_t start, int64_t end, Expanded& room, bool with_
   Run run{};
   run.at = start;
   run.n = (int)std::min<int64_t>(CHUNK, end - start);
-  if (!w.geometry.A) {
-    const float* left = w.left.data() + start;
-    for (int k = 0; k < 3; k++)
-      vector_by_vector(run.n, [&](int64_t i, int n) {
-        const V moments = load(left + k * nl + i, n);
-        store(room.root[k] + i, clamped_rsqrt(moments + 1e-9f), n);
-        store(room.momentum_root[k] + i, inverse_root(moments + 1e-6f), n);
-      });
-    if (with_hidden) sum_hidden(w.diagonal, left, nl, run.n, room.hidden[0], CHUNK);
+  if (w.by_chunk) {
+    const bool diagonal = !w.geometry.A;
+    const int64_t size = w.tensor.size;
+    const float* own = (diagonal ? w.left : w.right).data() + start;
     for (int k = 0; k < 3; k++) {
+      vector_by_vector(run.n, [&](int64_t i, int n) {
+        const V moments = load(own + k * size + i, n);
+        store(room.root[k] + i, clamped_rsqrt(diagonal ? moments + 1e-9f : moments * w.relative[k]), n);
+        if (diagonal) store(room.momentum_root[k] + i, inverse_root(moments + 1e-6f), n);
+      });
       run.grad_root[k] = room.root[k];
-      run.momentum_root[k] = room.momentum_root[k];
+      run.momentum_root[k] = diagonal ? room.momentum_root[k] : room.root[k];
+      if (!diagonal) run.left_root[k] = w.left_root[k];
     }
-    for (int j = 0; j < HIDDEN; j++) run.hidden[j] = room.hidden[j];
+    if (with_hidden) sum_hidden(w.own_hidden, own, size, run.n, room.hidden[0], CHUNK);
+    for (int j = 0; j < HIDDEN; j++) {
+      run.hidden[j] = room.hidden[j];
+      if (!diagonal) run.left_hidden[j] = w.left_hidden[j];
+    }
     return run;
   }
   if (C == 1 && w.length >= LONG) {

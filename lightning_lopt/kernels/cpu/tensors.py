@@ -57,7 +57,6 @@ class TensorKernel:
 
     moments: ClassVar[tuple[str, ...]]  # fields of the state that C++ reads and writes, float32
     squares_per_tensor: ClassVar[int]
-    step_dtype = torch.int64
 
     def __init__(self, rule: UpdateRule, function: Any) -> None:
         self.rule = rule
@@ -78,7 +77,7 @@ class TensorKernel:
 
     def step(
         self,
-        parts: Sequence[WorkItem],
+        work_items: Sequence[WorkItem],
         meta_params: Mapping[str, Tensor],
         num_steps: int | None,
         num_tensors: int | None = None,
@@ -87,14 +86,15 @@ class TensorKernel:
         measure: bool,
     ) -> Squares | None:
         """See `Kernel`."""
-        params, grads, states, scales, decays, maximize = zip(*parts, strict=True)
+        params, grads, states, scales, decays, maximize, _ = zip(*work_items, strict=True)
         names = ("step", *COUNTERS) if safeguard else ("step",)
         counters = [state[name] for name in names for state in states]
         counter_addresses = array("q", map(Tensor.data_ptr, counters))
         tensors = self._arrays(params, grads, states)
-        table, seen = self._table, (counter_addresses, num_tensors, _layouts(tensors, len(params)))
+        roles = [item.role for item in work_items]
+        table, seen = self._table, (counter_addresses, num_tensors, roles, _layouts(tensors, len(params)))
         if table is None or table.seen != seen or not all(map(operator.is_, table.counters, counters)):
-            table = self._table = self._new_table(parts, names, counters, seen)
+            table = self._table = self._new_table(work_items, names, counters, seen)
             tensors = self._arrays(params, grads, states)
         for index in table.copied:
             tensors[index] = plain(tensors[index])
@@ -106,9 +106,10 @@ class TensorKernel:
         addresses = array("q", map(Tensor.data_ptr, tensors)) + counter_addresses
         scalars = array("f", map(float, (*scales, *decays)))
         scalars.extend([-1.0 if ascend else 1.0 for ascend in maximize])
-        squares = array("d", bytes(8 * self.squares_per_tensor * len(parts) if measure else 0))
+        squares = array("d", bytes(8 * self.squares_per_tensor * len(work_items) if measure else 0))
         arrays = [values.buffer_info()[0] for values in (addresses, scalars, squares)]
-        _raise(self.function(ctypes.addressof(rule), *arrays, table.geometries, len(parts)))
+        arguments = (ctypes.addressof(rule), *arrays, table.geometries, len(work_items))
+        self.run(arguments, work_items, tensors[: len(params)], meta_params, num_steps, squares)
 
         written_back = {index for index in table.copied if index < len(params)}
         for index in written_back:
@@ -120,9 +121,30 @@ class TensorKernel:
         """The rule as C++ reads it: a struct that begins with `Common`."""
         raise NotImplementedError
 
-    def geometry(self, param: Tensor, num_tensors: int | None) -> bytes:
-        """What C++ knows of a parameter beside its addresses."""
+    def geometry(self, item: WorkItem, num_tensors: int | None) -> bytes:
+        """What C++ knows of a tensor beside its addresses."""
         raise NotImplementedError
+
+    def run(
+        self,
+        arguments: tuple[Any, ...],
+        work_items: Sequence[WorkItem],
+        values: Sequence[Tensor],
+        meta_params: Mapping[str, Tensor],
+        num_steps: int | None,
+        squares: array[float],
+    ) -> None:
+        """Call C++, and do what is left to be done for the parameters.
+
+        Args:
+            arguments: of the C++ function.
+            work_items: of the step.
+            values: the parameters, or copies of them, as C++ moves them.
+            meta_params: of the rule.
+            num_steps: the run's length, None if it is unknown.
+            squares: as C++ fills it; empty where nothing is measured.
+        """
+        raise_unless_done(self.function(*arguments))
 
     def total_squares(self, squares: array[float]) -> Squares:
         """The squares of a step from those of its tensors, `squares_per_tensor` each."""
@@ -135,14 +157,14 @@ class TensorKernel:
         return [*params, *grads, *[state[name] for name in self.moments for state in states]]
 
     def _new_table(
-        self, parts: Sequence[WorkItem], names: Sequence[str], counters: list[Tensor], seen: tuple[Any, ...]
+        self, work_items: Sequence[WorkItem], names: Sequence[str], counters: list[Tensor], seen: tuple[Any, ...]
     ) -> _Table:
         """Look at every tensor. States that hold the right numbers in another form are converted."""
-        for item in parts:
+        for item in work_items:
             self._check(item, names)
         num_tensors = seen[1]
-        geometries = b"".join(self.geometry(item.param, num_tensors) for item in parts)
-        given = [item.param for item in parts] + [item.grad for item in parts]
+        geometries = b"".join(self.geometry(item, num_tensors) for item in work_items)
+        given = [item.param for item in work_items] + [item.grad for item in work_items]
         copied = tuple(index for index, tensor in enumerate(given) if not is_plain(tensor))
         return _Table(seen, counters, copied, geometries)
 
@@ -152,12 +174,12 @@ class TensorKernel:
             made = self.rule.init_state(torch.empty(param.shape, dtype=torch.float32, device="meta"))
             self._shapes[param.shape] = {name: getattr(made, name).shape for name in self.moments}
         scalars = {name: torch.Size() for name in names}
-        check_shapes(item, {**self._shapes[param.shape], **scalars})
+        check_shapes(param, item.grad, state, {**self._shapes[param.shape], **scalars})
         for name in self.moments:
             state[name] = plain(state[name])  # loaded by other means, maybe
         for name in names:
             if state[name].dtype is not torch.int64:
-                raise TensorMismatch(param, f"The state {name!r} is {state[name].dtype}", "torch.int64")
+                raise TensorMismatch(param, f"State {name!r}", f"is {state[name].dtype}", "torch.int64")
 
     def _settings(self, meta_params: Mapping[str, Tensor]) -> Any:
         if self._packed is None or self._packed[0] is not meta_params:
@@ -189,7 +211,8 @@ def _layouts(tensors: Sequence[Tensor], count: int) -> tuple[list[Any], ...]:
     )
 
 
-def _raise(outcome: int) -> None:
+def raise_unless_done(outcome: int) -> None:
+    """Raise what a step's outcome in C++ stands for."""
     if outcome == OUT_OF_MEMORY:
         raise MemoryError("There is not enough memory for the optimizer's step. No parameter and no state has changed.")
     if outcome:

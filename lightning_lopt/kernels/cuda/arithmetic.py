@@ -169,7 +169,7 @@ def count(counters, good, SAFE: tl.constexpr):
     `counters` points to their addresses, one after the other: steps, skipped steps, skipped steps in a row. `good` is 0
     for a skipped step, else 1.
     """
-    step = tl.load(counters).to(tl.pointer_type(tl.float32))
+    step = tl.load(counters).to(tl.pointer_type(tl.int64))
     tl.store(step, tl.load(step) + good)
     if SAFE:
         skipped = tl.load(counters + 1).to(tl.pointer_type(tl.int64))

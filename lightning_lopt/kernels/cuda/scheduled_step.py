@@ -100,8 +100,8 @@ def _address(addresses, tensor, NAME: tl.constexpr):
 
 @triton.jit
 def _step(addresses, tensor):
-    """Updates of a tensor so far."""
-    return tl.load(_address(addresses, tensor, STEP).to(tl.pointer_type(tl.float32)))
+    """Updates of a tensor so far; kept as an integer, because float32 counts up to 2^24 only."""
+    return tl.load(_address(addresses, tensor, STEP).to(tl.pointer_type(tl.int64))).to(tl.float32)
 
 
 @triton.jit

@@ -19,12 +19,13 @@ from torch import Tensor
 
 from lightning_lopt.kernels import Squares, WorkItem
 from lightning_lopt.kernels.cuda.layout import DTYPES, common, dense_strides, memory_order, same
+from lightning_lopt.kernels.mismatch import check_shapes
 from lightning_lopt.rules import UpdateRule
 
 # Sets of tensors whose tables are kept, least recently used last: not all tensors have gradients in every step.
 PLANS_KEPT = 32
 LONGEST_ROW = 2**30  # places in a row are 32-bit numbers
-COUNTERS = ("skipped", "skipped_in_row")
+COUNTERS = ("skipped", "skipped_in_row")  # of the safeguard
 
 
 def outdated() -> str | None:
@@ -173,7 +174,6 @@ class TritonKernel(abc.ABC, Generic[PlanType]):
     """A fused step on the host; see `kernels.Kernel`. Subclasses say what the state holds, and launch the kernels."""
 
     plan_type: type[PlanType]
-    step_dtype = torch.float32
 
     def __init__(self, rule: UpdateRule, terms: Sequence[str]) -> None:
         self.rule = rule
@@ -213,7 +213,7 @@ class TritonKernel(abc.ABC, Generic[PlanType]):
 
     def step(
         self,
-        parts: Sequence[WorkItem],
+        work_items: Sequence[WorkItem],
         meta_params: Mapping[str, Tensor],
         num_steps: int | None,
         num_tensors: int | None = None,
@@ -222,7 +222,7 @@ class TritonKernel(abc.ABC, Generic[PlanType]):
         measure: bool,
     ) -> Squares | None:
         """Move all work items; see `kernels.Kernel.step`."""
-        items = [_with_grad_like_param(item) for item in parts if item.param.numel()]
+        items = [_with_grad_like_param(item) for item in work_items if item.param.numel()]
         if not items:
             nothing = torch.zeros(1 + len(self.terms), dtype=torch.float32, device="cpu")
             return self._squares(nothing) if measure else None
@@ -248,7 +248,7 @@ class TritonKernel(abc.ABC, Generic[PlanType]):
         if key not in self._plans:
             expected = [self._expected(item.param, safeguard) for item in items]
             for item, tensors in zip(items, expected, strict=True):
-                _check(item, tensors)
+                check_shapes(item.param, item.grad, item.state, {n: tensor.shape for n, tensor in tensors.items()})
                 _lay_out(item.state, tensors)
             key = self._key(items, safeguard)
         plan = self._plans.pop(key, None) or self.plan_type(self.rule, items, list(map(tuple, expected)))
@@ -259,8 +259,8 @@ class TritonKernel(abc.ABC, Generic[PlanType]):
         return plan
 
     def _expected(self, param: Tensor, safeguard: bool) -> dict[str, StateTensor]:
-        scalars = {"step": StateTensor(())} | {name: StateTensor((), (), torch.int64) for name in COUNTERS * safeguard}
-        return self.state_tensors(param) | scalars
+        scalars = ("step", *COUNTERS) if safeguard else ("step",)
+        return self.state_tensors(param) | {name: StateTensor((), (), torch.int64) for name in scalars}
 
     def _key(self, items: Sequence[WorkItem], safeguard: bool) -> object:
         """All that a plan depends on. Taken at every step, hence without a call per tensor."""
@@ -282,21 +282,6 @@ def _with_grad_like_param(item: WorkItem) -> WorkItem:
         return item
     copy = torch.empty_strided(param.shape, param.stride(), dtype=grad.dtype, device=grad.device)
     return item._replace(grad=copy.copy_(grad))
-
-
-def _check(item: WorkItem, expected: Mapping[str, StateTensor]) -> None:
-    """A RuntimeError if gradient or state do not fit the parameter."""
-    param = item.param
-    found = {"gradient": (item.grad, tuple(param.shape))}
-    found |= {f"state {name!r}": (item.state[name], tensor.shape) for name, tensor in expected.items()}
-    for what, (tensor, shape) in found.items():
-        if tuple(tensor.shape) != shape or tensor.device != param.device:
-            raise RuntimeError(
-                f"The {what} of a parameter of shape {tuple(param.shape)} on {param.device} has shape "
-                f"{tuple(tensor.shape)} on {tensor.device}, and should have {shape}. If the parameter was resized, "
-                "transposed or moved in place, do the same to its gradient and state, or delete "
-                "optimizer.state[parameter] to start anew."
-            )
 
 
 def _lay_out(state: dict[str, Tensor], expected: Mapping[str, StateTensor]) -> None:

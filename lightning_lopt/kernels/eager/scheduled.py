@@ -82,8 +82,6 @@ class _Multipliers(NamedTuple):
 class EagerScheduled:
     """See `kernels.Kernel`."""
 
-    step_dtype = torch.int64
-
     def __init__(self, rule: Scheduled) -> None:
         self.rule = rule
         self._decays: tuple[Mapping[str, Tensor], feats.Decays] | None = None
@@ -97,7 +95,7 @@ class EagerScheduled:
 
     def step(
         self,
-        parts: Sequence[WorkItem],
+        work_items: Sequence[WorkItem],
         meta_params: Mapping[str, Tensor],
         num_steps: int | None,
         num_tensors: int | None = None,
@@ -109,9 +107,10 @@ class EagerScheduled:
         if self._decays is None or self._decays[0] is not meta_params:
             self._decays = meta_params, self.rule.decays(meta_params)
         alike: dict[Any, list[WorkItem]] = {}
-        for item in parts:
+        for item in work_items:
             shape = item.param.shape
-            check_shapes(item, {"exp_avg": torch.Size((3, *shape)), "exp_avg_sq": shape, "step": torch.Size()})
+            shapes = {"exp_avg": (3, *shape), "exp_avg_sq": shape, "step": ()}
+            check_shapes(item.param, item.grad, item.state, shapes)
             item.state.update({name: plain(item.state[name]) for name in MOMENTS})
             key = (shape, item.param.dtype, float(item.scale), float(item.decay), item.maximize)
             alike.setdefault(key, []).append(item)
