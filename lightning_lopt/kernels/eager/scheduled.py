@@ -17,12 +17,12 @@ from torch import Tensor
 
 from lightning_lopt.kernels import Kernel, Squares, WorkItem
 from lightning_lopt.kernels.mismatch import check_shapes, plain
-from lightning_lopt.rules import Scheduled, UpdateRule, scheduled, scheduler
+from lightning_lopt.rules import Scheduled, UpdateRule, matrix, scheduled, scheduler
 from lightning_lopt.rules import features as feats
 
 CHUNK = 1 << 17  # coordinates taken at once: their moments stay in the last-level cache
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MOMENTS = ("exp_avg", "exp_avg_sq")
+STATE = ("exp_avg", "exp_avg_sq", "first_square")
 Chunk = tuple[int, int, int]  # (dim, start, length); dim -1 is all of the tensor
 
 
@@ -42,6 +42,9 @@ class _Stack:
 
     def __init__(self, items: Sequence[WorkItem]) -> None:
         self.items = items
+        self.role = items[0].role
+        self.is_table = scheduled.is_table(items[0].param.shape, self.role)
+        self.is_matrix = matrix.is_matrix(items[0].param.shape, self.role)
         self.shape = items[0].param.shape or torch.Size((1,))  # a scalar as a vector of one
         self.grad = self._gather([item.grad for item in items]).unsqueeze(1)
         self.grad = -self.grad if items[0].maximize else self.grad
@@ -49,6 +52,7 @@ class _Stack:
         self.exp_avg = self._gather([item.state["exp_avg"] for item in items])
         self.exp_avg_sq = self._gather([item.state["exp_avg_sq"] for item in items]).unsqueeze(1)
         self.step = torch.stack([item.state["step"] for item in items]).to(torch.float32)
+        self.first_square = torch.stack([item.state["first_square"] for item in items])
         self.chunks = _chunks_of(self.shape)
 
     def _gather(self, tensors: list[Tensor]) -> Tensor:
@@ -64,6 +68,8 @@ class _Stack:
         grad, old, old_sq = (_cut(tensor, chunk) for tensor in (self.grad, self.exp_avg, self.exp_avg_sq))
         ones = [1] * len(self.shape)
         rate, rms = decays.momentum.reshape(3, *ones), decays.rms.reshape(1, *ones)
+        if self.is_table:  # only what has a gradient moves: at the others, both rates are 1
+            rate, rms = (torch.where(grad == 0, 1.0, each) for each in (rate, rms))
         torch.mul(old, rate, out=exp_avg).addcmul_(grad, 1 - rate)
         # Not (1 - rms) * (grad * grad): the square of a gradient of 1e20 leaves the range of float32.
         torch.mul(old_sq, rms, out=exp_avg_sq).addcmul_((1 - rms) * grad, grad)
@@ -75,6 +81,9 @@ class _Multipliers(NamedTuple):
     stepsize: Tensor  # (T, 1, ...) signed: what the direction is multiplied by
     weights: Tensor  # (T, 1, 3) of the momenta
     caution: Tensor  # (T, 1, ...)
+    orthogonal: Tensor  # (T, 1, ...) share of the orthogonal step
+    decay: Tensor  # (T, 1, ...)
+    first_square: Tensor  # (T,)
     finite: Tensor  # (T,) finite where the new moments are
     moments: Tensor | None  # (T, 5, *shape) as `_moments` gives them, where there is only one chunk
 
@@ -109,10 +118,10 @@ class EagerScheduled:
         alike: dict[Any, list[WorkItem]] = {}
         for item in work_items:
             shape = item.param.shape
-            shapes = {"exp_avg": (3, *shape), "exp_avg_sq": shape, "step": ()}
+            shapes = {"exp_avg": (3, *shape), "exp_avg_sq": shape, "first_square": (), "step": ()}
             check_shapes(item.param, item.grad, item.state, shapes)
-            item.state.update({name: plain(item.state[name]) for name in MOMENTS})
-            key = (shape, item.param.dtype, float(item.scale), float(item.decay), item.maximize)
+            item.state.update({name: plain(item.state[name]) for name in STATE})
+            key = (shape, item.param.dtype, float(item.scale), float(item.decay), item.maximize, item.role)
             alike.setdefault(key, []).append(item)
         found = []
         for group in alike.values():
@@ -133,23 +142,40 @@ class EagerScheduled:
         fraction = scheduler.ramp(meta_params, "centering", stack.step, num_steps)
         stack.grad = torch.func.vmap(scheduled.centered)(stack.grad.squeeze(1), fraction).unsqueeze(1)
         count = len(stack.items)
-        sums = torch.zeros(count, 4, dtype=torch.float32, device="cpu")
+        sums = torch.zeros(count, 5, dtype=torch.float32, device="cpu")
         finite = torch.zeros(count, dtype=torch.float32, device="cpu")
         for chunk in stack.chunks:
             x = self._moments(stack, chunk)
             rows = torch.cat([_cut(stack.param, chunk), x[:, :3] * x[:, 4:]], 1)
-            sums += rows.flatten(2).square().sum(2)
+            sums[:, :4] += rows.flatten(2).square().sum(2)
+            sums[:, 4] += (x[:, 3] > 0).flatten(1).sum(1)
             finite += x[:, :4].flatten(1).sum(1)
-        features = scheduler.shape_features(stack.shape, num_tensors)
-        shapes = torch.tensor([features], dtype=torch.float32, device="cpu").expand(count, -1)
+        shape = stack.items[0].param.shape
+        square, strengths, seen = (sums / math.prod(stack.shape)).split((1, 3, 1), 1)
+        features = [scheduler.shape_features(shape, num_tensors), scheduled.role_features(shape, stack.role)]
+        shapes, roles = (torch.tensor([f], dtype=torch.float32, device="cpu").expand(count, -1) for f in features)
+        first_square = torch.where(stack.step == 0, square.squeeze(1), stack.first_square)
+        means = torch.cat([square, strengths / seen.clamp(min=1e-12)], 1)
         assert self._decays is not None
         found = scheduled.multipliers(
-            meta_params, sums / math.prod(stack.shape), shapes, stack.step, num_steps, self._decays[1]
+            meta_params,
+            scheduled.TensorFacts(means, first_square, shapes, roles),
+            stack.step,
+            num_steps,
+            decays=self._decays[1],
+            stepsize=self.rule.config.nominal_stepsize,
+        )
+        decay = scheduled.decay(meta_params, stack.step, num_steps) * (len(shape) > 1)
+        caution, orthogonal = (
+            scheduler.ramp(meta_params, name, stack.step, num_steps) for name in ("caution", "orthogonal")
         )
         return _Multipliers(
             stepsize=stack.per_tensor(-self.rule.config.nominal_stepsize * found.factor),
             weights=found.momenta.expand(count, 3).unsqueeze(1),
-            caution=stack.per_tensor(scheduler.ramp(meta_params, "caution", stack.step, num_steps)),
+            caution=stack.per_tensor(caution),
+            orthogonal=orthogonal.reshape(-1, 1, 1, 1),
+            decay=stack.per_tensor(decay),
+            first_square=first_square,
             finite=finite,
             moments=x if len(stack.chunks) == 1 else None,
         )
@@ -168,30 +194,38 @@ class EagerScheduled:
 
     def _move(self, stack: _Stack, multipliers: _Multipliers, safeguard: bool, measure: bool) -> list[Tensor]:
         """The second pass: move a stack. Returns the squares of change and nominal term where they are measured."""
-        moved = torch.empty_like(stack.param)
-        nominal_squares = torch.zeros(len(stack.items), dtype=torch.float32, device="cpu")
-        scale, decay = float(stack.items[0].scale), float(stack.items[0].decay)
+        steps = torch.empty_like(stack.param)
         for chunk in stack.chunks:
             x = self._moments(stack, chunk) if multipliers.moments is None else multipliers.moments
-            grad, param, out = (_cut(tensor, chunk) for tensor in (stack.grad, stack.param, moved))
+            grad = _cut(stack.grad, chunk)
             direction = (multipliers.weights @ x[:, :3].flatten(2)).reshape(grad.shape) * x[:, 4:]
-            nominal = scheduled.cautious(direction, grad, multipliers.caution) * multipliers.stepsize
-            torch.add(param, nominal, alpha=scale, out=out)
-            if decay:
-                out.sub_(param, alpha=decay)
-            if measure:
-                nominal_squares += nominal.flatten(1).square().sum(1)
+            nominal = scheduled.cautious(direction, grad, multipliers.caution)
+            if stack.is_table:
+                nominal = torch.where(grad == 0, 0.0, nominal)
+            torch.mul(nominal, multipliers.stepsize, out=_cut(steps, chunk))
+        if stack.is_matrix:
+            rows, columns = matrix.sides(stack.shape, stack.role)
+            matrices = steps.reshape(len(stack.items), -1, rows, columns)
+            steps = matrix.orthogonal(matrices, multipliers.orthogonal).reshape(steps.shape)
+        steps = steps - multipliers.decay * stack.param
+        scale, decay = float(stack.items[0].scale), float(stack.items[0].decay)
+        moved = torch.add(stack.param, steps, alpha=scale)
+        if decay:
+            moved.sub_(stack.param, alpha=decay)
         moved = moved.squeeze(1).to(stack.items[0].param.dtype)
         good = torch.ones(len(stack.items), dtype=torch.bool, device="cpu")
         if safeguard:
             good = (multipliers.finite + moved.flatten(1).sum(1, dtype=torch.float32)).isfinite()
         change = (moved.float() - stack.param.squeeze(1)).flatten(1).square().sum(1) if measure else None
-        self._write(stack, multipliers.moments, moved, good.tolist(), safeguard)
+        self._write(stack, multipliers, moved, good.tolist(), safeguard)
         if change is None:
             return []
+        nominal_squares = steps.flatten(1).square().sum(1)
         return [torch.stack([torch.where(good, row, 0.0).sum() for row in (change, nominal_squares)])]
 
-    def _write(self, stack: _Stack, moments: Tensor | None, moved: Tensor, good: list[bool], safeguard: bool) -> None:
+    def _write(
+        self, stack: _Stack, multipliers: _Multipliers, moved: Tensor, good: list[bool], safeguard: bool
+    ) -> None:
         """Write parameters, states and counters of the tensors that are finite."""
         for item, finite in zip(stack.items, good, strict=True) if safeguard else ():
             if finite:
@@ -202,6 +236,7 @@ class EagerScheduled:
         taken = [number for number, finite in enumerate(good) if finite]
         if not taken:
             return
+        moments = multipliers.moments
         if moments is None:  # several chunks, of one tensor: its own state is folded again, in place
             assert self._decays is not None
             for chunk in stack.chunks:
@@ -211,8 +246,8 @@ class EagerScheduled:
             exp_avg, exp_avg_sq = moments[:, :3], moments[:, 3:4]
         states = [stack.items[number].state for number in taken]
         params = [stack.items[number].param for number in taken]
-        targets = [params, *([state[name] for state in states] for name in MOMENTS)]
-        for new, old in zip((moved, exp_avg, exp_avg_sq), targets, strict=True):
+        targets = [params, *([state[name] for state in states] for name in STATE)]
+        for new, old in zip((moved, exp_avg, exp_avg_sq, multipliers.first_square), targets, strict=True):
             torch._foreach_copy_(old, [new[n].reshape(o.shape) for n, o in zip(taken, old, strict=True)])
         torch._foreach_add_([state["step"] for state in states], 1)
 
