@@ -1,4 +1,4 @@
-"""Fifty steps of the bundled `star` on fixed gradients, recorded when it was a configuration of the paper's rule."""
+"""Fifty steps of the first flagship on fixed gradients, recorded when it was a configuration of the paper's rule."""
 
 import numpy as np
 import torch
@@ -10,6 +10,37 @@ import lightning_lopt as lopt
 SHAPES = [(12, 20), (6, 3, 3, 3), (17,), (), (5, 1, 7), (33, 8)]
 STEPS = 50
 LENGTHS = {"known": STEPS, "unknown": None}
+NUMBERS = {  # its readable numbers
+    "anneal": 0.599051421,
+    "bias_correction": 0.30657408,
+    "caution_end": 0.8088591,
+    "caution_start": 0.822545,
+    "centering_end": 0.75474703,
+    "centering_start": 0.86168396,
+    "depth": -0.87216955,
+    "eps": 1e-10,
+    "fan_in": -0.5826365,
+    "fast_offset": 0.08194125,
+    "growth": -1.1211647,
+    "length": -0.7000379,
+    "mix_end": 0.41887796,
+    "mix_start": 0.07362844,
+    "nominal_stepsize": 0.010010005001667084,
+    "peak": 0.83408046,
+    "rms_offset": 0.13066414,
+    "scale": 0.5180775,
+    "size": -0.10905133,
+    "slow_offset": -0.010301658,
+    "start": -0.300605668,
+    "start_length": 0.260030465,
+    "strength_end": 0.47891632,
+    "strength_start": 0.65650755,
+    "unknown_early": -0.26206625,
+    "unknown_late": -0.7166439,
+    "unknown_level": 0.80298257,
+    "vectors": -0.44296542,
+    "warmup": 0.113935427,
+}
 
 
 def gradient(param: Tensor, index: int, step: int) -> Tensor:
@@ -30,9 +61,9 @@ def parameters(dtype: torch.dtype) -> list[nn.Parameter]:
 def trajectory(length: str, dtype: torch.dtype, backend: str, **options: object) -> dict[int, list[Tensor]]:
     """Step -> parameters, at the recorded steps."""
     params, found = parameters(dtype), {}
-    optimizer = lopt.RuleOptimizer(
-        params, lopt.load_rule("star"), num_steps=LENGTHS[length], backend=backend, **options
-    )
+    rule = lopt.rules.make("scheduled", **NUMBERS)
+    groups = [{"params": params, "role": "other"}]
+    optimizer = lopt.RuleOptimizer(groups, rule, num_steps=LENGTHS[length], backend=backend, **options)
     for step in range(STEPS):
         for index, param in enumerate(params):
             param.grad = gradient(param.detach(), index, step)

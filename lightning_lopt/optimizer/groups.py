@@ -90,7 +90,7 @@ def lr_and_decay(group: Group) -> tuple[float | Tensor, float | Tensor, float | 
     if isinstance(lr, Tensor):
         lr = lr.squeeze()  # torch's own optimizers take an lr of shape (1,), too
     base = group["lopt_base_lr"]
-    scale = 1.0 if base is None else lr / base
+    scale = group.get("strength", 1.0) * (1.0 if base is None else lr / base)
     decay = lr * group["weight_decay"] if group["lopt_decay"] and group["weight_decay"] else 0.0
     return lr, scale, decay
 

@@ -10,15 +10,16 @@ import re
 from collections.abc import Iterable
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _LAYERS = (nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
 _CONVOLUTIONS = (nn.modules.conv._ConvNd,)
 
 # Parts of a parameter's name, in the order in which they are looked for
-_OTHER = re.compile(r"(^|[._])(pos|positions?|positional|position_embeddings?|pos_embed\w*|wpe|cls_token|token|tokens)($|[._])")
-_EMBEDDING = re.compile(r"(^|[._])(\w*embed(ding)?s?(_tokens|_table)?|wte|tok_emb|emb)($|[._])")
-_OUTPUT = re.compile(r"(^|[._])(lm_head|head|classifier|output|logits|score)($|[._])")
+_OTHER = re.compile(r"(^|\.)(wpe|tokens?|\w*(pos|position|positions|positional|cls)(_\w+)?)($|\.)")
+_EMBEDDING = re.compile(r"(^|\.)(wte|\w*emb(ed(ding)?s?)?(_\w+)?)($|\.)")
+_OUTPUT = re.compile(r"(^|\.)(\w*head|classifier|output|logits|score)($|\.)")
 _EXPERTS = re.compile(r"expert", re.IGNORECASE)
 _WEIGHT = re.compile(r"(^|_)weight(_|$)|^original\d+$")  # `original0` and so on: of torch's parametrizations
 
@@ -40,7 +41,7 @@ def by_module(module: nn.Module, params: Iterable[Tensor]) -> dict[Tensor, str]:
     last = None
     for path, owner in module.named_modules():
         for name, param in owner.named_parameters(recurse=False):
-            if id(param) in held and param.dim() > 1:
+            if id(param) in held and (is_lazy(param) or param.dim() > 1):
                 role = _role_in(owner, path, name, param)
                 last = param if role in ("hidden", "experts") else last
                 roles[param] = "embedding" if roles.get(param) == "embedding" else role
@@ -58,7 +59,7 @@ def by_name(named: Iterable[tuple[str, Tensor]]) -> dict[Tensor, str]:
         >>> list(by_name(model.named_parameters()).values())
         ['hidden', 'output']
     """
-    roles = {param: _role_of_name(name, param) for name, param in named if param.dim() > 1}
+    roles = {param: _role_of_name(name, param) for name, param in named if is_lazy(param) or param.dim() > 1}
     if "output" in roles.values() or "embedding" in roles.values():
         return roles  # an embedding without an output is tied to it, as far as names tell
     layers = [param for param, role in roles.items() if role == "hidden"]
@@ -72,7 +73,7 @@ def _role_in(owner: nn.Module, path: str, name: str, param: Tensor) -> str:
         return "hidden" if owner.groups == 1 else "other"
     if isinstance(owner, _LAYERS):
         return "hidden" if _WEIGHT.search(name) else "other"
-    if param.dim() == 3 and _EXPERTS.search(f"{path}.{type(owner).__name__}.{name}"):
+    if not is_lazy(param) and param.dim() == 3 and _EXPERTS.search(f"{path}.{type(owner).__name__}.{name}"):
         return "experts"
     # Modules of the user's: position embeddings and tokens are bare parameters, layers call theirs a weight.
     return "hidden" if _WEIGHT.search(name) and not _OTHER.search(f"{path}.{name}") else "other"
@@ -85,7 +86,7 @@ def _role_of_name(name: str, param: Tensor) -> str:
         return "embedding"
     if _OUTPUT.search(name):
         return "output"
-    if param.dim() == 3 and _EXPERTS.search(name):
+    if not is_lazy(param) and param.dim() == 3 and _EXPERTS.search(name):
         return "experts"
     return "hidden" if _WEIGHT.search(name.rpartition(".")[2]) else "other"
 

@@ -64,10 +64,12 @@ class RuleOptimizer(Optimizer):
 
     Args:
         params: parameters, named parameters or groups, as for any torch optimizer. A group may set `lr`,
-            `weight_decay`, `maximize` and `role`. Complex parameters are refused.
+            `weight_decay`, `maximize`, `role` and `strength`, another multiplier of the update. Complex parameters are
+            refused.
         rule: the update rule; it is shared, not copied, and never trained here.
         lr: multiplier of the update.
-        weight_decay: decoupled decay, multiplied by `lr` as in `torch.optim.AdamW`.
+        weight_decay: decoupled decay, multiplied by `lr` as in `torch.optim.AdamW`; besides the rule's own decay, which
+            `rule.without_decay()` leaves out.
         num_steps: the run's length in optimizer steps, None if it is unknown; rules may use it and must work without.
             May be set later: `optimizer.num_steps = 1000`.
         safeguard: skip a tensor's step when its gradient, new value or new state is not finite; count it; stop with a
@@ -131,6 +133,7 @@ class RuleOptimizer(Optimizer):
         lr: str = "ignore",
         reference_lr: float | None = None,
         weight_decay: str = "ignore",
+        strength: float = 1.0,
         **arguments: Any,
     ) -> RuleOptimizer:
         """A RuleOptimizer over the parameter groups of another optimizer, with all their keys for those who read them.
@@ -140,7 +143,8 @@ class RuleOptimizer(Optimizer):
             rule: the update rule.
             lr: "ignore", the groups' lr is only logged; "scale", the update is multiplied by lr / reference_lr.
             reference_lr: default: the largest initial lr (or, under a OneCycleLR or CyclicLR, max_lr) of the groups.
-            weight_decay: "ignore", or "decoupled": the groups' own decay with their own lr, as AdamW does.
+            weight_decay: "decoupled", the groups' own with their own lr, as AdamW does; else they have no effect.
+            strength: multiplier of the update, beside a group's own `strength`.
             arguments: further arguments of `RuleOptimizer`.
 
         Example:
@@ -155,7 +159,7 @@ class RuleOptimizer(Optimizer):
         own = {"lopt_base_lr": reference if lr == "scale" else None, "lopt_decay": weight_decay == "decoupled"}
         new.defaults.update({**kept_keys(optimizer.defaults), **own})
         for group in new.param_groups:
-            group.update(own, lopt_kind=rule.kind)
+            group.update(own, lopt_kind=rule.kind, strength=strength * group.get("strength", 1.0))
         for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
             getattr(new, hooks).update(getattr(optimizer, hooks))
         return new

@@ -157,5 +157,5 @@ class RuleStep:
 def _change(delta: Tensor, value: Tensor, group: dict[str, Any]) -> Tensor:
     """What is added to a parameter, from a rule's delta and the parameter's value."""
     lr, scale, decay = lr_and_decay(group)
-    change = delta if group["lopt_base_lr"] is None else delta * scale
+    change = delta * scale
     return change - decay * value if group["lopt_decay"] and group["weight_decay"] else change

@@ -17,13 +17,16 @@ def check_arguments(
     lr: object,
     reference_lr: float | None,
     weight_decay: object,
+    strength: object,
     num_steps: object,
     only: object,
     skip: object,
 ) -> None:
     """Raise a ValueError that says what is allowed, unless all values are."""
     _check_choice("lr", lr, ("ignore", "scale"))
-    _check_choice("weight_decay", weight_decay, ("ignore", "decoupled"))
+    _check_choice("weight_decay", weight_decay, ("rule", "ignore", "decoupled"))
+    if not _is_positive(strength):
+        raise ValueError(f"strength={strength!r} is not allowed: it must be a positive finite number, such as 0.3.")
     _check_reference_lr(lr, reference_lr)
     _check_num_steps(num_steps)
     _check_selectors("only", only)
@@ -35,12 +38,16 @@ def _check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None
         raise ValueError(f"{name}={value!r} is not allowed: use one of {list(allowed)}.")
 
 
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
 def _check_reference_lr(lr: object, reference_lr: float | None) -> None:
     if reference_lr is None:
         return
     if lr != "scale":
         raise ValueError(f"reference_lr={reference_lr!r} has no effect with lr={lr!r}: use it with lr='scale'.")
-    if not 0 < reference_lr < math.inf:
+    if not _is_positive(reference_lr):
         raise ValueError(f"reference_lr={reference_lr!r} is not allowed: it must be a positive finite number.")
 
 

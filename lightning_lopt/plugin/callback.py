@@ -83,7 +83,10 @@ class LearnedOptimizer(Callback, *_pytorch_lightnings_callback()):  # type: igno
             multiplied by lr / reference_lr, so schedules take effect.
         reference_lr: for lr="scale": the learning rate at which the update has its full size. Default: the largest
             initial lr of the groups (max_lr under OneCycleLR and CyclicLR). For a schedule that climbs, pass its peak.
-        weight_decay: "ignore" (default), or "decoupled": apply the groups' own weight decay, as AdamW does.
+        weight_decay: "rule" (default): the decay that the rule has learned, if any; the module's own is ignored.
+            "decoupled": the groups' own weight decay, as AdamW applies it, in place of the rule's. "ignore": none.
+        strength: multiplier of every step. The first thing to try (0.3, 0.1) where a run is too bold, or must forget
+            little. A parameter group may have a `strength` of its own, which multiplies this one.
         num_steps: the run's length in steps of each optimizer; rules with a schedule anneal over it. "auto" (default):
             taken from the Trainer, or unknown where it cannot be known (a Timer, EarlyStopping with Lightning's default
             max_epochs, reloaded dataloaders, manual optimization of several optimizers). A module that steps its one
@@ -116,7 +119,8 @@ class LearnedOptimizer(Callback, *_pytorch_lightnings_callback()):  # type: igno
         *,
         lr: str = "ignore",
         reference_lr: float | None = None,
-        weight_decay: str = "ignore",
+        weight_decay: str = "rule",
+        strength: float = 1.0,
         num_steps: NumSteps = "auto",
         only: Selectors | None = None,
         skip: Selectors | None = None,
@@ -134,6 +138,7 @@ class LearnedOptimizer(Callback, *_pytorch_lightnings_callback()):  # type: igno
             lr=lr,
             reference_lr=reference_lr,
             weight_decay=weight_decay,
+            strength=strength,
             num_steps=num_steps,
             only=only,
             skip=skip,
@@ -145,7 +150,10 @@ class LearnedOptimizer(Callback, *_pytorch_lightnings_callback()):  # type: igno
         self.rule = copy.deepcopy(rule).requires_grad_(False)
         self.lr = lr
         self.reference_lr = reference_lr
+        if weight_decay != "rule":
+            self.rule = self.rule.without_decay()
         self.weight_decay = weight_decay
+        self.strength = strength
         self.num_steps = num_steps
         self.only = only
         self.skip = skip
@@ -166,7 +174,8 @@ class LearnedOptimizer(Callback, *_pytorch_lightnings_callback()):  # type: igno
         endpoint: str | None = None,
         lr: str = "ignore",
         reference_lr: float | None = None,
-        weight_decay: str = "ignore",
+        weight_decay: str = "rule",
+        strength: float = 1.0,
         num_steps: NumSteps = "auto",
         only: Selectors | None = None,
         skip: Selectors | None = None,
@@ -185,6 +194,7 @@ class LearnedOptimizer(Callback, *_pytorch_lightnings_callback()):  # type: igno
             lr: see `LearnedOptimizer`, as for all that follow.
             reference_lr: see there.
             weight_decay: see there.
+            strength: see there.
             num_steps: see there.
             only: see there.
             skip: see there.
@@ -212,6 +222,7 @@ class LearnedOptimizer(Callback, *_pytorch_lightnings_callback()):  # type: igno
             lr=lr,
             reference_lr=reference_lr,
             weight_decay=weight_decay,
+            strength=strength,
             num_steps=num_steps,
             only=only,
             skip=skip,
@@ -350,6 +361,7 @@ class LearnedOptimizer(Callback, *_pytorch_lightnings_callback()):  # type: igno
             new.set_loss_source(recorder if self.rule.needs_loss or self.safeguard == "fallback" else None)
             if self.rule.needs_names:
                 new.set_names(trainer.lightning_module.named_parameters())
+            new.set_roles(trainer.lightning_module)
             return new
 
         fit = self._fits[trainer]
@@ -360,7 +372,8 @@ class LearnedOptimizer(Callback, *_pytorch_lightnings_callback()):  # type: igno
 
     def _group_options(self) -> dict[str, Any]:
         """The options that optimizer groups, and so checkpoints, hold."""
-        return {"lr": self.lr, "reference_lr": self.reference_lr, "weight_decay": self.weight_decay}
+        names = ("lr", "reference_lr", "weight_decay", "strength")
+        return {name: getattr(self, name) for name in names}
 
     def _make(self, optimizer: Optimizer) -> RuleOptimizer:
         cyclic = any("max_lr" in group for group in optimizer.param_groups)

@@ -29,6 +29,7 @@ class _Learned:
         lr: see `LearnedOptimizer`, as for all arguments up to `backend`.
         reference_lr: see `LearnedOptimizer`.
         weight_decay: see `LearnedOptimizer`.
+        strength: see `LearnedOptimizer`.
         num_steps: see `LearnedOptimizer`.
         only: see `LearnedOptimizer`.
         skip: see `LearnedOptimizer`.
@@ -43,7 +44,8 @@ class _Learned:
         *,
         lr: str = "ignore",
         reference_lr: float | None = None,
-        weight_decay: str = "ignore",
+        weight_decay: str = "rule",
+        strength: float = 1.0,
         num_steps: NumSteps = "auto",
         only: Selectors | None = None,
         skip: Selectors | None = None,
@@ -57,6 +59,7 @@ class _Learned:
             "lr": lr,
             "reference_lr": reference_lr,
             "weight_decay": weight_decay,
+            "strength": strength,
             "num_steps": num_steps,
             "only": only,
             "skip": skip,

@@ -6,6 +6,7 @@ code runs under `torch.func.vmap` and autograd in meta-training, in place behind
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import sys
@@ -106,7 +107,6 @@ class UpdateRule(nn.Module):
     needs_loss: bool = False
     needs_shared_context: bool = False
     needs_names: bool = False
-    uses_roles: bool = False  # steps depend on `StepContext.role`; what is unknown is warned of
     takes_shards: bool = False  # `update` is coordinatewise, except for what it asks of `shards.means`
     whole_state: frozenset[str] = frozenset()  # fields of the state that are not sharded
     kind: str
@@ -117,6 +117,15 @@ class UpdateRule(nn.Module):
         super().__init__()
         self.config = config if config is not None else self.Config()
         self.kind = kind
+
+    @property
+    def uses_roles(self) -> bool:
+        """Whether steps depend on `StepContext.role`; the optimizer then warns of matrices whose role is unknown."""
+        return False
+
+    def without_decay(self) -> UpdateRule:
+        """The same rule without a weight decay of its own, if it has one; a copy."""
+        return copy.deepcopy(self)
 
     def init_state(self, param: Tensor) -> Any:
         """The state of a parameter before its first step: a NamedTuple of tensors of its dtype and on its device."""

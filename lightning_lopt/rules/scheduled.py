@@ -21,6 +21,7 @@ Readable numbers, the fields of `ScheduledConfig` from `peak` on, fill the meta-
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -98,7 +99,7 @@ class ScheduledConfig(RuleConfig):
     embedding: float = _number(0.0, "log factor of embeddings")
     output: float = _number(0.0, "log factor of the last layer's matrix")
     first_scale: float = _number(0.0, "power of how much smaller than usual a matrix began")
-    cap: float = _number(100.0, "log of a matrix's largest step relative to its root mean square, at the peak")
+    cap: float = _number(10.0, "log of a matrix's largest step relative to its root mean square, at the peak")
     decay: float = _number(0.0, "log of what decay takes off a matrix in a run, if the schedule stayed at its peak")
     fast_offset: float = _number(0.0, "offset of the fastest momentum's decay")
     slow_offset: float = _number(0.0, "offset of the slowest momentum's decay; the middle one has half of it")
@@ -109,6 +110,8 @@ class ScheduledConfig(RuleConfig):
         self.check_number("eps", 1e-20, 1.0)
         for name in self.meanings():
             self.check_number(name, -100.0, 100.0)
+        self.check_number("cap", -20.0, 20.0)
+        self.check_number("decay", 0.0, 20.0)
         self.check_number("warmup", 1e-3, 0.999)
         for name in ("fast_offset", "slow_offset", "rms_offset"):
             self.check_number(name, -5.0, 0.4)  # up to 0.46 the decays stay above 0
@@ -151,7 +154,6 @@ class Scheduled(UpdateRule):
     Config = ScheduledConfig
     config: ScheduledConfig
     takes_shards = True
-    uses_roles = True
     whole_state = frozenset({"first_square"})
 
     def __init__(self, config: ScheduledConfig | None = None, *, kind: str = "scheduled") -> None:
@@ -159,6 +161,17 @@ class Scheduled(UpdateRule):
         dtype = compute_dtype(torch.get_default_dtype())  # in bfloat16 the numbers would be others
         for name, values in curves(self.config).items():
             self.register_parameter(name, nn.Parameter(values.to(dtype)))
+
+    @property
+    def uses_roles(self) -> bool:
+        """Whether hidden matrices take orthogonal steps, or a role has a factor of its own."""
+        return bool(self.orthogonal.any() or self.roles.any())
+
+    def without_decay(self) -> Scheduled:
+        """The same rule with `decay` 0; a copy."""
+        rule = copy.deepcopy(self)
+        rule.decay.data.zero_()
+        return rule
 
     def init_state(self, param: Tensor) -> Moments:
         """Zeros."""
