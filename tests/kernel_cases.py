@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -11,16 +12,16 @@ from torch import Tensor
 
 import lightning_lopt as lopt
 from lightning_lopt import RuleOptimizer
-from lightning_lopt.rules import UpdateRule
+from lightning_lopt.rules import UpdateRule, matrix
 
 # Fewer, equally many and more coordinates than lanes, chunks and blocks; inner dims that fit into lanes and do not;
 # rows from one number to several blocks.
 SHAPES = [(), (5,), (700,), (1, 1), (4, 3), (17, 33), (130, 257), (300, 200), (2, 3, 3, 3), (16, 3, 3, 3), (3, 40, 7)]
-SHAPES += [(20, 32, 3, 3), (7, 30, 2, 10), (9, 12, 5, 5), (30, 25, 20), (1, 70000), (70000, 1), (40000,)]
+SHAPES += [(6, 5), (6, 5), (3, 9, 8), (20, 32, 3, 3), (7, 30, 2, 10), (9, 12, 5, 5), (30, 25, 20), (1, 70000), (70000, 1), (40000,)]
 
 
 def scheduled(seed: int = 0, **config: Any) -> UpdateRule:
-    """The rule with random curves, decays off their defaults, and all three mechanisms on."""
+    """The rule with random curves, decays off their defaults, and all mechanisms on."""
     rule = lopt.rules.make("scheduled", **{"eps": 1e-6, **config})
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -32,7 +33,19 @@ def scheduled(seed: int = 0, **config: Any) -> UpdateRule:
         rule.centering.copy_(torch.tensor([0.9, 0.5]))
         rule.caution.copy_(torch.tensor([0.9, 0.3]))
         rule.growth.copy_(torch.tensor([-0.9, 0.5]))
+        rule.orthogonal.copy_(torch.tensor([0.9, 0.4]))
+        rule.first_scale.fill_(0.7)
+        rule.cap.fill_(-1.0)  # which holds some tensors back, and others not
+        rule.decay.fill_(0.5)
     return rule
+
+
+def in_roles(params: Iterable[Any]) -> list[dict[str, Any]]:
+    """A group for each parameter, in the roles in turn; groups as they are."""
+    params = list(params)
+    if isinstance(params[0], dict):
+        return params
+    return [{"params": [param], "role": role} for param, role in zip(params, cycle(matrix.ROLES), strict=False)]
 
 
 RULES: dict[str, Callable[[], UpdateRule]] = {"scheduled": scheduled, "star": star}  # a new C++ kernel adds its rule
@@ -50,7 +63,7 @@ def both(
     """The reference's optimizer and the kernel's after the same steps."""
     pair = []
     for backend in backends:
-        optimizer = RuleOptimizer(make_params(), rule, backend=backend, **options)
+        optimizer = RuleOptimizer(in_roles(make_params()), rule, backend=backend, **options)
         params = [p for group in optimizer.param_groups for p in group["params"]]
         for step in range(steps):
             gradients(params, step, scale)

@@ -5,7 +5,7 @@ import math
 import pytest
 import star_trajectory
 import torch
-from kernel_cases import assert_same, both, centered_gradients, scheduled
+from kernel_cases import assert_same, both, centered_gradients, in_roles, scheduled
 from optimizer_cases import parameters, set_gradients
 
 import lightning_lopt as lopt
@@ -52,7 +52,7 @@ def test_what_is_not_finite_is_skipped_alone_and_counted(broken):
     pair = []
     for backend in ("reference", "auto"):
         params = parameters(SHAPES)
-        optimizer = RuleOptimizer(params, scheduled(), backend=backend, safeguard=True)
+        optimizer = RuleOptimizer(in_roles(params), scheduled(), backend=backend, safeguard=True)
         for step, value in enumerate((1.0, math.inf, math.nan, 1e20)):
             set_gradients(params, step)
             params[broken].grad[-1, 0] = value

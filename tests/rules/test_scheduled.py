@@ -50,7 +50,7 @@ def test_the_first_flagship_moves_as_it_did_as_a_configuration_of_the_papers_rul
 def test_stars_weights_are_what_its_readable_numbers_stand_for():
     star = lopt.load_rule("star")
     expected = scheduled.curves(star.config)
-    assert (star.kind, star.num_meta_params(), len(ScheduledConfig.meanings())) == ("scheduled", 88, 27)
+    assert (star.kind, star.num_meta_params(), len(ScheduledConfig.meanings())) == ("scheduled", 99, 36)
     for name, value in star.meta_params().items():
         assert torch.equal(value, expected[name]), name
 
@@ -279,6 +279,145 @@ def test_centering_1_is_adam_on_centralized_gradients():
         context = StepContext(torch.tensor(float(step)), None, 30)
         _, found = rule.update(theta, torch.from_numpy(grad), rule.init_state(param), param, context)
         torch.testing.assert_close(found.exp_avg[0], torch.from_numpy(0.1 * (grad - share * (grad - central))))
+
+
+# --- roles, first scale, cap, decay
+
+
+def factor_of(tensors, step=0.0, num_steps=101, stepsize=1e-2, **numbers):
+    time = torch.tensor(step, dtype=torch.float64)
+    found = scheduled.multipliers(neutral(**numbers), tensors, time, num_steps, decays=DECAYS, stepsize=stepsize)
+    return found.factor.item()
+
+
+@pytest.mark.parametrize(
+    ("role", "shape", "expected"),
+    [
+        ("hidden", (20, 50), math.exp(0.5 + 0.2 * (math.log10(50) - 1.5))),
+        ("experts", (3, 20, 50), math.exp(0.5 + 0.2 * (3 - 1.5))),
+        ("embedding", (20, 50), math.exp(-0.3)),
+        ("output", (20, 50), math.exp(0.4)),
+        ("other", (20, 50), 1.0),
+        (None, (20, 50), 1.0),
+        ("hidden", (20, 1), 1.0),
+        ("hidden", (20,), 1.0),
+    ],
+)
+def test_each_role_has_a_factor_of_its_own(role, shape, expected):
+    numbers = {"hidden": 0.5, "hidden_fan_in": 0.2, "embedding": -0.3, "output": 0.4}
+    tensors = facts((0.01, 1.0, 1.0, 1.0), shape, role=role)
+    found = factor_of(tensors, **numbers)
+    if role == "experts":  # its fan-in counts all dims but the first, as for any tensor
+        expected = math.exp(0.5 + 0.2 * (math.log10(1000) - 1.5))
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("relative", "expected"), [(0.01, 0.1), (0.25, 0.5), (1.0, 1.0), (9.0, 1.0), (0.0, 1.0)])
+def test_a_matrix_that_began_small_takes_smaller_steps_by_a_power(relative, expected):
+    first = (relative * 0.58 / math.sqrt(50)) ** 2
+    found = factor_of(facts((0.01, 1.0, 1.0, 1.0), (20, 50), first=first), first_scale=0.5)
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert factor_of(facts((0.01, 1.0, 1.0, 1.0), (20,), first=first), first_scale=0.5) == 1.0
+
+
+def test_the_state_keeps_the_mean_square_before_the_first_step():
+    rule = make("scheduled", nominal_stepsize=0.1)
+    param = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    state, expected = rule.init_state(param), param.square().mean()
+    for step in range(3):
+        delta, state = rule.update(
+            rule.meta_params(), torch.ones(4, 3), state, param, StepContext(torch.tensor(float(step)), None, 3)
+        )
+        param = param + delta
+        torch.testing.assert_close(state.first_square, expected)
+
+
+@pytest.mark.parametrize("first", [0.0, 1.0])
+@pytest.mark.parametrize("rms", [0.0, 0.5])
+@pytest.mark.parametrize("shape", [(20, 50), (20,)])
+def test_no_step_of_a_matrix_is_longer_than_the_cap_times_its_scale(first, rms, shape):
+    """Against the step itself: the bound by strengths holds for any momenta."""
+    torch.manual_seed(0)
+    rule = make("scheduled", nominal_stepsize=10.0, cap=math.log(0.2), mix_start=0.5)
+    theta = {name: value.double() for name, value in rule.meta_params().items()}
+    param = rms * torch.randn(shape, dtype=torch.float64).sign()
+    grad = torch.randn(shape, dtype=torch.float64)
+    state = rule.init_state(param)._replace(first_square=torch.tensor(first, dtype=torch.float64))
+    delta, _ = rule.update(theta, grad, state, param, StepContext(torch.tensor(1.0, dtype=torch.float64), None, 100))
+    limit = 0.2 * max(rms, scheduled.FLOORS[0 if first == 0 else 1])
+    longest = delta.square().mean().sqrt().item()
+    assert (longest <= limit * (1 + 1e-9)) == (len(shape) > 1)
+    assert longest > 0.5 * limit  # and it is the cap that holds it back
+
+
+def test_the_cap_and_the_decay_follow_the_curve_from_its_highest_point():
+    numbers = {"peak": 0.7, "start": -0.4, "warmup": 0.2, "anneal": 0.6}
+    for fraction in (0.0, 0.2, 0.5, 0.8):
+        step = torch.tensor(fraction * 999, dtype=torch.float64)
+        found = scheduled.annealed(neutral(**numbers), step, 1000).item()
+        assert found == pytest.approx(math.exp(log_factor(fraction * 999, **numbers) - 0.7), rel=1e-5)
+        assert scheduled.annealed(neutral(**numbers), step, None).item() == 1
+
+
+@pytest.mark.parametrize("num_steps", [30, 300, 3000])
+def test_decay_takes_the_same_off_a_matrix_whatever_the_length(num_steps):
+    """exp(-decay) in all, with a curve that stays at its peak, and nothing off a vector."""
+    rule = make("scheduled", nominal_stepsize=0.0, decay=0.5)
+    theta = {name: value.double() for name, value in rule.meta_params().items()}
+    for shape, expected in (((3, 2), math.exp(-0.5)), ((3,), 1.0)):
+        param, grad = torch.ones(shape, dtype=torch.float64), torch.ones(shape, dtype=torch.float64)
+        state = rule.init_state(param)
+        for step in range(num_steps):
+            context = StepContext(torch.tensor(float(step), dtype=torch.float64), None, num_steps)
+            delta, state = rule.update(theta, grad, state, param, context)
+            param = param + delta
+        torch.testing.assert_close(param, torch.full_like(param, expected), rtol=0.01, atol=0)
+
+
+def test_without_decay_nothing_is_taken_off():
+    rule = make("scheduled", decay=0.5)
+    assert (rule.decay.item(), rule.without_decay().decay.item()) == (0.5, 0.0)
+
+
+# --- embeddings
+
+
+def rows_moved(reads, role="embedding", width=4, num_rows=3):
+    """What each row has moved by after steps that read some of them: step -> rows."""
+    rule = make("scheduled", nominal_stepsize=0.1, eps=1e-12, mix_start=1.0, centering_start=0.5, caution_start=0.5)
+    theta = {name: value.double() for name, value in rule.meta_params().items()}
+    generator = torch.Generator().manual_seed(0)
+    param = torch.ones(num_rows, width, dtype=torch.float64)
+    gradients = torch.randn(len(reads), width, generator=generator, dtype=torch.float64)
+    start, state = param, rule.init_state(param)
+    count = [0] * num_rows
+    for step, rows in enumerate(reads):
+        grad = torch.zeros_like(param)
+        for row in rows:
+            grad[row] = gradients[count[row]]  # the same gradients for each row, one after the other
+            count[row] += 1
+        context = StepContext(torch.tensor(float(step), dtype=torch.float64), None, None, role=role)
+        delta, state = rule.update(theta, grad, state, param, context)
+        still = [row for row in range(num_rows) if row not in rows]
+        if role == "embedding":
+            assert not delta[still].any()
+        param = param + delta
+    return param - start
+
+
+def test_a_rare_row_of_an_embedding_steps_as_a_frequent_one():
+    """Once each has been read as often, with the same gradients: how rare it is makes no difference."""
+    reads = [[0] if step % 4 else [0, 1] for step in range(16)] + [[1]] * 12
+    moved = rows_moved(reads)
+    torch.testing.assert_close(moved[1], moved[0])
+    assert not moved[2].any()
+    assert not torch.allclose(*rows_moved(reads, role="output")[:2])
+
+
+def test_rows_that_were_never_read_do_not_count_in_a_tables_strengths():
+    """Ten or ten thousand of them: the step of those that are read is the same."""
+    few, many = (rows_moved([[0, 1]] * 5, num_rows=rows)[:2] for rows in (3, 300))
+    torch.testing.assert_close(few, many)
 
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
