@@ -46,6 +46,10 @@ class RuleCase(NamedTuple):
 RULES_UNDER_TEST = [
     RuleCase("star", {"nominal_stepsize": 1e-2, "step_mult": 1e-6}),
     RuleCase("scheduled", {"nominal_stepsize": 1e-2, "centering_start": 0.5, "caution_end": 0.5}),
+    RuleCase(
+        "scheduled",
+        {"nominal_stepsize": 1e-2, "orthogonal_start": 0.9, "hidden": 0.3, "cap": -1.0, "first_scale": 0.7, "decay": 0.1},
+    ),
     RuleCase("hyperparam", {"nominal_stepsize": 1e-2}),
     RuleCase("blackbox", {"step_mult": 1e-2}, pass_gradient_through),
     RuleCase("lstm", {"nominal_stepsize": 1e-2, "nominal_controller": True, "out_scale": 1e-6}),

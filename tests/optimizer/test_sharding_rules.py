@@ -4,13 +4,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from contract_table import RULES_UNDER_TEST
+from kernel_cases import in_roles
 from sharded_cases import DTensor, Shard, distribute_tensor
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from lightning_lopt import RuleOptimizer
 
-SHAPES = ((5, 3), (7,), (1,), (3, 2, 2))  # of (1,), a process has nothing; no state but of tensors ends in these
+SHAPES = ((5, 3), (3, 4, 2), (6, 3), (7,), (1,), (3, 2, 2))  # of (1,), a process has nothing; no state but of tensors ends in these
 
 
 def compare_all(rank, store):
@@ -29,7 +30,7 @@ def compare(rule, mesh):
     starts = [torch.randn(shape) for shape in SHAPES]
     whole = [nn.Parameter(start.clone()) for start in starts]
     sharded = [nn.Parameter(distribute_tensor(start, mesh, [Shard(0)])) for start in starts]
-    optimizers = RuleOptimizer(whole, rule), RuleOptimizer(sharded, rule, safeguard=True)
+    optimizers = RuleOptimizer(in_roles(whole), rule), RuleOptimizer(in_roles(sharded), rule, safeguard=True)
     for step in range(7):
         for plain, split in zip(whole, sharded, strict=True):
             plain.grad = torch.randn(plain.shape, generator=torch.Generator().manual_seed(step))
