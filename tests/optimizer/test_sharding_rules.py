@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from contract_table import RULES_UNDER_TEST
+from optimizer_cases import hidden
 from sharded_cases import DTensor, Shard, distribute_tensor
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -29,7 +30,7 @@ def compare(rule, mesh):
     starts = [torch.randn(shape) for shape in SHAPES]
     whole = [nn.Parameter(start.clone()) for start in starts]
     sharded = [nn.Parameter(distribute_tensor(start, mesh, [Shard(0)])) for start in starts]
-    optimizers = RuleOptimizer(whole, rule), RuleOptimizer(sharded, rule, safeguard=True)
+    optimizers = RuleOptimizer(hidden(whole), rule), RuleOptimizer(hidden(sharded), rule, safeguard=True)
     for step in range(7):
         for plain, split in zip(whole, sharded, strict=True):
             plain.grad = torch.randn(plain.shape, generator=torch.Generator().manual_seed(step))
