@@ -64,4 +64,6 @@ RULES_UNDER_TEST = [
     RuleCase("multiscale_adam", {"mixer": "la_b"}),
     RuleCase("multiscale_adam", {"mixer": "rnn2"}),
     RuleCase("multiscale_adam", {"mixer": "gru"}),
+    RuleCase("muon", {"adam_stepsize": 1e-2}),
+    RuleCase("soap", {"stepsize": 1e-2, "betas": (0.9, 0.99)}),
 ]

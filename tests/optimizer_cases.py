@@ -99,6 +99,11 @@ def star(seed: int = 0, **config: Any) -> UpdateRule:
         return lopt.rules.make("star", **{"nominal_stepsize": 1e-2, "step_mult": 1e-3, **config})
 
 
+def hidden(params: Iterable[Tensor]) -> list[dict[str, Any]]:
+    """A group of weights of hidden layers, as far as they have two dims; some rules move these as matrices."""
+    return [{"params": params, "role": "hidden"}]
+
+
 def parameters(
     shapes: Iterable[tuple[int, ...]] = tuple(SHAPES.values()), dtype: torch.dtype = torch.float32
 ) -> list[nn.Parameter]:

@@ -15,11 +15,14 @@ from lightning_lopt.rules.gru import GRUConfig, GRURule
 from lightning_lopt.rules.history import HistoryConfig, NormalizedHistory
 from lightning_lopt.rules.lstm import LSTMConfig, LSTMRule
 from lightning_lopt.rules.multiscale_adam import MultiscaleAdam, MultiscaleAdamConfig
+from lightning_lopt.rules.muon import Muon, MuonConfig
 from lightning_lopt.rules.scheduled import Scheduled, ScheduledConfig
+from lightning_lopt.rules.soap import SOAP, SOAPConfig
 from lightning_lopt.rules.star import STAR, STARConfig
 
 __all__ = [
     "REGISTRY",
+    "SOAP",
     "STAR",
     "GRUConfig",
     "GRURule",
@@ -28,8 +31,11 @@ __all__ = [
     "LSTMRule",
     "MultiscaleAdam",
     "MultiscaleAdamConfig",
+    "Muon",
+    "MuonConfig",
     "NormalizedHistory",
     "RuleConfig",
+    "SOAPConfig",
     "STARConfig",
     "Scheduled",
     "ScheduledConfig",

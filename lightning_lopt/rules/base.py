@@ -31,6 +31,23 @@ class StepContext(NamedTuple):
     in_place: bool = False  # the state's tensors may be overwritten: their old values are not needed
     name: str | None = None  # of the tensor, None if unknown; always given to rules with needs_names
     role: str | None = None  # of the tensor in the net, one of `matrix.ROLES`; None if unknown
+    known_step: int | None = None  # `step`, or the steps that were tried so far, where the host knows it
+
+    def host_step(self) -> int | None:
+        """The step as a Python number, for work that is not done in every step; None where vmap or a compiler runs.
+
+        Waits for an accelerator unless `known_step` is given.
+
+        Example:
+            >>> StepContext(torch.tensor(20.0)).host_step(), StepContext(torch.tensor(20.0), known_step=21).host_step()
+            (20, 21)
+        """
+        if self.known_step is not None or torch.compiler.is_compiling():
+            return self.known_step
+        try:
+            return int(self.step)
+        except RuntimeError:  # what vmap, and tensors without a value, raise
+            return None
 
 
 ConfigType = TypeVar("ConfigType", bound="RuleConfig")

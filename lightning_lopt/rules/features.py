@@ -129,6 +129,12 @@ def bounded(grad: Tensor, count: int = 1) -> Tensor:
     return grad.clamp(-limit, limit)
 
 
+def root(square: Tensor) -> Tensor:
+    """The square root, whose derivative at 0 is 0 instead of infinite."""
+    positive = square > 0
+    return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), square)
+
+
 def update_moments(exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, decays: Decays) -> tuple[Tensor, Tensor]:
     """Update the momenta (3, *shape) and the second moment (*shape), which the nominal term reads, with a gradient."""
     rms = decays.rms.squeeze(0)

@@ -235,11 +235,11 @@ class NormalizedHistory(UpdateRule):
         if c.sign_only:
             inputs = grads.sign()
         elif c.normalization == "adam" and c.timescales:
-            inputs = _divided(grads, _safe_sqrt(squares))
+            inputs = _divided(grads, feats.root(squares))
         else:
             inputs = _by_largest(grads)
             if c.normalization == "adam":  # numbers up to 1, whose squares neither overflow nor vanish
-                inputs = _divided(inputs, _safe_sqrt(inputs.square().mean(0)))
+                inputs = _divided(inputs, feats.root(inputs.square().mean(0)))
         if c.step == "mean":
             return inputs.mean(0, keepdim=True)
         inputs = torch.cat([_by_largest(params), inputs]) if c.parameter_inputs else inputs
@@ -271,12 +271,6 @@ def _by_largest(history: Tensor) -> Tensor:
 
 def _divided(history: Tensor, norm: Tensor) -> Tensor:
     return history / torch.where(norm == 0, 1.0, norm)
-
-
-def _safe_sqrt(square: Tensor) -> Tensor:
-    """The square root, whose derivative at 0 is 0 instead of infinite."""
-    positive = square > 0
-    return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), square)
 
 
 K_MOMENTUMS_TIMESCALES = (0.2, 0.358, 0.516, 0.674, 0.832, 0.99)  # section 3.5.2: evenly spaced, k = 6

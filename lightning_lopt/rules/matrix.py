@@ -1,8 +1,9 @@
 """Matrix-aware steps: a tensor's step seen as a matrix, and made orthogonal.
 
-A step that moves every coordinate by itself moves a matrix mostly along its few largest singular directions. The nearest
-orthogonal matrix moves all directions equally far. Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon)
-takes it of a momentum; `orthogonal_step` takes it of any rule's step, and keeps that step's root mean square.
+A step that moves every coordinate by itself moves a matrix mostly along its few largest singular directions. The
+nearest orthogonal matrix moves all directions equally far. Muon (Jordan et al. 2024,
+https://kellerjordan.github.io/posts/muon) takes it of a momentum; `orthogonal_step` takes it of any rule's step, and
+keeps that step's root mean square.
 
 Which tensors are matrices in this sense, a shape does not tell: an embedding and a hidden layer look alike. `ROLES` has
 the roles that a tensor can have in a net; `StepContext.role` is that of the tensor that moves.
@@ -15,6 +16,7 @@ import math
 import torch
 from torch import Tensor
 
+from lightning_lopt.rules import features as feats
 from lightning_lopt.rules.shards import TensorShard, local, means, whole_shape
 
 ROLES = {
@@ -52,32 +54,39 @@ def as_matrices(tensor: Tensor, role: str | None) -> Tensor:
     return tensor.reshape(-1, rows, columns)
 
 
-def newton_schulz(
-    matrices: Tensor, iterations: int = 2, coefficients: tuple[float, float, float] = QUINTIC
-) -> Tensor:
+def gathered(shard: TensorShard | None, *tensors: Tensor) -> list[Tensor]:
+    """Whole tensors (*shape) from the shards (*local shape) of all processes, by one message; see `shards.means`."""
+    return [tensor.reshape(whole_shape(shard, tensor)) for tensor in means(shard, *((each, ()) for each in tensors))]
+
+
+def newton_schulz(matrices: Tensor, iterations: int = 2, coefficients: tuple[float, float, float] = QUINTIC) -> Tensor:
     """Push the singular values of matrices towards 1 and keep their singular vectors.
 
     Each iteration is X <- a X + b (X X^T) X + c (X X^T)^2 X, from X of Frobenius norm 1, with the shorter side as rows.
-    Wide matrices take all iterations on X X^T alone, which is smaller, and multiply X by the result once. Two iterations
-    did as well as five in training (measured), so that is the default: singular values above a tenth of the norm end
-    near 1, smaller ones grow twelvefold.
+    Wide matrices take all iterations on X X^T alone, which is smaller, and multiply X by the result once. Two
+    iterations did as well as five in training (measured), so that is the default: singular values above a tenth of the
+    norm end near 1, smaller ones grow twelvefold.
+
+    Muon's own code divides by the norm or 1e-7, whichever is larger, and so shrinks what is smaller. Here the result
+    does not depend on the scale, down to 1e-30.
 
     Args:
-        matrices: (..., rows, columns), in the dtype of the arithmetic.
+        matrices: (..., rows, columns), in the dtype of the arithmetic. bfloat16, Muon's own, keeps two digits.
         iterations: how many; 0 gives X of norm 1.
         coefficients: (a, b, c).
 
     Example:
         >>> torch.linalg.svdvals(newton_schulz(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), 5)).round(decimals=1)
-        tensor([1.1000, 0.7000])
+        tensor([1.1000, 0.8000])
     """
-    return _iterated(matrices / norm(matrices).clamp(min=TINY), iterations, coefficients)
+    return _iterated(matrices / _divisor(norm(matrices)), iterations, coefficients)
 
 
 def polar(matrices: Tensor) -> Tensor:
     """The nearest orthogonal matrices U V^T, by SVD: what `newton_schulz` approximates. (..., rows, columns)."""
     u, _, v = torch.linalg.svd(matrices, full_matrices=False)
-    return u @ v
+    nearest: Tensor = u @ v
+    return nearest
 
 
 def orthogonal(matrices: Tensor, share: Tensor | float = 1.0, iterations: int = 2) -> Tensor:
@@ -94,13 +103,13 @@ def orthogonal(matrices: Tensor, share: Tensor | float = 1.0, iterations: int = 
         (tensor(0.3162), tensor(0.3162))
     """
     size = norm(matrices)
-    given = matrices / size.clamp(min=TINY)
+    given = matrices / _divisor(size)
     found = _iterated(given, iterations, QUINTIC)
-    found_size = norm(found).clamp(min=TINY)
+    found_size = _divisor(norm(found))
     if isinstance(share, float) and share == 1.0:
         return found * (size / found_size)
     mixed = torch.lerp(given, found / found_size, torch.as_tensor(share, dtype=given.dtype, device=given.device))
-    return mixed * (size / norm(mixed).clamp(min=TINY))
+    return mixed * (size / _divisor(norm(mixed)))
 
 
 def orthogonal_step(
@@ -115,17 +124,19 @@ def orthogonal_step(
         shard: the shard of the tensor that `step` covers; None for all of it. Every process then takes the whole step.
         iterations: of Newton-Schulz.
     """
-    whole = step
-    if shard is not None:
-        (whole,) = means(shard, (step, ()))
-        whole = whole.reshape(whole_shape(shard, step))
+    (whole,) = gathered(shard, step)
     return local(shard, orthogonal(as_matrices(whole, role), share, iterations).reshape(whole.shape))
 
 
 def norm(matrices: Tensor) -> Tensor:
     """Frobenius norms (..., 1, 1); also of numbers whose squares are too small or too large."""
     largest = matrices.abs().amax((-2, -1), keepdim=True)
-    return largest * (matrices / largest.clamp(min=TINY)).square().sum((-2, -1), keepdim=True).sqrt()
+    return largest * feats.root((matrices / _divisor(largest)).square().sum((-2, -1), keepdim=True))
+
+
+def _divisor(size: Tensor) -> Tensor:
+    """1 in place of what is too small to divide by, so that derivatives at 0 are finite."""
+    return torch.where(size < TINY, 1.0, size)
 
 
 def sides(shape: tuple[int, ...], role: str | None) -> tuple[int, int]:
@@ -140,7 +151,8 @@ def _iterated(matrices: Tensor, iterations: int, coefficients: tuple[float, floa
     a, b, c = coefficients
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
-    if iterations and x.shape[-1] >= 2 * x.shape[-2]:
+    is_precise = x.element_size() >= 4  # else the polynomial's largest factors hide its smallest
+    if iterations and is_precise and x.shape[-1] >= 2 * x.shape[-2]:
         x = _polynomial(x @ x.mT, iterations, coefficients) @ x
     else:
         for _ in range(iterations):

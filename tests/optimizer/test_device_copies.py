@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 from contract_table import RULES_UNDER_TEST
-from optimizer_cases import parameters
+from optimizer_cases import hidden, parameters
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -51,7 +51,8 @@ class CopiesFromCPU(TorchDispatchMode):
 def steps(rule, device, num_steps=3, **arguments):
     """What `num_steps` steps make of Python's numbers or copy to the device, a list for each step."""
     params = [torch.nn.Parameter(param.detach().to(device)) for param in parameters(SHAPES)]
-    optimizer = RuleOptimizer(params, rule, num_steps=10, backend="reference", **{"safeguard": True, **arguments})
+    arguments = {"num_steps": 10, "backend": "reference", "safeguard": True, **arguments}
+    optimizer = RuleOptimizer(hidden(params), rule, **arguments)
     optimizer.set_names((str(index), param) for index, param in enumerate(params))
     loss = torch.ones((), device=device)
     found = []

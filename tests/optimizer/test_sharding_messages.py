@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from optimizer_cases import hidden
 from sharded_cases import Replicate, Shard, distribute_tensor
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -30,6 +31,8 @@ CASES = (
     ("k_timesteps", {}, 0),
     ("k_momentums", {}, 0),
     ("multiscale_adam", {}, 0),
+    ("muon", {}, 1),
+    ("soap", {"precondition_every": 2}, 1),
 )
 
 
@@ -86,9 +89,9 @@ def steps(optimizer, place, num_steps=5):
 
 def compare(kind, config, expected, mesh, placements, *, safeguard):
     rule, starts = make(kind, config), [torch.randn(s, generator=torch.Generator().manual_seed(9)) for s in SHAPES]
-    whole = RuleOptimizer([nn.Parameter(s.clone()) for s in starts], rule, backend="reference")
+    whole = RuleOptimizer(hidden([nn.Parameter(s.clone()) for s in starts]), rule, backend="reference")
     shards = [nn.Parameter(placed(s, mesh, placements)) for s in starts]
-    sharded = RuleOptimizer(shards, rule, safeguard=safeguard, weight_decay=0.1, backend="reference")
+    sharded = RuleOptimizer(hidden(shards), rule, safeguard=safeguard, weight_decay=0.1, backend="reference")
     whole.param_groups[0]["weight_decay"] = 0.1
     steps(whole, lambda tensor: tensor)
     plain, measured = steps(sharded, lambda tensor: placed(tensor, mesh, placements))

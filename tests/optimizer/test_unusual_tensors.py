@@ -7,7 +7,7 @@ import pytest
 import torch
 from contract_table import RULES_UNDER_TEST
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from optimizer_cases import LossRule, assert_equal, parameters, set_gradients, snapshot, star
+from optimizer_cases import LossRule, assert_equal, hidden, parameters, set_gradients, snapshot, star
 from torch import nn
 
 import lightning_lopt as lopt
@@ -24,7 +24,7 @@ def rule(request):
 def moved(rule, values, gradients, steps=3, **arguments):
     """Parameters after some steps."""
     params = [nn.Parameter(value) for value in values]
-    optimizer = RuleOptimizer(params, rule, backend="reference", num_steps=10, **arguments)
+    optimizer = RuleOptimizer(hidden(params), rule, backend="reference", num_steps=10, **arguments)
     optimizer.set_names((str(number), param) for number, param in enumerate(params))
     for _ in range(steps):
         for param, gradient in zip(params, gradients, strict=True):
@@ -167,7 +167,7 @@ CHANGES = (resize, resize_without_its_gradient, transpose, hand_the_state_over)
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_a_parameter_that_its_state_does_not_fit_is_named_before_anything_is_written(rule, change):
     params = parameters([(4, 3)] * 3)
-    optimizer = RuleOptimizer(params, rule, backend="reference")
+    optimizer = RuleOptimizer(hidden(params), rule, backend="reference")
     for step in range(2):
         set_gradients(params, step)
         optimizer.step(loss=1.0)
@@ -213,7 +213,7 @@ def test_one_huge_gradient_leaves_parameters_finite_as_adamw_does(rule, shape, s
     gradients = torch.randn(11, *shape, generator=torch.Generator().manual_seed(0))
     gradients[5].view(-1)[1] = size
     ends = []
-    for make in (torch.optim.AdamW, lambda params: RuleOptimizer(params, rule, backend="reference")):
+    for make in (torch.optim.AdamW, lambda params: RuleOptimizer(hidden(params), rule, backend="reference")):
         param = nn.Parameter(torch.zeros(shape))
         optimizer = make([param])
         for gradient in gradients:

@@ -9,7 +9,7 @@ import torch
 from contract_table import RULES_UNDER_TEST
 from lightning.pytorch.loggers import CSVLogger
 from lightning_cases import KNOWN_WARNINGS, Module, fit
-from optimizer_cases import assert_equal, parameters, run, snapshot, star
+from optimizer_cases import assert_equal, hidden, parameters, run, snapshot, star
 
 import lightning_lopt as lopt
 from lightning_lopt import RuleOptimizer
@@ -29,7 +29,7 @@ class Run:
         self.inputs = torch.randn(16, 3, generator=generator)
         self.targets = self.inputs @ torch.randn(3, 2, generator=generator)
         self.param = torch.nn.Parameter(torch.zeros(3, 2))
-        self.optimizer = RuleOptimizer([self.param], case.make(), safeguard=safeguard)
+        self.optimizer = RuleOptimizer(hidden([self.param]), case.make(), safeguard=safeguard)
         self.losses = []
 
     def loss(self, targets=None):
