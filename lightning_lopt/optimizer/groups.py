@@ -19,8 +19,10 @@ NUM_TENSORS = "lopt_num_tensors"
 # Likewise: the role of each tensor in the net, as it was known when the tensor moved for the first time.
 ROLES = "lopt_roles"
 UNKNOWN = "unknown"
+# Steps that a group was given so far, which the host knows without asking a device.
+STEPS = "lopt_steps"
 _LR_KEYS = ("max_lr", "initial_lr", "lr")  # where a group's reference learning rate is found, in this order
-_DROPPED_KEYS = ("params", "fused", "foreach", "capturable", "differentiable", NUM_TENSORS, ROLES)
+_DROPPED_KEYS = ("params", "fused", "foreach", "capturable", "differentiable", NUM_TENSORS, ROLES, STEPS)
 
 
 class MovingTensor(NamedTuple):
@@ -32,6 +34,7 @@ class MovingTensor(NamedTuple):
     group: Group
     num_tensors: int  # see `RuleOptimizer`
     role: str | None  # one of `rules.matrix.ROLES`
+    known_step: int  # 0 at the tensor's first step, and then the steps of its group so far
 
 
 def moving_tensors(
@@ -55,18 +58,21 @@ def moving_tensors(
         if len(group.get(ROLES, ())) != len(params):
             group[ROLES] = [None] * len(params)
         own_roles = group[ROLES]
+        steps, group[STEPS] = group.get(STEPS, 0), group.get(STEPS, 0) + 1
         for index, param in enumerate(params):
             grad = param.grad
             if grad is None or not param.numel():
                 continue
-            if numbers[index] is None:
+            is_first = numbers[index] is None
+            if is_first:
                 count = count_trainable(groups) if count is None else count
                 numbers[index] = count
             role = own_roles[index]
             if role is None:
                 role = own_roles[index] = group.get("role") or role_of(param) or UNKNOWN
             known = None if role == UNKNOWN else role
-            moving.append(MovingTensor(param, dense(grad), states[param], group, numbers[index], known))
+            known_step = 0 if is_first else steps
+            moving.append(MovingTensor(param, dense(grad), states[param], group, numbers[index], known, known_step))
     return moving
 
 

@@ -63,7 +63,7 @@ def split(tensors: Iterable[MovingTensor], choice: KernelChoice) -> tuple[Calls,
     others = []
     last = None
     for tensor in tensors:  # hot loop: keep it short
-        param, grad, _, group, num_tensors, role = tensor
+        param, grad, _, group, num_tensors, role, _ = tensor
         kernel = choice.of(param)
         if kernel is None:
             others.append(tensor)

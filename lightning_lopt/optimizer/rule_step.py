@@ -97,7 +97,7 @@ class RuleStep:
 
     def _propose(self, tensor: MovingTensor, shard: DTensorShard | None = None) -> ProposedStep:
         """What the rule would do with a tensor, or with this process's shard of it."""
-        param, grad, _, group, num_tensors, role = tensor
+        param, grad, _, group, num_tensors, role, known_step = tensor
         value, grad = descent(param, grad, maximize=group["maximize"])
         dtype = value.dtype
         flat = with_step(tensor)
@@ -120,6 +120,7 @@ class RuleStep:
             in_place=not is_needed,
             name=self.name(param) if self.rule.needs_names else None,
             role=role,
+            known_step=None if param.is_cpu else known_step,  # a CPU is asked at no cost, and knows what was skipped
         )
         meta_params = self.states.runtime.meta_params(param.device, dtype)
         delta, new = self.rule.update(meta_params, grad, start, value, context)

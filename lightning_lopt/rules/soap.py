@@ -104,7 +104,7 @@ class SOAP(UpdateRule):
     tensors (FSDP2) are gathered with their moments, and each process takes the whole step.
 
     The host must know the step's number to leave the decompositions out: it reads it from the tensor, which on a CPU
-    costs nothing, and on an accelerator waits, unless `StepContext.known_step` is given. Under `vmap` over runs of
+    costs nothing, and on an accelerator it takes `StepContext.known_step`, or waits. Under `vmap` over runs of
     different age they are computed at every step.
 
     Example:

@@ -72,6 +72,8 @@ def test_state_is_flat_tensors_under_the_names_of_the_rules_state():
         "lopt_base_lr",
         "lopt_decay",
         "lopt_num_tensors",
+        "lopt_roles",
+        "lopt_steps",
         "params",
     }
     assert set(saved["param_groups"][0]) == expected
