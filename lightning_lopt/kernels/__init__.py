@@ -6,8 +6,9 @@ on a device that it can handle in one call; `RuleOptimizer` moves the others by 
 `MODULES` names the module with the kernel for a kind of rule and a type of device, and `FALLBACKS` one in eager PyTorch
 for where that cannot be had. A module is imported when it is first needed, and must define two functions:
 
-* `supports(rule) -> str | None`: why this rule has no kernel on this machine, None if it has one;
-* `make(rule) -> Kernel`: a new kernel for a rule that `supports` accepts.
+* `supports(rule, dtype) -> str | None`: why this rule has no kernel on this machine for arithmetic in a dtype, float32
+  or float64, None if it has one;
+* `make(rule, dtype) -> Kernel`: a new kernel for a rule and a dtype that `supports` accepts.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from lightning_lopt.rules import UpdateRule
@@ -72,8 +74,9 @@ class Kernel(Protocol):
         """Update the parameters and states of all work items.
 
         Args:
-            work_items: at least one, each with its state.
-            meta_params: float32, on the same device; the same object as long as they have not changed.
+            work_items: at least one, each with its state; all for the arithmetic of this kernel.
+            meta_params: in the dtype of the arithmetic, on the same device; the same object as long as they have not
+                changed.
             num_steps: the length of the run, None if unknown.
             num_tensors: the number of tensors that the net trains, see `RuleOptimizer`; None if unknown.
             safeguard: if a tensor's gradient, new value or new state is not finite, leave the tensor, its state and its
@@ -84,8 +87,14 @@ class Kernel(Protocol):
         ...
 
 
-def find(rule: UpdateRule, device_type: str) -> Kernel | str:
-    """A new kernel for a rule's tensors on a type of device ("cpu", "cuda"), or the reason why there is none."""
+def find(rule: UpdateRule, device_type: str, dtype: torch.dtype = torch.float32) -> Kernel | str:
+    """A new kernel for a rule's tensors on a type of device ("cpu", "cuda"), or the reason why there is none.
+
+    Args:
+        rule: the update rule.
+        device_type: of the tensors.
+        dtype: of the arithmetic: float64 for float64 parameters, else float32.
+    """
     if (rule.kind, device_type) not in MODULES:
         return f"there is no fused kernel for kind {rule.kind!r} on {device_type!r}"
     try:
@@ -95,8 +104,8 @@ def find(rule: UpdateRule, device_type: str) -> Kernel | str:
         missing = isinstance(error, ModuleNotFoundError) and error.name is not None and "." not in error.name
         reason = f"needs {error.name}, which is not installed" if missing else f"cannot be imported: {error}"
         return f"the fused kernel for {device_type!r} {reason}"
-    why: str | None = module.supports(rule)
-    return why or module.make(rule)
+    why: str | None = module.supports(rule, dtype)
+    return why or module.make(rule, dtype)
 
 
 def find_fallback(rule: UpdateRule, device_type: str) -> Kernel | None:

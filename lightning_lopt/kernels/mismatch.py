@@ -57,18 +57,18 @@ def _check(param: Tensor, what: str, tensor: Tensor | None, shape: tuple[int, ..
         raise TensorMismatch(param, what, came, f"shape {tuple(shape)} on {param.device}")
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor's memory, from its address on, is its numbers in float32."""
-    return tensor.dtype is torch.float32 and tensor.is_contiguous() and not tensor.is_neg()
+def is_plain(tensor: Tensor, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether a tensor's memory, from its address on, is its numbers in a dtype."""
+    return tensor.dtype is dtype and tensor.is_contiguous() and not tensor.is_neg()
 
 
-def plain(tensor: Tensor) -> Tensor:
+def plain(tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The tensor itself where `is_plain`, else a copy that is.
 
     Example:
         >>> plain(torch.ones(2, 3, dtype=torch.bfloat16).t()).stride()
         (2, 1)
     """
-    if is_plain(tensor):
+    if is_plain(tensor, dtype):
         return tensor
-    return tensor.detach().resolve_neg().to(torch.float32, memory_format=torch.contiguous_format).contiguous()
+    return tensor.detach().resolve_neg().to(dtype, memory_format=torch.contiguous_format).contiguous()

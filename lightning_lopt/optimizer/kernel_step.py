@@ -13,10 +13,10 @@ from lightning_lopt.optimizer.groups import MovingTensor, lr_and_decay
 from lightning_lopt.optimizer.metrics import Totals
 from lightning_lopt.optimizer.runtime import Runtime
 from lightning_lopt.optimizer.states import TensorStates, with_step
-from lightning_lopt.rules import UpdateRule
+from lightning_lopt.rules import UpdateRule, compute_dtype
 
-# (device, number of tensors that the net trains) -> the kernel and its work items
-Calls = dict[tuple[torch.device, int], tuple[Kernel, list[WorkItem]]]
+# (kernel, device, number of tensors that the net trains) -> work items
+Calls = dict[tuple[Kernel, torch.device, int], list[WorkItem]]
 
 
 class KernelChoice:
@@ -37,7 +37,7 @@ class KernelChoice:
 
     def of(self, param: Tensor) -> Kernel | None:
         """The kernel that moves a parameter; None where the rule itself does, which is warned of or refused."""
-        found = self.runtime.kernel(self.rule, param.device.type)
+        found = self.runtime.kernel(self.rule, param)
         if isinstance(found, str):
             why = found
         else:
@@ -54,7 +54,7 @@ class KernelChoice:
 
     def is_fused(self, param: Tensor) -> bool:
         """Whether a compiled kernel moves a parameter; eager code does not count."""
-        return self.of(param) is not None and not isinstance(self.runtime.kernel(self.rule, param.device.type), str)
+        return self.of(param) is not None and not isinstance(self.runtime.kernel(self.rule, param), str)
 
 
 def split(tensors: Iterable[MovingTensor], choice: KernelChoice) -> tuple[Calls, list[MovingTensor]]:
@@ -72,7 +72,7 @@ def split(tensors: Iterable[MovingTensor], choice: KernelChoice) -> tuple[Calls,
             _, scale, decay = lr_and_decay(group)
             last = group
         item = WorkItem(param, grad, with_step(tensor), scale, decay, group["maximize"], role)
-        calls.setdefault((param.device, num_tensors), (kernel, []))[1].append(item)
+        calls.setdefault((kernel, param.device, num_tensors), []).append(item)
     return calls, others
 
 
@@ -85,11 +85,11 @@ def run(calls: Calls, states: TensorStates, totals: Totals | None) -> None:
         totals: sums of what the tensors do, in a step that is measured.
     """
     runtime = states.runtime
-    for (device, num_tensors), (kernel, items) in calls.items():
+    for (kernel, device, num_tensors), items in calls.items():
         try:
             squares = kernel.step(
                 items,
-                runtime.meta_params(device, torch.float32),
+                runtime.meta_params(device, compute_dtype(items[0].param.dtype)),
                 runtime.num_steps,
                 num_tensors,
                 safeguard=states.safeguard,

@@ -56,7 +56,8 @@ class RuleOptimizer(Optimizer):
     to have a gradient, and freezing or unfreezing layers leaves the steps of the others as they are. Tensors that start
     to train later, because they were frozen or are added in a new group, count everything that trains by then: a
     backbone that is unfrozen takes the small steps of a deep net, while its head keeps the larger steps it had. Weights
-    that stay frozen do not count, whether the optimizer holds them or not.
+    that stay frozen do not count, whether the optimizer holds them or not. Weights that never get a gradient do: at a
+    tensor's first step nobody knows which of the others will get one later. Freeze them if there are many.
 
     Some rules move hidden matrices in another way than embeddings and the last layer. The role of a tensor
     (`rules.matrix.ROLES`) is told by a group's `role`; else by the types of modules (`set_roles`); else by the names of

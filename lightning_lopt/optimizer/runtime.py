@@ -50,7 +50,7 @@ class Runtime:
         self._meta_params: dict[Any, dict[str, Tensor]] = {}  # (device, dtype) -> copies
         self._read: dict[str, Tensor] = {}  # the meta-parameters that these are copies of, as they were
         self._layouts: dict[Any, StateLayout] = {}
-        self._kernels: dict[str, kernels.Kernel | str] = {}
+        self._kernels: dict[Any, kernels.Kernel | str] = {}  # (type of device, dtype) -> kernel, or why there is none
         self._eager_kernels: dict[str, kernels.Kernel | None] = {}
 
     def name(self, param: Tensor, groups: Iterable[dict[str, Any]]) -> str:
@@ -68,13 +68,14 @@ class Runtime:
 
     def role(self, param: Tensor) -> str | None:
         """A parameter's role in the net, None if it is unknown."""
-        return self.roles.get(param) or self.roles_by_name.get(param)  # type: ignore[no-any-return]
+        return self.roles.get(param) or self.roles_by_name.get(param)
 
-    def kernel(self, rule: UpdateRule, device_type: str) -> kernels.Kernel | str:
-        """The kernel for the rule's tensors on a type of device, or why there is none."""
-        if device_type not in self._kernels:
-            self._kernels[device_type] = kernels.find(rule, device_type)
-        return self._kernels[device_type]
+    def kernel(self, rule: UpdateRule, param: Tensor) -> kernels.Kernel | str:
+        """The kernel for a parameter's type of device and dtype, or why there is none."""
+        key = (param.device.type, compute_dtype(param.dtype))
+        if key not in self._kernels:
+            self._kernels[key] = kernels.find(rule, *key)
+        return self._kernels[key]
 
     def eager_kernel(self, rule: UpdateRule, param: Tensor) -> kernels.Kernel | None:
         """Faster eager code than the rule's own, if there is any for a parameter."""

@@ -243,20 +243,12 @@ class OnlineDMD:
         return rows - rows[:, :1] if self.snapshots == "shifted" else rows
 
 
-def inner_products(rows: Tensor, value: Tensor, *, precise: bool = True) -> Tensor:
-    """Inner products of each row (k, *shape) with a tensor (*shape): (k,) float64.
-
-    Args:
-        rows: may be sharded (DTensor), as `value` is.
-        value: of the rows' dtype.
-        precise: multiply in float64. Else multiply in the dtype of the rows, and sum blocks in float64; for a million
-            float32 numbers the error of the eigenvalue (R = 1) is then 1e-7, with one long sum 5e-6.
-    """
-    return _summed_over_shards([_own_products(rows, value, precise=precise)], [rows])[0]
-
-
 def _own_products(rows: Tensor, value: Tensor, *, precise: bool) -> Tensor:
-    """The inner products of this process's shards."""
+    """Inner products of each row (k, *shape) with a tensor (*shape), of this process's shards: (k,) float64.
+
+    If not precise, multiply in the dtype of the rows, and sum blocks in float64. For a million float32 numbers the
+    error of the eigenvalue (R = 1) is then 1e-7; with one long sum it would be 5e-6.
+    """
     vector = _local(value).reshape(-1)
     matrix = _local(rows).reshape(len(rows), vector.numel())
     # On a CPU, blocks that fit the cache while they are converted; elsewhere as few blocks as memory allows.

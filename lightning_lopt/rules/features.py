@@ -186,17 +186,11 @@ def input_features(
     return Features(dense, row, col)
 
 
-def inverse_rms(channels: Tensor) -> Tensor:
-    """1 / sqrt(1e-5 + mean square) of each channel over the tensor: (c, *shape) -> (c,).
+def mean_square_of(channels: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """The question to `means` that gives the mean square of each channel: (c, *shape) -> (c,).
 
     A channel that is constant along a dim may have size 1 there: its mean square is the same.
     """
-    (mean_square,) = means(None, mean_square_of(channels))
-    return inverse_root_of_mean(mean_square)
-
-
-def mean_square_of(channels: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """The question to `means` that gives the mean square of each channel: (c, *shape) -> (c,)."""
     return channels.square(), tuple(range(1 - channels.dim(), 0))
 
 

@@ -361,11 +361,3 @@ def test_without_a_compiler_eager_pytorch_runs_and_this_is_said_once(monkeypatch
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match=r"'fused' is missing.*no C\+\+ compiler.*install one"):
         RuleOptimizer(parameters(), make("scheduled"), backend="fused")
-
-
-@needs_compiler
-@pytest.mark.parametrize("value", [1, 0, 1e-8, -2.5, 1e20, 16777216, 1e-45])
-def test_a_number_becomes_a_float_literal(source, value):
-    """Whole numbers too, for 1f is not C++."""
-    source.write_text(f'extern "C" int five() {{ return EPS == static_cast<float>({value!r}) ? 5 : 0; }}\n')
-    assert build.library(source, build.define("EPS", value)).five() == 5

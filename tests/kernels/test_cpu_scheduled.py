@@ -36,12 +36,48 @@ def test_every_schedule(make, config, num_steps):
     assert_same(*both(lambda: parameters(shapes), rule, steps, num_steps=num_steps, safeguard=True))
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-13)], ids=str)
 @pytest.mark.parametrize("maximize", [False, True])
-def test_gradients_with_means_and_zeros_are_centered(maximize):
-    pair = both(
-        lambda: parameters(SHAPES), scheduled(), 4, gradients=centered_gradients, num_steps=9, maximize=maximize
+def test_gradients_with_means_and_zeros_are_centered(maximize, dtype, tolerance):
+    options = {"gradients": centered_gradients, "num_steps": 9, "maximize": maximize}
+    assert_same(*both(lambda: parameters(SHAPES, dtype), scheduled(), 4, **options), tolerance)
+
+
+@pytest.mark.parametrize(("num_steps", "safeguard"), [(15, True), (None, False)])
+def test_float64_has_a_kernel_in_double_precision(num_steps, safeguard):
+    shapes = SHAPES[:14]  # the largest has several blocks
+    pair = both(lambda: parameters(shapes, torch.float64), scheduled(), 50, num_steps=num_steps, safeguard=safeguard)
+    assert_same(*pair, 1e-12)
+    assert {t.dtype for state in pair[1].state.values() for t in state.values()} == {torch.float64, torch.int64}
+
+
+@pytest.mark.parametrize("config", [{"eps": 1}, {"eps": 1e-20}], ids=str)
+def test_constants_are_in_double_precision(config):
+    assert_same(*both(lambda: parameters(SHAPES[:8], torch.float64), scheduled(**config), 20), 1e-12)
+
+
+def test_parameters_of_all_dtypes_take_turns():
+    """In one optimizer: those of lower precision by the kernel in float32, the others by that in float64."""
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float64)
+    reference, fused = both(
+        lambda: [p for dtype in dtypes for p in parameters([(4, 3), (5,)], dtype)], scheduled(), 20, num_steps=15
     )
-    assert_same(*pair)
+    assert_same(reference, fused, 2e-2)
+    for a, b in zip(reference.state, fused.state, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol={torch.float32: 1e-5, torch.float64: 1e-12}.get(a.dtype, 1e-2))
+
+
+def test_what_is_measured_in_float64():
+    pair = [
+        RuleOptimizer(parameters(SHAPES[3:6], torch.float64), scheduled(), backend=b) for b in ("reference", "fused")
+    ]
+    for optimizer in pair:
+        set_gradients(optimizer.param_groups[0]["params"], 0)
+        optimizer.measure_next_step()
+        optimizer.step()
+    for a, b in zip(*(optimizer.take_metrics() for optimizer in pair), strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or float(a) == pytest.approx(float(b), rel=1e-6)
 
 
 @pytest.mark.parametrize("length", star_trajectory.LENGTHS)
@@ -54,16 +90,17 @@ def test_star_moves_as_recorded(length):
 
 @pytest.mark.parametrize("safeguard", [False, True])
 @pytest.mark.parametrize("shape", [(5,), (30, 40), (3, 40000)], ids=str)
-def test_gradients_whose_squares_leave_float32_are_the_rules(shape, safeguard):
+@pytest.mark.parametrize(("dtype", "large", "tolerance"), [(torch.float32, 1e20, 1e-5), (torch.float64, 3e155, 1e-12)])
+def test_gradients_whose_squares_leave_the_range_are_the_rules(shape, safeguard, dtype, large, tolerance):
     """AdamW too stays finite at 1e20, and moves on."""
 
     def gradients(params, step, scale):
         set_gradients(params, step, scale)
         if step == 2:
-            params[0].grad.flatten()[3] = 1e20
+            params[0].grad.flatten()[3] = large
 
-    pair = both(lambda: parameters([shape]), scheduled(), 6, gradients=gradients, safeguard=safeguard)
-    assert_same(*pair)
+    pair = both(lambda: parameters([shape], dtype), scheduled(), 6, gradients=gradients, safeguard=safeguard)
+    assert_same(*pair, tolerance)
     assert all(tensor.isfinite().all() for state in pair[1].state.values() for tensor in state.values())
     before = pair[1].param_groups[0]["params"][0].detach().clone()
     pair[1].step()

@@ -39,19 +39,22 @@ def test_low_precision_parameters_have_float32_state(rule, dtype, tolerance):
     assert {t.dtype for p in fused.state for t in fused.state[p].values()} <= {torch.float32, torch.int64}
 
 
-def layouts():
-    conv, matrix = (p.detach() for p in parameters([(8, 5, 3, 3), (40, 30)]))
+def layouts(dtype=torch.float32):
+    conv, matrix = (p.detach() for p in parameters([(8, 5, 3, 3), (40, 30)], dtype))
     return [
         nn.Parameter(conv.clone().to(memory_format=torch.channels_last)),
         nn.Parameter(matrix.clone().t()),
         nn.Parameter(matrix.clone()[:, ::2]),
         nn.Parameter(torch._neg_view(matrix.clone())),
-        nn.Parameter(torch.cat([torch.zeros(7), matrix.flatten()])[7:].view(40, 30)),
+        nn.Parameter(torch.cat([torch.zeros(7, dtype=dtype), matrix.flatten()])[7:].view(40, 30)),
     ]
 
 
-def test_memory_layouts_are_kept(rule):
-    assert_same(*(pair := both(layouts, rule, 10, safeguard=True)))
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=str)
+def test_memory_layouts_are_kept(rule, dtype, tolerance):
+    if dtype not in MODULES[rule.kind].make.dtypes:
+        pytest.skip("this kernel computes in float32 alone")
+    assert_same(*(pair := both(lambda: layouts(dtype), rule, 10, safeguard=True)), tolerance)
     strides = [p.stride() for p in layouts()]
     for optimizer in pair:
         assert [p.stride() for p in optimizer.state] == strides
@@ -181,7 +184,7 @@ def gradient_alone(param, optimizer):
 )
 def test_other_sizes_than_the_states_are_an_error_that_names_the_parameter(rule, change, backend, monkeypatch):
     if backend == "eager":
-        monkeypatch.setattr(MODULES[rule.kind], "supports", lambda rule: "no compiler here")
+        monkeypatch.setattr(MODULES[rule.kind], "supports", lambda *_: "no compiler here")
     (param,) = parameters([(4, 6)])
     optimizer = RuleOptimizer([param], rule, safeguard=True)
     run(optimizer, 2)
@@ -202,7 +205,7 @@ def test_other_sizes_than_the_states_are_an_error_that_names_the_parameter(rule,
 @pytest.mark.parametrize("backend", ["fused", "eager"])
 def test_the_default_dtype_and_device_change_nothing(rule, backend, monkeypatch):
     if backend == "eager":
-        monkeypatch.setattr(MODULES[rule.kind], "supports", lambda rule: "no compiler here")
+        monkeypatch.setattr(MODULES[rule.kind], "supports", lambda *_: "no compiler here")
 
     def stepped(context):
         params = parameters(SHAPES[3:6])
@@ -314,12 +317,18 @@ def test_a_measured_step_has_the_same_bits(rule):
     assert_equal(*found)
 
 
-LIMITS = {torch.float32: 3.4028234e38, torch.bfloat16: 3.3895e38, torch.float16: 65504.0}
+LIMITS = {
+    torch.float32: 3.4028234e38,
+    torch.bfloat16: 3.3895e38,
+    torch.float16: 65504.0,
+    torch.float64: 1.7976931348623157e308,
+}
 
 
-@pytest.mark.parametrize("dtype", LIMITS, ids=str)
 @pytest.mark.parametrize("shape", [(5,), (3, 40000)], ids=str)
-@pytest.mark.parametrize("kind", ["scheduled", "hyperparam"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("scheduled", dtype) for dtype in LIMITS] + [("hyperparam", dtype) for dtype in [*LIMITS][:3]]
+)
 def test_values_at_the_end_of_the_range_are_skipped_as_the_reference_does(kind, dtype, shape):
     rule = make(kind, nominal_stepsize=1.0)
     results = []
@@ -339,9 +348,13 @@ def test_values_at_the_end_of_the_range_are_skipped_as_the_reference_does(kind, 
 
 def test_python_and_cpp_agree_about_their_structs(rule):
     module = MODULES[rule.kind]
-    library = module._library(rule)
-    with pytest.raises(RuntimeError, match="has structs of"):
-        tensors.check_layout(library, f"{rule.kind}_layout", ctypes.sizeof(module._Rule) + 8, module.GEOMETRY.size)
+    for dtype in module.make.dtypes:
+        kernel = module.make(rule, dtype)
+        sizes = ctypes.sizeof(kernel.rule_struct), kernel.geometry_struct.size
+        library = module.make._library(rule.config, dtype)
+        tensors.check_layout(library, *sizes)
+        with pytest.raises(RuntimeError, match="has structs of"):
+            tensors.check_layout(library, sizes[0] + 8, sizes[1])
 
 
 def in_another_process(function):

@@ -18,7 +18,7 @@ SHAPES = [(), (5,), (5,), (1, 1), (4, 3), (4, 3), (4, 3), (130, 7), (2, 3, 3, 3)
 
 @pytest.fixture(autouse=True)
 def _without_a_compiler(monkeypatch):
-    monkeypatch.setattr(cpu, "supports", lambda rule: "no compiler here")
+    monkeypatch.setattr(cpu, "supports", lambda *_: "no compiler here")
     monkeypatch.setattr(eager, "CHUNK", 100)
     monkeypatch.setattr(kernels, "_WARNED", {"no compiler here"})
 

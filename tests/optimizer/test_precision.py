@@ -11,6 +11,7 @@ from lightning_lopt.meta.unroll import full_precision
 from lightning_lopt.rules import REGISTRY, make
 from lightning_lopt.rules import features as feats
 from lightning_lopt.rules.dmd import OnlineDMD
+from lightning_lopt.rules.shards import means
 
 pytestmark = KNOWN_WARNINGS
 
@@ -85,7 +86,7 @@ def test_statistics_are_sums_that_it_does_not_touch():
     with Products() as products:
         state = feats.update_accumulators(rule.init_state(param), grad, rule.decays(rule.meta_params()))
         groups = feats.input_features(state, grad, param)
-        mean_squares = [feats.inverse_rms(channels) for channels in groups]
+        mean_squares = list(map(feats.inverse_root_of_mean, means(None, *map(feats.mean_square_of, groups))))
     assert products.found == []
     with Products() as products:  # but the network's are products: the user's own choice
         time = feats.time_features(torch.zeros((), device="meta"), param.dtype)

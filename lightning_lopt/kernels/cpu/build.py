@@ -43,7 +43,7 @@ def library(source: Path, *defines: str) -> ctypes.CDLL | str:
 
     Args:
         source: a C++17 file that includes only the standard library and headers in its own folder.
-        defines: "NAME=value" macros; `define` writes those of floating-point numbers.
+        defines: "NAME=value" macros.
     """
     if os.name == "nt":
         return "C++ kernels are not built on Windows"
@@ -54,16 +54,6 @@ def library(source: Path, *defines: str) -> ctypes.CDLL | str:
     if isinstance(folder, str):
         return folder
     return _library(source, compiler, defines, folder)
-
-
-def define(name: str, value: float) -> str:
-    """A macro for `library` whose value is a C++ float literal.
-
-    Example:
-        >>> define("EPS", 1), define("EPS", 1e-8)
-        ('EPS=1.0f', 'EPS=1e-08f')
-    """
-    return f"{name}={float(value)!r}f"
 
 
 def cache_folder() -> Path | str:

@@ -20,7 +20,7 @@ namespace {
 struct Geometry {  // as in scheduled.py
   int64_t size;
   int64_t rows;  // the first dim of a matrix; 0 for vectors
-  float limit;
+  Real limit;
   Shape shape;
   int32_t is_table;  // an embedding: only what has a gradient moves
 };
@@ -28,8 +28,8 @@ struct Geometry {  // as in scheduled.py
 struct Item {
   Tensor tensor;
   const Geometry& geometry;
-  float* first_square;  // the mean square of the value before the first step
-  float* step;          // where a hidden matrix's step is written; null for other tensors
+  Real* first_square;  // the mean square of the value before the first step
+  Real* step;          // where a hidden matrix's step is written; null for other tensors
   double* squares;      // of change and nominal term, where they are measured
 };
 
@@ -39,16 +39,16 @@ enum Sum { PARAM_SQUARES, STRENGTH_SQUARES, SECOND_MOMENTS = STRENGTH_SQUARES + 
 struct Work {
   const Rule& rule;
   Tensor tensor{};
-  float* step = nullptr;          // as in Item
-  float first_square = 0;
+  Real* step = nullptr;          // as in Item
+  Real first_square = 0;
   bool is_table = false;
   int64_t blocks = 0;
   int64_t fan_in = 0;             // of a gradient that is centered, else 0
-  float centering = 0;            // fraction of the rows' means that is removed
+  Real centering = 0;             // fraction of the rows' means that is removed
   Multipliers multipliers{};
   bool large = false;             // whether squares leave the range of float32
   bool proven = false;            // whether all new numbers are known to be finite
-  std::vector<float> row_means;   // what is subtracted from each row, at [row + block]: rows can lie in several blocks
+  std::vector<Real> row_means;    // what is subtracted from each row, at [row + block]: rows can lie in several blocks
   std::vector<double> sums;       // (blocks, NUM_SUMS)
   std::vector<double> squares;    // (blocks, 2): change, nominal term
   std::vector<uint8_t> finite;    // (blocks)
@@ -81,10 +81,10 @@ struct Work {
 
 // Means of rows
 
-float mean_of_row(const Work& w, int64_t row) {
+Real mean_of_row(const Work& w, int64_t row) {
   double total = 0;
   for (int64_t start = 0; start < w.fan_in; start += CHUNK) {
-    const float* grad = w.tensor.grad + row * w.fan_in + start;
+    const Real* grad = w.tensor.grad + row * w.fan_in + start;
     const int64_t n = std::min<int64_t>(CHUNK, w.fan_in - start);
     V partial = {};
     int64_t i = 0;
@@ -92,7 +92,7 @@ float mean_of_row(const Work& w, int64_t row) {
     if (i < n) partial += load(grad + i, (int)(n - i));
     total += sum(partial);
   }
-  return w.centering * (float)(total / w.fan_in);
+  return w.centering * (Real)(total / w.fan_in);
 }
 
 // Of a block's rows, before it is summed, while that brings its gradients into the cache. Blocks have the means of a row
@@ -105,31 +105,31 @@ void average_rows(Work& w, int64_t block, int64_t end) {
 
 // Of a row that is longer than a block: first of all, once.
 void average_long_row(Work& w, int64_t row) {
-  const float mean = mean_of_row(w, row);
+  const Real mean = mean_of_row(w, row);
   const int64_t last = ((row + 1) * w.fan_in - 1) / BLOCK;
   for (int64_t block = row * w.fan_in / BLOCK; block <= last; block++) w.row_means[row + block] = mean;
 }
 
 // What centering leaves of a gradient; `mean` is the fraction of its row's mean that is removed.
-inline float without(float grad, float mean) { return grad == 0 ? grad : grad - mean; }
-inline V without(V grad, float mean) { return grad == 0 ? grad : grad - mean; }
+inline Real without(Real grad, Real mean) { return grad == 0 ? grad : grad - mean; }
+inline V without(V grad, Real mean) { return grad == 0 ? grad : grad - mean; }
 
 // Coordinates next to each other that have one mean, or whose gradients lie centered in a room of CHUNK numbers.
 struct Run {
   int64_t at;
   int n;
-  const float* grad;
-  float mean;
+  const Real* grad;
+  Real mean;
 };
 
 constexpr int64_t LONG = 4 * LANES;  // rows from this length on are runs of their own, and nothing is copied
 
 // The run of a block that starts at a coordinate and does not go beyond `end`.
-Run run_at(const Work& w, int64_t block, int64_t start, int64_t end, float* room) {
-  const float* grad = w.tensor.grad + start;
+Run run_at(const Work& w, int64_t block, int64_t start, int64_t end, Real* room) {
+  const Real* grad = w.tensor.grad + start;
   if (!w.fan_in) return {start, (int)std::min<int64_t>(CHUNK, end - start), grad, 0};
   const int64_t row = start / w.fan_in;
-  const float* means = w.row_means.data() + row + block;
+  const Real* means = w.row_means.data() + row + block;
   if (w.fan_in >= LONG) {
     end = std::min(end, (row + 1) * w.fan_in);
     return {start, (int)std::min<int64_t>(CHUNK, end - start), grad, *means};
@@ -184,7 +184,7 @@ template <bool large>
 void sum_block(Work& w, int64_t block) {
   const Tensor t = w.tensor;
   const VI flip = sign_bits(t.sign);
-  float room[CHUNK];
+  Real room[CHUNK];
   V totals[NUM_SUMS] = {};
   const int64_t end = std::min(t.size, (block + 1) * BLOCK);
   if (w.fan_in && w.fan_in <= BLOCK) average_rows(w, block, end);
@@ -204,7 +204,7 @@ void sum_block(Work& w, int64_t block) {
           totals[STRENGTH_SQUARES + k] += strength * strength;
         }
       } else {  // without a root
-        const V squared_root = 1.0f / (c.second + EPS);
+        const V squared_root = 1 / (c.second + EPS);
         for (int k = 0; k < 3; k++) totals[STRENGTH_SQUARES + k] += c.momentum[k] * c.momentum[k] * squared_root;
       }
     };
@@ -238,7 +238,7 @@ bool proves_finite(const Work& w) {
       if (!(s < INFINITY)) return false;
       high = std::max(high, s);
     }
-    largest[k] = 1.01 * std::sqrt(high) + 1e-22;  // squares below the smallest float are lost
+    largest[k] = 1.01 * std::sqrt(high) + 1e-22;  // squares below the smallest Real are lost
   }
   double direction = 0;
   for (int k = 0; k < 3; k++) direction += w.multipliers.momenta[k] * largest[STRENGTH_SQUARES + k];
@@ -253,9 +253,9 @@ bool proves_finite(const Work& w) {
 
 void schedule(Work& w, const Shape& shape) {
   MeanSquares mean;
-  mean.param = (float)(total_of(w, PARAM_SQUARES) / w.tensor.size);
+  mean.param = (Real)(total_of(w, PARAM_SQUARES) / w.tensor.size);
   const double seen = std::max(total_of(w, SEEN), 1e-12 * w.tensor.size);  // coordinates that have had a gradient
-  for (int k = 0; k < 3; k++) mean.strength[k] = (float)(total_of(w, STRENGTH_SQUARES + k) / seen);
+  for (int k = 0; k < 3; k++) mean.strength[k] = (Real)(total_of(w, STRENGTH_SQUARES + k) / seen);
   if (*w.tensor.step == 0) w.first_square = mean.param;
   mean.first = w.first_square;
   w.multipliers = multipliers_of(w.rule, shape, mean, *w.tensor.step);
@@ -273,13 +273,13 @@ void move_block(Work& w, int64_t block) {
   const Rule& rule = w.rule;
   const Tensor t = w.tensor;
   const VI flip = sign_bits(t.sign);
-  const float stepsize = rule.nominal * w.multipliers.factor;
-  float weights[3];
+  const Real stepsize = rule.nominal * w.multipliers.factor;
+  Real weights[3];
   for (int k = 0; k < 3; k++) weights[k] = w.multipliers.momenta[k] * stepsize;
-  const float kept = 1 - w.multipliers.caution;
-  const float own_decay = w.multipliers.decay;
-  const float decay = t.decay + t.scale * own_decay;
-  float room[CHUNK];
+  const Real kept = 1 - w.multipliers.caution;
+  const Real own_decay = w.multipliers.decay;
+  const Real decay = t.decay + t.scale * own_decay;
+  Real room[CHUNK];
   V spoiled = {}, change_squares = {}, nominal_squares = {};
   const int64_t end = std::min(t.size, (block + 1) * BLOCK);
   Run run{block * BLOCK, 0, nullptr, 0};
@@ -306,7 +306,7 @@ void move_block(Work& w, int64_t block) {
         if (w.step) value -= nominal * t.scale;
         const V size = value > 0 ? value : -value;
         const V moments = c.second + c.momentum[0] + c.momentum[1] + c.momentum[2];
-        spoiled += (size < t.limit ? V{} : each(1)) + moments * 0.0f;
+        spoiled += (size < t.limit ? V{} : each(1)) + moments * 0;
         const V change = value - c.param, step = nominal + c.param * own_decay;
         change_squares += change * change;
         nominal_squares += step * step;
@@ -352,30 +352,19 @@ void move(Team& team, int member, Work& w, const Item& item) {
   auto finish = [&] {
     count_step(rule, w.tensor, skip);
     if (!skip) *item.first_square = w.first_square;
-    if (skip && w.step) std::fill_n(w.step, w.tensor.size, 0.0f);
+    if (skip && w.step) std::fill_n(w.step, w.tensor.size, Real(0));
     for (int64_t i = 0; rule.measure && !skip && i < 2 * w.blocks; i++) item.squares[i % 2] += w.squares[i];
   };
   // Backwards: the last blocks still lie in the cache.
   team.each_backwards(member, skip ? 0 : w.blocks, [&](int64_t i) { move_block<WRITE>(w, i); }, finish);
 }
 
+// Of a step's tensor number i; it has two squares.
+Item item_at(const Rule& rule, const Arguments& given, const Geometry& g, int64_t i) {
+  Real* const first_square = static_cast<Real*>(given.addresses[FIRST_SQUARE * given.count + i]);
+  return {tensor_at(rule, given, g.size, g.limit, i), g, first_square, given.targets[i], given.squares + 2 * i};
+}
+
 }  // namespace
 
-extern "C" const int64_t scheduled_layout[] = {sizeof(Rule), sizeof(Geometry)};
-
-// Moves `count` tensors; with `measure` adds up the squares of change and nominal term, 2 for each tensor. `steps` are
-// where the steps of hidden matrices are written, null for other tensors.
-extern "C" int32_t scheduled_step(const Rule* rule, void* const* addresses, const float* scalars, double* squares,
-                                  const Geometry* geometries, int64_t count, float* const* steps) {
-  return outcome_of([&] {
-    std::vector<Item> items;
-    items.reserve(count);
-    for (int64_t i = 0; i < count; i++) {
-      const Geometry& g = geometries[i];
-      float* const first_square = static_cast<float*>(addresses[FIRST_SQUARE * count + i]);
-      const Tensor tensor = tensor_at(*rule, addresses, scalars, g.size, g.limit, i, count);
-      items.push_back({tensor, g, first_square, steps[i], squares + 2 * i});
-    }
-    step_all<Work>(*rule, items);
-  });
-}
+#include "entry.h"

@@ -1,15 +1,13 @@
 """The rule `scheduled` on the CPU: scheduled.cpp, called once a step for all tensors.
 
 The decays and what the schedule knows of a shape come from the rule's own functions; the schedule itself is written
-again in schedule.h. The steps of hidden matrices are written to memory of their own, where `matrix.orthogonal` takes
-all of one shape together. Parameters of lower precision or another memory layout are copied to contiguous float32 and
-back.
+again in schedule.h. It is compiled for float32, and for float64 where there are such parameters. Those of lower
+precision or another memory layout are copied to contiguous float32 and back. The steps of hidden matrices are written
+to memory of their own, where `matrix.orthogonal` takes all of one shape together.
 """
 
 from __future__ import annotations
 
-import ctypes
-import struct
 from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,12 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lopt.kernels import Kernel, Squares, WorkItem
-from lightning_lopt.kernels.cpu import build, tensors
-from lightning_lopt.rules import Scheduled, UpdateRule, matrix, scheduled, scheduler
+from lightning_lopt.kernels import Squares, WorkItem
+from lightning_lopt.kernels.cpu import tensors
+from lightning_lopt.rules import Scheduled, matrix, scheduled, scheduler
 
-SOURCE = Path(__file__).with_name("scheduled.cpp")
-MOMENTS = ("exp_avg", "exp_avg_sq", "first_square")
+AT_ONCE = 1 << 24  # numbers of matrices that are made orthogonal together, which takes four times their memory
 # The constants and meta-parameters of schedule.h's Schedule, in its order
 CONSTANTS = (
     *scheduler.FRACTIONS,
@@ -39,52 +36,32 @@ META_PARAMS = (
     *("tensor_powers", "momentum_mix", "growth", "centering", "caution", "roles", "first_scale", "cap", "decay"),
 )
 NUM_FLOATS = len(CONSTANTS) + sum(torch.Size(scheduled.SHAPES[name]).numel() for name in META_PARAMS)
-GEOMETRY = struct.Struct("2q8fi4x")  # size, rows, limit, shape, is_table
-AT_ONCE = 1 << 24  # numbers of matrices that are made orthogonal together, which takes four times their memory
-
-
-def supports(rule: UpdateRule) -> str | None:
-    """Why there is no kernel for this rule on this machine, None if there is one. The first call compiles it."""
-    if type(rule) is not Scheduled:
-        return f"{type(rule).__name__} is not the class that the kernel was written for"
-    library = _library(rule)
-    return library if isinstance(library, str) else None
-
-
-def make(rule: UpdateRule) -> Kernel:
-    """The kernel of a rule that `supports` has let pass."""
-    assert isinstance(rule, Scheduled)
-    library = _library(rule)
-    assert not isinstance(library, str)
-    tensors.check_layout(library, "scheduled_layout", ctypes.sizeof(_Rule), GEOMETRY.size)
-    return ScheduledKernel(rule, library.scheduled_step)
-
-
-def _library(rule: Scheduled) -> ctypes.CDLL | str:
-    knots = (f"FRACTIONS={len(scheduler.FRACTIONS)}", f"LOG_STEPS={len(scheduler.LOG_STEPS)}")
-    return build.library(SOURCE, tensors.columns_of(MOMENTS), build.define("EPS", rule.config.eps), *knots)
-
-
-class _Rule(tensors.Common):
-    """As in schedule.h."""
-
-    _fields_ = [("schedule", ctypes.c_float * NUM_FLOATS)]
 
 
 class ScheduledKernel(tensors.TensorKernel):
     """The kernel of one rule."""
 
-    moments = MOMENTS
-    squares_per_tensor = 2
+    rule_type = Scheduled
     rule: Scheduled
+    source = Path(__file__).with_name("scheduled.cpp")
+    dtypes = (torch.float32, torch.float64)
+    moments = ("exp_avg", "exp_avg_sq", "first_square")
+    geometry_format = "2q8{number}i"  # size, rows, limit, shape, is_table
+    squares_per_tensor = 2
 
-    def __init__(self, rule: Scheduled, function: Any) -> None:
-        super().__init__(rule, function)
-        function.argtypes = [*function.argtypes, ctypes.c_void_p]
+    @staticmethod
+    def macros(config: Any) -> tuple[str, ...]:
+        """The numbers of knots."""
+        return f"FRACTIONS={len(scheduler.FRACTIONS)}", f"LOG_STEPS={len(scheduler.LOG_STEPS)}"
 
-    def pack(self, meta_params: Mapping[str, Tensor]) -> _Rule:
+    @staticmethod
+    def own_fields(number: Any) -> list[tuple[str, Any]]:
+        """As in schedule.h."""
+        return [("schedule", number * NUM_FLOATS)]
+
+    def pack(self, meta_params: Mapping[str, Tensor]) -> Any:
         """The rule as C++ reads it."""
-        packed, decays = _Rule(), self.rule.decays(meta_params)
+        packed, decays = self.rule_struct(), self.rule.decays(meta_params)
         packed.momentum[:] = decays.momentum.tolist()
         packed.rms = float(decays.rms)
         packed.nominal = self.rule.config.nominal_stepsize
@@ -99,7 +76,7 @@ class ScheduledKernel(tensors.TensorKernel):
         features = scheduler.shape_features(param.shape, num_tensors)
         roles = scheduled.role_features(param.shape, item.role)
         is_table = scheduled.is_table(param.shape, item.role)
-        return GEOMETRY.pack(param.numel(), rows, tensors.LIMITS[param.dtype], *features, *roles, is_table)
+        return self.geometry_struct.pack(param.numel(), rows, self.limits[param.dtype], *features, *roles, is_table)
 
     def run(
         self,
@@ -117,7 +94,7 @@ class ScheduledKernel(tensors.TensorKernel):
         for shape, members in found.items():
             counts = torch.stack([work_items[index].state["step"] for index in members])
             share = scheduler.ramp(meta_params, "orthogonal", counts, num_steps)
-            stack = torch.empty(len(members), *shape, dtype=torch.float32, device="cpu")
+            stack = torch.empty(len(members), *shape, dtype=self.dtype, device="cpu")
             for index, one in zip(members, stack, strict=True):
                 steps[index] = one.data_ptr()
             stacks.append((members, share, stack))
@@ -162,3 +139,7 @@ def _add_orthogonal(values: Sequence[Tensor], stack: Tensor, share: Tensor) -> N
         orthogonal = matrix.orthogonal(part, 1.0 if bool((own_share == 1).all()) else own_share.reshape(-1, 1, 1, 1))
         for value, step in zip(values[first : first + number], orthogonal, strict=True):
             value.view(step.shape).add_(step)
+
+
+supports = ScheduledKernel.supports
+make = ScheduledKernel

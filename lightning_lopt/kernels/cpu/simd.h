@@ -1,42 +1,56 @@
-// Vectors of floats, by the vector types of GCC and Clang: the compiler turns them into what the processor has.
+// Vectors of numbers, by the vector types of GCC and Clang: the compiler turns them into what the processor has. The
+// numbers are floats; a library that is compiled with DOUBLE is the same in double precision.
 
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #ifdef __AVX512F__
 #include <immintrin.h>
+#endif
+#if defined(__AVX512F__) && !defined(DOUBLE)
+#define AVX512_FLOATS  // instructions for these are named below
 #endif
 
 namespace {
 
-// As many numbers as the processor's vectors hold: the compiler takes wider ones apart, number by number.
-#if defined(__AVX512F__)
-constexpr int LANES = 16;
-#elif defined(__AVX__)
-constexpr int LANES = 8;
+#ifdef DOUBLE
+typedef double Real;
+typedef int64_t Bits;
 #else
-constexpr int LANES = 4;
+typedef float Real;
+typedef int32_t Bits;
 #endif
 
-typedef float V __attribute__((vector_size(4 * LANES)));
-typedef int32_t VI __attribute__((vector_size(4 * LANES)));
+// As many numbers as the processor's vectors hold: the compiler takes wider ones apart, number by number.
+#if defined(__AVX512F__)
+constexpr int WIDTH = 64;
+#elif defined(__AVX__)
+constexpr int WIDTH = 32;
+#else
+constexpr int WIDTH = 16;
+#endif
+constexpr int LANES = WIDTH / sizeof(Real);
+
+typedef Real V __attribute__((vector_size(WIDTH)));
+typedef Bits VI __attribute__((vector_size(WIDTH)));
 
 // Memory. With a number n <= LANES of coordinates, the rest of a vector is 0, and is not stored.
 
-inline V load(const float* p) {
+inline V load(const Real* p) {
   V v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
 
-inline void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
+inline void store(Real* p, V v) { std::memcpy(p, &v, sizeof v); }
 
-#ifdef __AVX512F__
+#ifdef AVX512_FLOATS
 inline __mmask16 first(int n) { return (__mmask16)((1u << n) - 1); }
-inline V load(const float* p, int n) { return n == LANES ? load(p) : (V)_mm512_maskz_loadu_ps(first(n), p); }
-inline void store(float* p, V v, int n) {
+inline V load(const Real* p, int n) { return n == LANES ? load(p) : (V)_mm512_maskz_loadu_ps(first(n), p); }
+inline void store(Real* p, V v, int n) {
   if (n == LANES)
     store(p, v);
   else
@@ -44,17 +58,17 @@ inline void store(float* p, V v, int n) {
 }
 inline V head_of(V v, int n) { return (V)_mm512_maskz_mov_ps(first(n), (__m512)v); }
 #else
-inline V load(const float* p, int n) {
+inline V load(const Real* p, int n) {
   if (n == LANES) return load(p);
   V v = {};
-  std::memcpy(&v, p, 4 * n);
+  std::memcpy(&v, p, n * sizeof(Real));
   return v;
 }
-inline void store(float* p, V v, int n) {
+inline void store(Real* p, V v, int n) {
   if (n == LANES)
     store(p, v);
   else
-    std::memcpy(p, &v, 4 * n);
+    std::memcpy(p, &v, n * sizeof(Real));
 }
 inline V head_of(V v, int n) {
   for (int i = n; i < LANES; i++) v[i] = 0;
@@ -74,51 +88,21 @@ inline V in_register(V x) { return x; }
 
 // Arithmetic
 
-inline V each(float x) { return x - V{}; }  // 0 + x would be an addition, because of the sign of zero
-inline V relu(V x) { return x > 0 ? x : V{}; }
-inline V larger(V a, V b) { return a > b ? a : b; }
-inline V smaller(V a, V b) { return a < b ? a : b; }
-inline V magnitude(V a) { return a < 0 ? -a : a; }
+inline V each(Real x) { return x - V{}; }  // 0 + x would be an addition, because of the sign of zero
 inline V flipped(V x, VI sign_bits) { return (V)((VI)x ^ sign_bits); }
 
-#ifdef __AVX512F__
-inline float sum(V v) { return _mm512_reduce_add_ps((__m512)v); }
+#ifdef AVX512_FLOATS
+inline Real sum(V v) { return _mm512_reduce_add_ps((__m512)v); }
 #else
-inline float sum(V v) {
+inline Real sum(V v) {
   for (int half = LANES / 2; half; half /= 2)
     for (int i = 0; i < half; i++) v[i] += v[i + half];
   return v[0];
 }
 #endif
 
-inline V permuted(V table, VI index) {
-#if defined(__clang__)
-  V out;
-  for (int i = 0; i < LANES; i++) out[i] = table[index[i]];
-  return out;
-#else
-  return __builtin_shuffle(table, index);
-#endif
-}
-
-// Polynomial of e^r for |r| <= log(2) / 2.
-inline V power_series(V r) {
-  V e = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  e = e * r + 8.3334519073e-3f;
-  e = e * r + 4.1665795894e-2f;
-  e = e * r + 1.6666665459e-1f;
-  e = e * r + 0.5f;
-  return e * (r * r) + (r + 1.0f);
-}
-
-// e^x = 2^n e^r, and 1 / sqrt(x) for x > 0, 0 for infinity. AVX-512 has instructions that do most of either.
-#ifdef __AVX512F__
-inline V exponential(V x) {
-  V n = (V)_mm512_roundscale_ps((__m512)(x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  V r = x - n * 0.693359375f;
-  return (V)_mm512_scalef_ps((__m512)power_series(r + n * 2.12194440e-4f), (__m512)n);
-}
-
+// 1 / sqrt(x) for x > 0, 0 for infinity.
+#ifdef AVX512_FLOATS
 inline V inverse_root(V x) {
   const V y = (V)_mm512_rsqrt14_ps((__m512)x);
   const V correction = 1.5f - 0.5f * x * y * y;  // a Newton step, from 14 bits to all; NaN where x is infinite
@@ -126,21 +110,8 @@ inline V inverse_root(V x) {
   return (V)_mm512_maskz_mul_ps(finite, (__m512)y, (__m512)correction);
 }
 #else
-inline V exponential(V x) {
-  x = x > 89.0f ? each(89.0f) : x;  // infinity from 88.4 on
-  x = x < -87.0f ? each(-87.0f) : x;
-  V shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;  // 1.5 * 2^23: n is in the low bits
-  V r = x - n * 0.693359375f;
-  VI bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits - (0x4B400000 - 127)) << 23;
-  V power;
-  std::memcpy(&power, &bits, sizeof power);
-  return power_series(r + n * 2.12194440e-4f) * power;
-}
-
 inline V inverse_root(V x) {
-  for (int i = 0; i < LANES; i++) x[i] = 1.0f / std::sqrt(x[i]);
+  for (int i = 0; i < LANES; i++) x[i] = 1 / std::sqrt(x[i]);
   return x;
 }
 #endif

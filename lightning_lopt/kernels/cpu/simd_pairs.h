@@ -9,6 +9,48 @@
 
 namespace {
 
+inline V permuted(V table, VI index) {
+#if defined(__clang__)
+  V out;
+  for (int i = 0; i < LANES; i++) out[i] = table[index[i]];
+  return out;
+#else
+  return __builtin_shuffle(table, index);
+#endif
+}
+
+// Polynomial of e^r for |r| <= log(2) / 2.
+inline V power_series(V r) {
+  V e = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  e = e * r + 8.3334519073e-3f;
+  e = e * r + 4.1665795894e-2f;
+  e = e * r + 1.6666665459e-1f;
+  e = e * r + 0.5f;
+  return e * (r * r) + (r + 1.0f);
+}
+
+// e^x = 2^n e^r. AVX-512 has instructions that do most of it.
+#ifdef __AVX512F__
+inline V exponential(V x) {
+  V n = (V)_mm512_roundscale_ps((__m512)(x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  V r = x - n * 0.693359375f;
+  return (V)_mm512_scalef_ps((__m512)power_series(r + n * 2.12194440e-4f), (__m512)n);
+}
+#else
+inline V exponential(V x) {
+  x = x > 89.0f ? each(89.0f) : x;  // infinity from 88.4 on
+  x = x < -87.0f ? each(-87.0f) : x;
+  V shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;  // 1.5 * 2^23: n is in the low bits
+  V r = x - n * 0.693359375f;
+  VI bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits - (0x4B400000 - 127)) << 23;
+  V power;
+  std::memcpy(&power, &bits, sizeof power);
+  return power_series(r + n * 2.12194440e-4f) * power;
+}
+#endif
+
 #ifdef __AVX512F__
 constexpr bool PAIRS = HIDDEN <= 8;  // two vectors of each unit fit into 32 registers
 #else
@@ -52,7 +94,7 @@ inline bool is_small(V x) {
   return !_mm512_cmp_ps_mask(_mm512_abs_ps((__m512)x), _mm512_set1_ps(0.006f), _CMP_NLT_UQ);
 }
 #else
-inline V positive(V x) { return relu(x); }
+inline V positive(V x) { return x > 0 ? x : V{}; }
 inline bool is_small(V) { return false; }  // cannot be told in less time than it saves
 #endif
 

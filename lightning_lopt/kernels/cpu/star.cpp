@@ -262,24 +262,14 @@ void move(Team& team, int member, Work& w, const Item& item) {
   team.each_backwards(member, skip ? 0 : w.blocks, [&](int64_t i) { move_block<WRITE>(w, i); }, last);
 }
 
+// Of a step's tensor number i; it has four squares: of change, blackbox, nominal and decay.
+Item item_at(const Rule& rule, const Arguments& given, const Geometry& g, int64_t i) {
+  auto moments = [&](Column column) { return static_cast<float*>(given.addresses[column * given.count + i]); };
+  float* left = moments(!g.A ? DIAG : g.left_is_row ? ROW : COL);
+  float* right = moments(g.left_is_row ? COL : ROW);
+  return {tensor_at(rule, given, g.size, g.limit, i), g, left, right, given.squares + 4 * i};
+}
+
 }  // namespace
 
-extern "C" const int64_t star_layout[] = {sizeof(Rule), sizeof(Geometry)};
-
-// Moves `count` tensors; with `measure` adds up the squares of change, blackbox, nominal and decay, 4 for each tensor.
-extern "C" int32_t star_step(const Rule* rule, void* const* addresses, const float* scalars, double* squares,
-                             const Geometry* geometries, int64_t count) {
-  return outcome_of([&] {
-    std::vector<Item> items;
-    items.reserve(count);
-    for (int64_t i = 0; i < count; i++) {
-      const Geometry& g = geometries[i];
-      auto moments = [&](Column column) { return static_cast<float*>(addresses[column * count + i]); };
-      float* left = moments(!g.A ? DIAG : g.left_is_row ? ROW : COL);
-      float* right = moments(g.left_is_row ? COL : ROW);
-      const Tensor tensor = tensor_at(*rule, addresses, scalars, g.size, g.limit, i, count);
-      items.push_back({tensor, g, left, right, squares + 4 * i});
-    }
-    step_all<Work>(*rule, items);
-  });
-}
+#include "entry.h"

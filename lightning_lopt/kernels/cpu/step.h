@@ -14,11 +14,12 @@
 
 #include "simd.h"
 
-// COLUMNS, the order in which tensors.py passes the addresses of a tensor's arrays, and EPS, what is added to the second
-// moment before its root, are set by the Python module.
+// COLUMNS, the order in which tensors.py passes the addresses of a tensor's arrays, and EPSILON, what is added to the
+// second moment before its root, are set by the Python module.
 
 namespace {
 
+constexpr Real EPS = EPSILON;
 constexpr int CHUNK = 1024;            // coordinates whose temporary vectors fit into the first-level cache
 constexpr int64_t BLOCK = 16 * CHUNK;  // coordinates that a thread takes at a time
 constexpr int64_t ALONE = 2 * BLOCK;   // tensors up to this size are moved by one thread
@@ -27,41 +28,49 @@ enum Column { COLUMNS, NUM_COLUMNS };
 enum Scalar { SCALE, DECAY, SIGN, NUM_SCALARS };
 
 struct Common {  // what every rule has; first in its struct, as in tensors.py
-  float momentum[3], rms;
-  float nominal;    // step size of the nominal term
-  float num_steps;  // 0 where it is unknown
+  Real momentum[3], rms;
+  Real nominal;    // step size of the nominal term
+  Real num_steps;  // 0 where it is unknown
   int32_t safeguard, measure;
   int32_t threads;
 };
 
 // One tensor: where its arrays are, and how its step is scaled.
 struct Tensor {
-  float* param;
-  const float* grad;
-  float *exp_avg, *exp_avg_sq;
+  Real* param;
+  const Real* grad;
+  Real *exp_avg, *exp_avg_sq;
   int64_t* step;  // updates made so far
   int64_t *skipped, *skipped_in_row;  // null without safeguard
-  float scale, decay, sign;
-  float limit;  // values from here on are rounded to infinity
+  Real scale, decay, sign;
+  Real limit;  // values from here on are rounded to infinity
   int64_t size;
 };
 
-Tensor tensor_at(const Common& rule, void* const* addresses, const float* scalars, int64_t size, float limit, int64_t i,
-                 int64_t count) {
-  auto address = [&](Column column) { return addresses[column * count + i]; };
-  auto floats = [&](Column column) { return static_cast<float*>(address(column)); };
+// A step's tensors: of each column, and of each scalar, the values of all tensors follow each other.
+struct Arguments {
+  void* const* addresses;
+  const Real* scalars;
+  double* squares;
+  int64_t count;
+  Real* const* targets;
+};
+
+Tensor tensor_at(const Common& rule, const Arguments& given, int64_t size, Real limit, int64_t i) {
+  auto address = [&](Column column) { return given.addresses[column * given.count + i]; };
+  auto numbers = [&](Column column) { return static_cast<Real*>(address(column)); };
   auto counter = [&](Column column) { return static_cast<int64_t*>(address(column)); };
   Tensor t;
-  t.param = floats(PARAM);
-  t.grad = floats(GRAD);
-  t.exp_avg = floats(EXP_AVG);
-  t.exp_avg_sq = floats(EXP_AVG_SQ);
+  t.param = numbers(PARAM);
+  t.grad = numbers(GRAD);
+  t.exp_avg = numbers(EXP_AVG);
+  t.exp_avg_sq = numbers(EXP_AVG_SQ);
   t.step = counter(STEP);
   t.skipped = rule.safeguard ? counter(SKIPPED) : nullptr;
   t.skipped_in_row = rule.safeguard ? counter(SKIPPED_IN_ROW) : nullptr;
-  t.scale = scalars[SCALE * count + i];
-  t.decay = scalars[DECAY * count + i];
-  t.sign = scalars[SIGN * count + i];
+  t.scale = given.scalars[SCALE * given.count + i];
+  t.decay = given.scalars[DECAY * given.count + i];
+  t.sign = given.scalars[SIGN * given.count + i];
   t.limit = limit;
   t.size = size;
   return t;
@@ -89,7 +98,7 @@ __attribute__((always_inline)) inline void prefetch(const Tensor& t, int64_t at,
 }
 
 // The bits that change a gradient's sign where it is to be ascended.
-inline VI sign_bits(float sign) { return VI{} + (sign < 0 ? INT32_MIN : 0); }
+inline VI sign_bits(Real sign) { return VI{} + (sign < 0 ? std::numeric_limits<Bits>::min() : 0); }
 
 // Threads
 

@@ -33,14 +33,16 @@ from lightning_lopt.rules import Scheduled, UpdateRule, scheduler
 REGISTERS = 128  # so that two programs fit on a multiprocessor
 
 
-def supports(rule: UpdateRule) -> str | None:
+def supports(rule: UpdateRule, dtype: torch.dtype = torch.float32) -> str | None:
     """Why there is no kernel for this rule, None if there is one."""
     if not isinstance(rule, Scheduled):
         return f"{type(rule).__name__} is not Scheduled"
+    if dtype is not torch.float32:
+        return f"the Triton kernel computes in float32, and there are {dtype} parameters"
     return tables.outdated()
 
 
-def make(rule: UpdateRule) -> ScheduledKernel:
+def make(rule: UpdateRule, dtype: torch.dtype = torch.float32) -> ScheduledKernel:
     """The kernel of a rule that `supports` accepts."""
     assert isinstance(rule, Scheduled)
     return ScheduledKernel(rule)
