@@ -48,7 +48,14 @@ RULES_UNDER_TEST = [
     RuleCase("scheduled", {"nominal_stepsize": 1e-2, "centering_start": 0.5, "caution_end": 0.5}),
     RuleCase(
         "scheduled",
-        {"nominal_stepsize": 1e-2, "orthogonal_start": 0.9, "hidden": 0.3, "cap": -1.0, "first_scale": 0.7, "decay": 0.1},
+        {
+            "nominal_stepsize": 1e-2,
+            "orthogonal_start": 0.9,
+            "hidden": 0.3,
+            "cap": -1.0,
+            "first_scale": 0.7,
+            "decay": 0.1,
+        },
     ),
     RuleCase("hyperparam", {"nominal_stepsize": 1e-2}),
     RuleCase("blackbox", {"step_mult": 1e-2}, pass_gradient_through),

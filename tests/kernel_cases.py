@@ -17,7 +17,18 @@ from lightning_lopt.rules import UpdateRule, matrix
 # Fewer, equally many and more coordinates than lanes, chunks and blocks; inner dims that fit into lanes and do not;
 # rows from one number to several blocks.
 SHAPES = [(), (5,), (700,), (1, 1), (4, 3), (17, 33), (130, 257), (300, 200), (2, 3, 3, 3), (16, 3, 3, 3), (3, 40, 7)]
-SHAPES += [(6, 5), (6, 5), (3, 9, 8), (20, 32, 3, 3), (7, 30, 2, 10), (9, 12, 5, 5), (30, 25, 20), (1, 70000), (70000, 1), (40000,)]
+SHAPES += [
+    (6, 5),
+    (6, 5),
+    (3, 9, 8),
+    (20, 32, 3, 3),
+    (7, 30, 2, 10),
+    (9, 12, 5, 5),
+    (30, 25, 20),
+    (1, 70000),
+    (70000, 1),
+    (40000,),
+]
 
 
 def scheduled(seed: int = 0, **config: Any) -> UpdateRule:

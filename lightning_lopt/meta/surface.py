@@ -9,6 +9,7 @@ that differences between them are not due to noise in these.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -103,7 +104,8 @@ def _validation_losses(task: Task, inner: Inner) -> Tensor:
     """(n,) losses of n runs on the same examples of the split "valid", a few runs at a time."""
     found = []
     for first in range(0, len(inner.step), AT_ONCE):
-        params, constants = tree_map(lambda t: t[first : first + AT_ONCE], (inner.params, inner.constants))
+        some = slice(first, first + AT_ONCE)
+        params, constants = tree_map(operator.itemgetter(some), (inner.params, inner.constants))
         count = len(next(iter(params.values())))
         found.append(vmap(task.loss)(params, task.eval_batch("valid", constants, count, size=NUM_VALID)))
     return torch.cat(found)

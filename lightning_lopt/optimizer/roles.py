@@ -1,7 +1,8 @@
 """The roles of tensors in a net (`rules.matrix.ROLES`), told from the modules that hold them, or from their names.
 
 A hidden layer, an embedding and a last layer may have the same shape, so shapes are never asked. Of all tensors that
-are the weight of a layer, the last one is the output. An embedding that is tied to the last layer stays an embedding, and there is no output then.
+are the weight of a layer, the last one is the output. An embedding that is tied to the last layer stays an embedding,
+and there is no output then.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ def by_module(module: nn.Module, params: Iterable[Tensor]) -> dict[Tensor, str]:
 def by_name(named: Iterable[tuple[str, Tensor]]) -> dict[Tensor, str]:
     """The same from names alone, as `model.named_parameters()` gives them.
 
-    A name with a part such as `embed_tokens` or `wte` is an embedding's, with `lm_head` or `classifier` an output's, with
-    `pos_embed` or `cls_token` another one's, and with `weight` a hidden layer's.
+    A name with a part such as `embed_tokens` or `wte` is an embedding's, with `lm_head` or `classifier` an output's,
+    with `pos_embed` or `cls_token` another one's, and with `weight` a hidden layer's.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 9))

@@ -346,7 +346,9 @@ class RuleOptimizer(Optimizer):
     def __repr__(self) -> str:
         head = f"kind={self.rule.kind!r}, backend={self.backend!r}, safeguard={self.safeguard}"
         lines = super().__repr__().splitlines()
-        return "\n".join([f"RuleOptimizer[{head}]", *(line for line in lines if not (NUM_TENSORS in line or ROLES in line))])
+        return "\n".join(
+            [f"RuleOptimizer[{head}]", *(line for line in lines if not (NUM_TENSORS in line or ROLES in line))]
+        )
 
     def _warn_of_unknown_roles(self, moving: list[MovingTensor]) -> None:
         """Warn, at the first step, of matrices whose role is not known, if the rule would use it."""
@@ -355,7 +357,7 @@ class RuleOptimizer(Optimizer):
         unknown = [tensor.param for tensor in moving if tensor.role is None and tensor.param.dim() > 1]
         if unknown:
             warnings.warn(
-                f"The roles of {len(unknown)} matrices in the net are unknown, such as that of {self._name(unknown[0])}. "
+                f"The roles of {len(unknown)} matrices in the net are unknown, such as {self._name(unknown[0])}'s. "
                 f"Rule {self.rule.kind!r} moves them coordinate by coordinate, which is worse for hidden layers. Make "
                 "the optimizer from model.named_parameters(), call set_roles(model), or give groups a 'role'.",
                 stacklevel=4,

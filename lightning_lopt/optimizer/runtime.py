@@ -68,7 +68,8 @@ class Runtime:
 
     def role(self, param: Tensor) -> str | None:
         """A parameter's role in the net, None if it is unknown."""
-        return self.roles.get(param) or self.roles_by_name.get(param)
+        known = self.roles if param in self.roles else self.roles_by_name
+        return cast(str, known[param]) if param in known else None
 
     def kernel(self, rule: UpdateRule, param: Tensor) -> kernels.Kernel | str:
         """The kernel for a parameter's type of device and dtype, or why there is none."""

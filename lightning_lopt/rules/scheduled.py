@@ -165,12 +165,13 @@ class Scheduled(UpdateRule):
     @property
     def uses_roles(self) -> bool:
         """Whether hidden matrices take orthogonal steps, or a role has a factor of its own."""
-        return bool(self.orthogonal.any() or self.roles.any())
+        meta_params = self.meta_params()
+        return bool(meta_params["orthogonal"].any() or meta_params["roles"].any())
 
     def without_decay(self) -> Scheduled:
         """The same rule with `decay` 0; a copy."""
         rule = copy.deepcopy(self)
-        rule.decay.data.zero_()
+        rule.meta_params()["decay"].data.zero_()
         return rule
 
     def init_state(self, param: Tensor) -> Moments:
@@ -377,7 +378,7 @@ def capped(
 
 
 def annealed(meta_params: Mapping[str, Tensor], step: Tensor, num_steps: Tensor | int | None) -> Tensor:
-    """The schedule's curve over the run relative to its highest point, between 0 and 1; 1 for runs of unknown length."""
+    """The schedule's curve over the run relative to its highest point, from 0 to 1; 1 where the length is unknown."""
     if num_steps is None:
         return torch.ones_like(step)
     curve = meta_params["schedule_fraction"]

@@ -116,7 +116,7 @@ def _draw(spec: Spec, generator: torch.Generator, population: int | None, scheme
 def roles_of(specs: Mapping[str, Spec]) -> dict[str, str]:
     """Name -> role (`rules.matrix.ROLES`) of the parameters with two dims or more.
 
-    A layer's weight is named `weight`. Of those, a table of the kind "embedding" is an embedding, the last one of all is
+    A layer's weight is named `weight`. Of those, a table of the kind "embedding" is an embedding, the last other one is
     the output, and the rest are hidden. Position embeddings and tokens are parameters of their own: "other".
 
     Example:

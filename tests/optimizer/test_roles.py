@@ -40,7 +40,11 @@ class Experts(nn.Module):
 
 def conv_net():
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, groups=8), nn.ConvTranspose2d(8, 4, 3), nn.Linear(4, 2)
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.Conv2d(8, 8, 3, groups=8),
+        nn.ConvTranspose2d(8, 4, 3),
+        nn.Linear(4, 2),
     )
 
 
@@ -146,7 +150,9 @@ def test_each_way_of_telling_gives_the_same_steps(way):
 def test_unknown_roles_are_warned_of_once_with_a_name():
     params = [nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(4))]
     optimizer = optimizer_of(params)
-    with pytest.warns(UserWarning, match=r"roles of 1 matrices .* parameter 0 of group 0 \(shape \(3, 4\)\).*set_roles"):
+    with pytest.warns(
+        UserWarning, match=r"roles of 1 matrices .* parameter 0 of group 0 \(shape \(3, 4\)\)'s.*set_roles"
+    ):
         step(optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

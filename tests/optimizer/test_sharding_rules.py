@@ -11,7 +11,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from lightning_lopt import RuleOptimizer
 
-SHAPES = ((5, 3), (3, 4, 2), (6, 3), (7,), (1,), (3, 2, 2))  # of (1,), a process has nothing; no state but of tensors ends in these
+# Of (1,), a process has nothing; no state but of tensors ends in these.
+SHAPES = ((5, 3), (3, 4, 2), (6, 3), (7,), (1,), (3, 2, 2))
 
 
 def compare_all(rank, store):

@@ -114,6 +114,8 @@ def test_only_hidden_layers_of_the_flagship_step_orthogonally(role):
     delta, _ = rule.update(
         rule.meta_params(), grad, rule.init_state(param), param, StepContext(torch.tensor(0.0), None, 10, role=role)
     )
-    plain = rule.update(rule.meta_params(), grad, rule.init_state(param), param, StepContext(torch.tensor(0.0), None, 10))
+    plain = rule.update(
+        rule.meta_params(), grad, rule.init_state(param), param, StepContext(torch.tensor(0.0), None, 10)
+    )
     expected = matrix.orthogonal_step(plain[0], role, 1.0) if role in ("hidden", "experts") else plain[0]
     torch.testing.assert_close(delta, expected)

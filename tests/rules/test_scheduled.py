@@ -190,7 +190,9 @@ def test_growth_is_the_exponent_of_how_far_noise_has_moved_a_matrix(monkeypatch,
     squares = (rms**2, 1.0, 1.0, noise * strength)
     for shape, is_matrix in (((5, 16), True), ((5, 4, 2, 2), True), ((16,), False), ((), False)):
         tensors = facts(squares, shape)
-        found = scheduled.multipliers(theta, tensors, torch.tensor(step), 101, decays=DECAYS, stepsize=1e-2).factor.item()
+        found = scheduled.multipliers(
+            theta, tensors, torch.tensor(step), 101, decays=DECAYS, stepsize=1e-2
+        ).factor.item()
         assert found == pytest.approx(grown ** (counts * (-1 - 2 * step / 100)) if is_matrix else 1.0, rel=1e-5)
 
 

@@ -151,15 +151,16 @@ class EagerScheduled:
             sums[:, 4] += (x[:, 3] > 0).flatten(1).sum(1)
             finite += x[:, :4].flatten(1).sum(1)
         shape = stack.items[0].param.shape
-        square, strengths, seen = (sums / math.prod(stack.shape)).split((1, 3, 1), 1)
+        means = sums / math.prod(stack.shape)
+        square, strengths, seen = means[:, :1], means[:, 1:4], means[:, 4:]
         features = [scheduler.shape_features(shape, num_tensors), scheduled.role_features(shape, stack.role)]
         shapes, roles = (torch.tensor([f], dtype=torch.float32, device="cpu").expand(count, -1) for f in features)
         first_square = torch.where(stack.step == 0, square.squeeze(1), stack.first_square)
-        means = torch.cat([square, strengths / seen.clamp(min=1e-12)], 1)
+        mean_squares = torch.cat([square, strengths / seen.clamp(min=1e-12)], 1)
         assert self._decays is not None
         found = scheduled.multipliers(
             meta_params,
-            scheduled.TensorFacts(means, first_square, shapes, roles),
+            scheduled.TensorFacts(mean_squares, first_square, shapes, roles),
             stack.step,
             num_steps,
             decays=self._decays[1],
