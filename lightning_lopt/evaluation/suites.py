@@ -10,6 +10,8 @@ class Case(NamedTuple):
 
     task: str
     steps: int
+    one_by_one: bool = False
+    """Train the seeds one by one with `RuleOptimizer` and torch's optimizers, as is faster for large networks."""
 
     def __str__(self) -> str:
         return f"{self.task}@{self.steps}"
@@ -44,5 +46,6 @@ With three seeds, a learned rule takes about half an hour for all of them on one
 UNSEEN = tuple(case for case in HELDOUT if case.task != "digits-mlp")
 """The cases of `HELDOUT` whose tasks no rule has seen at any length."""
 
+REAL_SUITES = ("real", "real-open", "real-judging")
 SUITES = {"heldout": HELDOUT, "unseen": UNSEEN}
 """Suites by name, for `lopt evaluate --suite`."""
