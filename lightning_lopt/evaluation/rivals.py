@@ -164,7 +164,7 @@ def _muon_class() -> Any:
 
 def _adamw(params: Parameters, task: Task, steps: int, hyper: Hyperparameters) -> TorchStepper:
     """AdamW with 5 % warm-up and cosine down to zero; untuned at lr 1e-3 and weight decay 0.01."""
-    setting = {"lr": RECIPE_LR, "weight_decay": RECIPE_DECAY, **hyper}
+    setting: dict[str, Any] = {"lr": RECIPE_LR, "weight_decay": RECIPE_DECAY, **hyper}
     return TorchStepper(params, [torch.optim.AdamW(params.values(), **setting)], steps)
 
 

@@ -125,8 +125,11 @@ def resize(dataset: Dataset, size: int) -> Dataset:
     )
 
 
+@functools.lru_cache(maxsize=8)
 def part(dataset: Dataset, num_train: int, classes: tuple[int, ...] | None = None) -> Dataset:
     """The first `num_train` training examples of some classes (default: of all), which are numbered anew from 0.
+
+    Kept, so that tasks on the same examples have one copy in common.
 
     Example:
         >>> some = part(load("digits"), 100, classes=(3, 7))

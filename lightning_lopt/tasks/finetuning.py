@@ -132,7 +132,7 @@ class LowRank(Wrapper):
             rows, columns = start.params[name].shape[lead:]
             bound = 1 / math.sqrt(columns)
             params[f"{name}.A"] = draws.uniform(generator, (self.rank, columns), population, -bound, bound)
-            params[f"{name}.B"] = draws.normal(generator, (rows, self.rank), population, 0.0)
+            params[f"{name}.B"] = torch.zeros((*draws.lead(population), rows, self.rank), device=generator.device)
         return Start(
             {name: value.to(self.device) for name, value in params.items()}, Adapted(start.constants, start.params)
         )

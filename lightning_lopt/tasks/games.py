@@ -217,9 +217,9 @@ class PolicyGradient(Task):
         """Compute the policy gradient, and the loss of the same episodes."""
         played = self.rollout({name: value.detach() for name, value in params.items()}, batch)
         length = played.alive.shape[0]
-        ahead = torch.arange(length, device=played.alive.device)
-        ahead = ahead - ahead.unsqueeze(1)  # (t, k): steps from t to k
-        weights = torch.where(ahead >= 0, self.discount ** ahead.clamp(min=0), 0.0).to(played.alive.dtype)
+        time = torch.arange(length).to(played.alive)
+        ahead = time - time.unsqueeze(1)  # (t, k): steps from t to k
+        weights = torch.where(ahead >= 0, self.discount ** ahead.clamp(min=0), 0.0)
         returns = weights @ played.alive / self.scale
         grads = torch.func.grad(lambda own: self._surrogate(own, played, returns))(params)
         return grads, length / played.alive.sum(0).mean()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -189,7 +190,7 @@ def new_classes(
     """A residual net that knows the first five classes learns the other five from a few images, with a new head."""
     data = datasets.load(dataset)
     fewer = datasets.part(data, num + 2048, classes=(5, 6, 7, 8, 9))
-    first = datasets.part(data, len(data.train_x), classes=(0, 1, 2, 3, 4))
+    first = datasets.part(data, 10_000, classes=(0, 1, 2, 3, 4))
 
     def task(own: str, part: Dataset, fraction: float) -> Supervised:
         return build(
@@ -221,15 +222,15 @@ def new_text(
     """A character transformer that knows one text learns another, and forgets of the first."""
 
     def task(own: str, text: str) -> Supervised:
-        sizes = {"width": width, "depth": depth, "heads": 4, "batch_size": batch_size, "eval_size": 512}
+        sizes: dict[str, Any] = {"width": width, "depth": depth, "heads": 4, "batch_size": batch_size, "eval_size": 512}
         return build(own, "transformer", text, length=length, **sizes)
 
     return FineTuned(task=task(name, dataset), source=task(f"{name}-source", source), pretrain_steps=pretrain_steps)
 
 
-def adapters(name: str, dataset: str, rank: int = 4, **options: int) -> LowRank:
-    """The task of `new_text` by low-rank adapters of all hidden matrices alone."""
-    return LowRank(name=name, task=new_text(name, dataset, **options), rank=rank)  # type: ignore[arg-type]
+def adapters(name: str, dataset: str, rank: int = 4, **options: Any) -> LowRank:
+    """The task of `new_text`, with its options, by low-rank adapters of all hidden matrices alone."""
+    return LowRank(name=name, task=new_text(name, dataset, **options), rank=rank)
 
 
 def adversarial(

@@ -56,7 +56,8 @@ class BoundaryValue(Task):
         curvature = vmap(grad(grad(solution)))(batch)
         right = sum(a * (4 - k * k) * torch.sin(k * batch) for k, a in _TERMS)
         scale = 0.5 * sum((a * (4 - k * k)) ** 2 for k, a in _TERMS)
-        return (curvature + 4 * vmap(solution)(batch) - right).square().mean() / scale
+        residual: Tensor = curvature + 4 * vmap(solution)(batch) - right
+        return residual.square().mean() / scale
 
     def eval_loss(self, params: Params, batch: Tensor) -> Tensor:
         """Compute the relative error of the solution."""

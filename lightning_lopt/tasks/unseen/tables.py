@@ -167,9 +167,10 @@ class Experts(WithoutDropout):
     def apply(self, params: Params, x: Tensor, masks: Masks = ()) -> Tensor:
         """Map (b, d) to (b, 1)."""
         shares = linear(params, "gate", x).softmax(-1)
-        hidden = linear(params, "up", x).tanh().unflatten(-1, (self.experts, self.width))
+        hidden = linear(params, "up", x).tanh().reshape(-1, self.experts, self.width)
         values = (hidden * params["down"]).sum(-1) + params["bias"]
-        return (shares * values).sum(-1, keepdim=True)
+        mixed: Tensor = (shares * values).sum(-1, keepdim=True)
+        return mixed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -187,7 +188,8 @@ class Maxout(WithoutDropout):
 
     def specs(self) -> dict[str, Spec]:
         """Return name -> specification, in forward order."""
-        specs, inputs = {}, self.inputs
+        specs: dict[str, Spec] = {}
+        inputs = self.inputs
         for i in range(self.depth):
             specs |= linear_specs(f"layers.{i}", inputs, self.width * self.pieces)
             inputs = self.width
@@ -196,5 +198,5 @@ class Maxout(WithoutDropout):
     def apply(self, params: Params, x: Tensor, masks: Masks = ()) -> Tensor:
         """Map (b, d) to (b, outputs)."""
         for i in range(self.depth):
-            x = linear(params, f"layers.{i}", x).unflatten(-1, (self.width, self.pieces)).amax(-1)
+            x = linear(params, f"layers.{i}", x).reshape(-1, self.width, self.pieces).amax(-1)
         return linear(params, "head", x)
