@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_lopt.evaluation import plots
-from lightning_lopt.evaluation.results import DEFAULT_ADAM, MEASURES, REFERENCES, TUNED, Entry, Ratio, Results, Summary
+from lightning_lopt.evaluation.results import (
+    DEFAULT_ADAM,
+    MEASURES,
+    REFERENCES,
+    TUNED,
+    Entry,
+    Ratio,
+    Results,
+    Summary,
+    deviation,
+)
 from lightning_lopt.evaluation.suites import Case
 
 if TYPE_CHECKING:
@@ -64,7 +74,7 @@ def _row(results: Results, entry: Entry) -> dict[str, Any]:
     for measure, (_, field, _) in MEASURES.items():
         losses = getattr(entry.runs(measure), field)
         row[f"{measure}_loss"] = entry.loss(measure)
-        row[f"{measure}_loss_std"] = statistics.stdev(losses) if len(losses) > 1 else math.nan
+        row[f"{measure}_loss_std"] = deviation(losses)
     row |= {"test_accuracy": runs.average("accuracy")}
     row["test_metrics"] = json.dumps({name: statistics.fmean(values) for name, values in runs.metrics.items()})
     row |= {"diverged_runs": sum(runs.diverged), "settings_tried": entry.num_settings}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from lightning_lopt.evaluation.runs import Runs
@@ -172,8 +173,7 @@ class Results:
         ours = self.entry(case, optimizer).clamped(measure)
         theirs = self.reference(case, reference, measure).clamped(measure)
         logs = [math.log(a / b) for a, b in zip(ours, theirs, strict=True)]
-        spread = statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else math.nan
-        return Ratio(statistics.fmean(ours) / statistics.fmean(theirs), spread)
+        return Ratio(statistics.fmean(ours) / statistics.fmean(theirs), deviation(logs) / math.sqrt(len(logs)))
 
     def step_time(self, case: Case, optimizer: str) -> float:
         """CPU time of a training step (gradient and update) divided by Adam's."""
@@ -200,6 +200,16 @@ class Results:
 
     def _ratios(self, optimizer: str, reference: str, measure: str) -> list[Ratio]:
         return [self.ratio(case, optimizer, reference, measure) for case in self.cases]
+
+
+def deviation(values: Sequence[float]) -> float:
+    """The standard deviation; NaN of less than two numbers, and if one is not finite.
+
+    Example:
+        >>> deviation([1.0, 3.0]), deviation([1.0]), deviation([1.0, math.nan])
+        (1.4142135623730951, nan, nan)
+    """
+    return statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan
 
 
 def _geometric_mean(ratios: list[Ratio]) -> Ratio:

@@ -248,7 +248,8 @@ class Verdict(NamedTuple):
 class Judge:
     """Looks at the validation losses of runs as they train, and at last at their test losses.
 
-    Keeps a copy of the parameters of each run from where its validation loss was lowest.
+    Keeps a copy of the parameters of each run from where its validation loss was lowest. Evaluation batches have no
+    dropout, augmentation or wrong labels; batch norm uses the statistics of the evaluation batch.
 
     Args:
         task: the task.
