@@ -337,7 +337,9 @@ def _key(baseline: Baseline, setting: dict[str, float]) -> dict[str, Any]:
 def _describe(task: str) -> dict[str, Any]:
     """A task's part of a cache key: its builder and options in the catalog."""
     builder, options = catalog.REGISTRY[task]
-    return {"name": task, "builder": builder.__qualname__, "options": {k: repr(v) for k, v in options.items()}}
+    # The repr of a function has its address, which differs from process to process.
+    texts = {name: getattr(value, "__qualname__", None) or repr(value) for name, value in options.items()}
+    return {"name": task, "builder": builder.__qualname__, "options": texts}
 
 
 def _tensors(setting: dict[str, float]) -> dict[str, torch.Tensor]:

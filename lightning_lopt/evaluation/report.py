@@ -22,7 +22,7 @@ from lightning_lopt.evaluation.results import (
     Summary,
     deviation,
 )
-from lightning_lopt.evaluation.suites import Case
+from lightning_lopt.evaluation.suites import JUDGING_ONLY, Case
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -67,6 +67,7 @@ def _row(results: Results, entry: Entry) -> dict[str, Any]:
     row: dict[str, Any] = {
         "task": entry.case.task,
         "steps": entry.case.steps,
+        "judging_only": entry.case.task in JUDGING_ONLY,
         "optimizer": entry.optimizer,
         "seeds": results.seeds,
         "initial_loss": runs.scale,

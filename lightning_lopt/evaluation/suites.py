@@ -95,7 +95,12 @@ REAL = (
     Case("real-gan", 2_000, one_by_one=True),
     Case("real-policy-gradient", 150, one_by_one=True),
 )
-"""Real kinds of work at real sizes: what a user would bring, as far as hours on a CPU allow."""
+"""Real kinds of work at real sizes: what a user would bring, as far as hours on a CPU allow.
+
+A learned rule takes about a quarter of an hour of one core per seed for all of them; with all rivals and three seeds it
+is about half a day. Results are cached one by one, so a run may be stopped and taken up again, and two processes may
+share a cache: `real-open` in one and `real-judging` in the other, then `real` for the whole table.
+"""
 
 JUDGING_ONLY = frozenset(
     {

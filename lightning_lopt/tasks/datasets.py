@@ -274,7 +274,12 @@ def _load_text(name: str, folder: str | None) -> Dataset:
 def _load_ascii(name: str, folder: str | None) -> Dataset:
     """Load a text with the common vocabulary of line ends and printable ASCII; other characters are left out."""
     if name == "python_docs":
-        topics = _import("pydoc_data.topics", name).topics
+        if not is_available(name):
+            raise FileNotFoundError(
+                "Dataset 'python_docs' is the help topics of Python's standard library (pydoc_data), which this Python "
+                "lacks; use an installation of Python with its complete library."
+            )
+        topics = importlib.import_module("pydoc_data.topics").topics
         text = "\n".join(topics[key] for key in sorted(topics))
     else:
         text = _shakespeare(folder)

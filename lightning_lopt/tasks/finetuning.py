@@ -15,7 +15,7 @@ from lightning_lopt.tasks.base import Params, Start, Task, check_positive
 from lightning_lopt.tasks.wrappers import Wrapper
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=4)
 def pretrained(source: Task, steps: int, lr: float) -> Params:
     """Weights trained on a task by Adam with 5 % warm-up and cosine, from a fixed seed; kept while the process lives.
 

@@ -9,7 +9,7 @@ import torch
 
 import lightning_lopt as lopt
 from lightning_lopt import tasks
-from lightning_lopt.evaluation import Case, Options, evaluate, one_by_one, runs
+from lightning_lopt.evaluation import Case, Options, compare, evaluate, one_by_one, runs
 from lightning_lopt.evaluation.one_by_one import RuleStepper
 from lightning_lopt.evaluation.results import DEFAULT_ADAM
 from lightning_lopt.evaluation.rivals import DEFAULT_ADAM_RIVAL, RIVALS, SmallGrid
@@ -289,3 +289,9 @@ def test_a_baseline_seed_by_seed_has_the_hyperparameters_of_each_setting(tmp_pat
     )
     assert apart.best["final"].hyperparameters == beside.best["final"].hyperparameters
     assert apart.loss("valid") == pytest.approx(beside.loss("valid"), rel=1e-3)
+
+
+def test_keys_of_cached_results_are_the_same_in_every_process():
+    """Options may be functions, whose repr has an address."""
+    for name in tasks.list_tasks():
+        assert " at 0x" not in str(compare._describe(name)), name
