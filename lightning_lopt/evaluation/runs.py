@@ -230,7 +230,7 @@ def look_steps(steps: int, looks: int) -> list[int]:
 
     Example:
         >>> look_steps(10, 4), look_steps(2, 4), look_steps(10, 0)
-        ([2, 5, 8, 10], [1, 2], [])
+        ([3, 5, 8, 10], [1, 2], [])
     """
     looks = min(looks, steps)
     return [math.floor((i + 1) * steps / looks + 0.5) for i in range(looks)]

@@ -52,7 +52,7 @@ UNSEEN2 = (
     Case("waves-dilated", 600),
     Case("additions-gru", 1_500),
     Case("brackets-encoder", 1_000),
-    Case("distances-pairs", 1_000),
+    Case("relations-pairs", 1_000),
     Case("picture-fourier", 2_000),
     Case("spirals-radial", 1_000),
     Case("inverse-density", 1_500),

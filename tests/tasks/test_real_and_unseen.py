@@ -58,7 +58,7 @@ def test_hidden_matrices_are_neither_embeddings_nor_heads_nor_vectors():
         "digits-conv": ("convs.0.weight", "convs.1.weight"),
         "additions-gru": ("gates.weight", "candidate.weight"),
         "visits-factors": (),
-        "distances-pairs": ("up.weight", "middle.weight"),
+        "relations-pairs": ("up.weight", "middle.weight"),
         "rosenbrock": (),
         "digits-es": ("layers.0.weight",),
     }
@@ -181,14 +181,17 @@ def test_brackets_are_labeled_by_whether_they_match():
     assert 0.4 < y.mean() < 0.7
 
 
-def test_additions_and_distances():
+def test_additions_and_relations():
     x, y = data.additions(num=200)
     sums = (x[..., 0] * x[..., 1]).sum(1)
     assert (x[..., 1].sum(1) == 2).all()
     torch.testing.assert_close(y, (sums - sums.mean()) / sums.std())
-    pairs, apart = data.distances(7)
-    assert len(pairs) == 49
-    assert apart.max() == 6
+    pairs, kinds = data.relations(things=12, groups=3, kinds=4, wrong=0.0)
+    table = kinds.reshape(12, 12)  # pairs are in order
+    assert torch.equal(pairs[13], torch.tensor([1, 1]))
+    # Things of the same group relate to all others alike.
+    assert len({tuple(row) for row in table.tolist()}) <= 3
+    assert len({tuple(column) for column in table.T.tolist()}) <= 3
 
 
 def test_the_boundary_value_problem_has_the_solution_that_it_says(monkeypatch):

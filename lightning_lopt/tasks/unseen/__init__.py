@@ -111,7 +111,7 @@ TASKS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "waves-dilated": _formula(data.waves, DilatedConv(), "cross_entropy", scheme="torch", batch_size=32),
     "additions-gru": _formula(data.additions, GRU(), "regression", scheme="torch", batch_size=32),
     "brackets-encoder": _formula(data.brackets, GatedEncoder(vocab=4, length=16), "logistic", batch_size=32),
-    "distances-pairs": _formula(data.distances, TokenPairs(vocab=40), "cross_entropy"),
+    "relations-pairs": _formula(data.relations, TokenPairs(vocab=60, outputs=8), "cross_entropy"),
     "picture-fourier": _formula(data.picture, FourierNet(), "regression", batch_size=128),
     "spirals-radial": _formula(data.spirals, RadialBasis(), "cross_entropy"),
     "inverse-density": _formula(data.inverse, _density, "mixture_density"),

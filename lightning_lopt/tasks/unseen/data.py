@@ -108,10 +108,15 @@ def _matches(row: list[int]) -> bool:
     return not stack
 
 
-def distances(numbers: int = 40) -> Data:
-    """All pairs of numbers (numbers^2, 2), and how far they are apart, as a class."""
-    pairs = torch.cartesian_prod(torch.arange(numbers), torch.arange(numbers))
-    return pairs, (pairs[:, 0] - pairs[:, 1]).abs()
+def relations(things: int = 60, groups: int = 6, kinds: int = 8, wrong: float = 0.1) -> Data:
+    """All pairs of things (things^2, 2), and how they relate: a kind for each pair of hidden groups, some of it wrong."""
+    generator = _generator(16)
+    group = torch.randint(groups, (things,), generator=generator)
+    table = torch.randint(kinds, (groups, groups), generator=generator)
+    pairs = torch.cartesian_prod(torch.arange(things), torch.arange(things))
+    right = table[group[pairs[:, 0]], group[pairs[:, 1]]]
+    is_wrong = torch.rand(len(pairs), generator=generator) < wrong
+    return pairs, torch.where(is_wrong, torch.randint(kinds, (len(pairs),), generator=generator), right)
 
 
 def picture(size: int = 48) -> Data:

@@ -134,12 +134,13 @@ def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenPairs(WithoutDropout):
-    """Pairs of tokens (b, 2) -> logits (b, vocab): their embeddings side by side, and an MLP with a skip.
+    """Pairs of tokens (b, 2) -> logits (b, outputs): their embeddings side by side, and an MLP with a skip.
 
     Parameters: `embedding.weight`, `up.*`, `middle.*`, `head.*`.
     """
 
-    vocab: int = 23
+    vocab: int
+    outputs: int
     width: int = 32
     hidden: int = 96
 
@@ -147,10 +148,10 @@ class TokenPairs(WithoutDropout):
         """Return name -> specification, in forward order."""
         specs = {"embedding.weight": Spec((self.vocab, self.width), "embedding")}
         specs |= linear_specs("up", 2 * self.width, self.hidden) | linear_specs("middle", self.hidden, self.hidden)
-        return specs | linear_specs("head", self.hidden, self.vocab)
+        return specs | linear_specs("head", self.hidden, self.outputs)
 
     def apply(self, params: Params, x: Tensor, masks: Masks = ()) -> Tensor:
-        """Map (b, 2) to (b, vocab)."""
+        """Map (b, 2) to (b, outputs)."""
         h = linear(params, "up", F.embedding(x, params["embedding.weight"]).flatten(1)).relu()
         return linear(params, "head", h + linear(params, "middle", h).relu())
 
