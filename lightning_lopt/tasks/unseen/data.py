@@ -109,7 +109,7 @@ def _matches(row: list[int]) -> bool:
 
 
 def relations(things: int = 60, groups: int = 6, kinds: int = 8, wrong: float = 0.1) -> Data:
-    """All pairs of things (things^2, 2), and how they relate: a kind for each pair of hidden groups, some of it wrong."""
+    """All pairs of things (things^2, 2), and how they relate: a kind per pair of hidden groups, and some wrong ones."""
     generator = _generator(16)
     group = torch.randint(groups, (things,), generator=generator)
     table = torch.randint(kinds, (groups, groups), generator=generator)
