@@ -43,7 +43,9 @@ ARROWS = {  # the longest prefix of a module's name counts
     "analysis.schedule": Arrows({"rules"}, {"torch", "matplotlib"}),
     "analysis.report": Arrows({"analysis"}, {"matplotlib"}),
     "analysis.cli": Arrows({"rules", "tasks", "hub", "analysis"}, {"torch", "matplotlib"}),
-    "evaluation": Arrows({"rules", "hub", "tasks", "meta.unroll", "evaluation"}, {"torch", "rich", "matplotlib"}),
+    "evaluation": Arrows(
+        {"rules", "optimizer", "hub", "tasks", "meta.unroll", "evaluation"}, {"torch", "rich", "matplotlib"}
+    ),
     "claims": Arrows(
         {"rules", "optimizer", "hub", "tasks", "meta", "analysis", "evaluation", "claims", "__version__"},
         {"torch", "lightning", "rich", "matplotlib"},

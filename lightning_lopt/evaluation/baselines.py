@@ -80,12 +80,28 @@ class HandDesigned(UpdateRule):
                 )
             return hyper["lr"] * torch.ones_like(step)
         total = torch.as_tensor(context.num_steps, device=step.device).double()
-        warmup = hyper["warmup"] * total
-        rate = hyper["lr"] * ((step + 1) / warmup.clamp(min=1.0)).clamp(max=1.0)
-        if self.config.schedule == "constant":
-            return rate
-        progress = ((step - warmup) / (total - warmup).clamp(min=1.0)).clamp(0.0, 1.0)
-        return rate * 0.5 * (1 + torch.cos(math.pi * progress))
+        return hyper["lr"] * schedule_factor(step, total, hyper["warmup"] * total, self.config.schedule)
+
+
+def schedule_factor(step: Tensor, total: Tensor, warmup: Tensor, schedule: str) -> Tensor:
+    """What multiplies the learning rate at a step, see `HandDesigned.learning_rate`.
+
+    Args:
+        step: () steps done, float64.
+        total: () the run's length.
+        warmup: () the length of the warm-up.
+        schedule: one of `SCHEDULES`.
+
+    Example:
+        >>> total, warmup = torch.tensor(10.0), torch.tensor(2.0)
+        >>> [round(float(schedule_factor(torch.tensor(t), total, warmup, "cosine")), 2) for t in (0.0, 1.0, 6.0)]
+        [0.5, 1.0, 0.5]
+    """
+    rise = ((step + 1) / warmup.clamp(min=1.0)).clamp(max=1.0)
+    if schedule == "constant":
+        return rise
+    progress = ((step - warmup) / (total - warmup).clamp(min=1.0)).clamp(0.0, 1.0)
+    return rise * 0.5 * (1 + torch.cos(math.pi * progress))
 
 
 class SGDState(NamedTuple):

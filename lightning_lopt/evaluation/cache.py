@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Part of every key. Raise it when a change of the code makes the same settings give other numbers."""
 
 

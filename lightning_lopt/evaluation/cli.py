@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lightning_lopt.evaluation import report
 from lightning_lopt.evaluation.compare import Options, evaluate
 from lightning_lopt.evaluation.console import open_console, progress_bar
-from lightning_lopt.evaluation.suites import SUITES, Case
+from lightning_lopt.evaluation.rivals import RIVALS
+from lightning_lopt.evaluation.suites import REAL_SUITES, SUITES, Case
 from lightning_lopt.evaluation.tuning import BASELINES
+from lightning_lopt.tasks import dataset_of, datasets
 from lightning_lopt.tasks.base import check_choice
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 DEFAULT_STEPS = 1000
+TUNED = ("adam", "adamw", "sgdm")
 DEFAULTS = Options()
 
 
@@ -20,9 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to a parser."""
     add = parser.add_argument
     add("--rule", nargs="+", required=True, metavar="NAME", help="bundled names, directories or Hub repos")
-    known = ", ".join([*BASELINES, "all"])
-    default = ["adam", "adamw", "sgdm"]
-    add("--baseline", nargs="+", default=default, metavar="NAME", help=f"from {known} (default: {' '.join(default)})")
+    known = ", ".join([*BASELINES, *RIVALS, "all"])
+    default = f"default: {' '.join(TUNED)}; with --suite real {' '.join(RIVALS)}"
+    add("--baseline", nargs="+", metavar="NAME", help=f"from {known} ({default})")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--task", nargs="+", metavar="NAME", help="task names, see lightning_lopt.tasks.list_tasks()")
     where.add_argument("--suite", metavar="NAME", help=f"a named set of tasks with their steps: {', '.join(SUITES)}")
@@ -34,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--samples", type=int, default=DEFAULTS.samples, help="random settings to try for nadamw (default: %(default)s)"
     )
     add("--hide-length", action="store_true", help="do not tell the rule how long the run is")
+    add("--no-nominal", action="store_true", help="leave out the nominal term alone")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -48,12 +56,13 @@ def run(arguments: argparse.Namespace) -> None:
     options = Options(
         seeds=arguments.seeds,
         tell_length=not arguments.hide_length,
+        nominal=not arguments.no_nominal,
         samples=arguments.samples,
         cache_dir=arguments.cache,
     )
-    baselines = list(BASELINES) if "all" in arguments.baseline else list(dict.fromkeys(arguments.baseline))
+    cases = _cases(arguments, console)
     with progress_bar(console) as progress:
-        results = evaluate(arguments.rule, _cases(arguments), baselines, options=options, progress=progress)
+        results = evaluate(arguments.rule, cases, _baselines(arguments), options=options, progress=progress)
     paths = report.write(results, arguments.out)  # before printing, which fails if a pager or `head` closes the pipe
     for table in report.tables(results):
         console.print(table)
@@ -61,11 +70,30 @@ def run(arguments: argparse.Namespace) -> None:
         console.print(str(path), style="dim", soft_wrap=True)
 
 
-def _cases(arguments: argparse.Namespace) -> list[Case]:
+def _baselines(arguments: argparse.Namespace) -> list[str]:
+    if arguments.baseline is None:
+        return list(RIVALS) if arguments.suite in REAL_SUITES else list(TUNED)
+    if "all" in arguments.baseline:
+        return [*BASELINES, *RIVALS]
+    return list(dict.fromkeys(arguments.baseline))
+
+
+def _cases(arguments: argparse.Namespace, console: Console) -> list[Case]:
+    """The cases; of a suite, those whose data are here."""
     if not arguments.suite:
         steps = DEFAULT_STEPS if arguments.steps is None else arguments.steps
         return [Case(task, steps) for task in dict.fromkeys(arguments.task)]
     check_choice("--suite", arguments.suite, SUITES)
     if arguments.steps is not None:
         raise ValueError("--steps is not allowed with --suite, which sets the steps itself; drop it, or use --task.")
-    return list(SUITES[arguments.suite])
+    cases = []
+    for case in SUITES[arguments.suite]:
+        dataset = dataset_of(case.task)
+        try:
+            if dataset is not None and not datasets.is_available(dataset):
+                datasets.load(dataset)  # downloads it, or raises
+        except FileNotFoundError as error:
+            console.print(f"skipped {case}: {error}", style="yellow", soft_wrap=True, highlight=False)
+            continue
+        cases.append(case)
+    return cases

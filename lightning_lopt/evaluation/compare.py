@@ -2,7 +2,8 @@
 
 All optimizers get the same initial parameters and the same batches, seed by seed. The baselines are tuned on the task
 and seeds of the comparison, separately for the final and the mean training loss, which favors them; learned rules run
-untuned. The nominal term alone (`hyperparam`) is always among the rules: a rule's lead over it is what was learned.
+untuned. The nominal term alone (`hyperparam`) is among the rules unless it is left out: a rule's lead over it is what
+was learned. Rivals (`rivals`) run at published settings.
 """
 
 from __future__ import annotations
@@ -18,9 +19,13 @@ from typing import Any
 
 import torch
 
+from lightning_lopt.evaluation import one_by_one
+from lightning_lopt.evaluation.baselines import Hyperparameters
 from lightning_lopt.evaluation.cache import Cache
+from lightning_lopt.evaluation.one_by_one import MakeStepper, RuleStepper
 from lightning_lopt.evaluation.results import DEFAULT_ADAM, Entry, Results
-from lightning_lopt.evaluation.runs import Runs, initial_losses, run, step_seconds
+from lightning_lopt.evaluation.rivals import DEFAULT_ADAM_RIVAL, RIVALS, Rival
+from lightning_lopt.evaluation.runs import VALIDATIONS, VALIDATIONS_OF_LARGE, Runs, initial_losses, run, step_seconds
 from lightning_lopt.evaluation.suites import Case
 from lightning_lopt.evaluation.tuning import BASELINES, SELECTED_BY, Baseline, RandomSearch, SearchResult, Trial
 from lightning_lopt.hub import load_rule
@@ -48,6 +53,8 @@ class Options:
     """Number of settings that a random search tries (`nadamw`)."""
     max_population: int = 15
     """Most runs side by side; fewer if their parameters would take too much memory."""
+    nominal: bool = True
+    """Run the nominal term alone too."""
     cache_dir: str | Path | None = Path("runs/evaluate")
     """Folder of cached results; None disables the cache."""
 
@@ -69,12 +76,13 @@ def evaluate(
     Args:
         rules: one or several, as names or paths for `load_rule`, or as rules.
         cases: task names with the number of steps of each; see `suites`.
-        baselines: names from `tuning.BASELINES`.
+        baselines: names from `tuning.BASELINES` and `rivals.RIVALS`.
         options: seeds, cache and the like (default: `Options()`).
         progress: called as the runs proceed.
 
     Raises:
         ValueError: a name of a rule, task or baseline is unknown, or a number is not allowed.
+        ModuleNotFoundError: a rival's package is not installed.
 
     Example:
         >>> results = evaluate(
@@ -85,8 +93,10 @@ def evaluate(
     """
     options = options or Options()
     for name in baselines:
-        check_choice("baseline", name, BASELINES)
-    learned = _load(rules)
+        check_choice("baseline", name, {**BASELINES, **RIVALS})
+        if name in RIVALS:
+            RIVALS[name].check()
+    learned = _load(rules, options.nominal)
     # Check all arguments before the first run: runs may take hours.
     evaluators = [_CaseEvaluator(Case(*case), options, progress) for case in cases]
     if not evaluators:
@@ -94,7 +104,7 @@ def evaluate(
     fingerprints = {label: fingerprint(rule) for label, rule in learned.items()}
     entries: list[Entry] = []
     for evaluator in evaluators:
-        entries += [evaluator.baseline(name, BASELINES[name]) for name in baselines]
+        entries += [evaluator.hand_designed(name) for name in baselines]
         entries.append(evaluator.default_adam())
         entries += [evaluator.learned_rule(label, rule, fingerprints[label]) for label, rule in learned.items()]
     return Results(options.seeds, entries)
@@ -119,16 +129,16 @@ def fingerprint(rule: UpdateRule) -> str:
     return digest.hexdigest()[:16]
 
 
-def _load(rules: str | Path | UpdateRule | Sequence[str | Path | UpdateRule]) -> dict[str, UpdateRule]:
-    """Label -> rule, with the nominal term appended unless it is among them."""
+def _load(rules: str | Path | UpdateRule | Sequence[str | Path | UpdateRule], nominal: bool) -> dict[str, UpdateRule]:
+    """Label -> rule, with the nominal term appended if it is wanted and not among them."""
     given = [rules] if isinstance(rules, (str, Path, UpdateRule)) else list(rules)
     learned: dict[str, UpdateRule] = {}
     for item in given:
         label = (item.kind or type(item).__name__) if isinstance(item, UpdateRule) else str(item).rstrip("/")
-        if label in (*learned, *BASELINES, DEFAULT_ADAM):
+        if label in (*learned, *BASELINES, *RIVALS, DEFAULT_ADAM):
             raise ValueError(f"The name {label!r} is used twice; give each rule once, or rename its directory.")
         learned[label] = item if isinstance(item, UpdateRule) else load_rule(item)
-    if NOMINAL not in learned:
+    if nominal and NOMINAL not in learned:
         learned[NOMINAL] = load_rule(NOMINAL)
     # Tasks are float32; RuleOptimizer casts a rule to its parameters' precision likewise.
     return {label: copy.deepcopy(rule).float() for label, rule in learned.items()}
@@ -158,6 +168,10 @@ class _CaseEvaluator:
             self.initial = initial_losses(self._task, self.options.seeds)
         return self._task
 
+    def hand_designed(self, name: str) -> Entry:
+        """A baseline at its best settings, or a rival."""
+        return self.rival(name, RIVALS[name]) if name in RIVALS else self.baseline(name, BASELINES[name])
+
     def baseline(self, name: str, baseline: Baseline) -> Entry:
         """A baseline at its best settings."""
         search = baseline.search
@@ -165,60 +179,112 @@ class _CaseEvaluator:
             search = dataclasses.replace(search, num=self.options.samples)
         rule = baseline.make()
 
-        def run_settings(settings: list[dict[str, float]]) -> list[Runs]:
+        def run_settings(settings: list[Hyperparameters]) -> list[Runs]:
             return self._runs(name, rule, [_key(baseline, setting) for setting in settings], settings)
 
-        return self._entry(name, baseline.label, rule, _key(baseline, {}), search.search(run_settings))
+        return self._rule_entry(name, baseline.label, rule, _key(baseline, {}), search.search(run_settings))
+
+    def rival(self, name: str, rival: Rival) -> Entry:
+        """An optimizer at its published setting, or at the best of a small search."""
+        base = {"rival": name, "version": rival.version}
+
+        def make(setting: Hyperparameters) -> MakeStepper:
+            return lambda params, task, steps: rival.make(params, task, steps, setting)
+
+        def run_setting(setting: Hyperparameters) -> Runs:
+            return self._one_by_one(name, {**base, "hyperparameters": setting}, make(setting))
+
+        def seconds() -> float:
+            # Beside rules that run side by side, on the reference path, torch's optimizers would look too fast.
+            return one_by_one.step_seconds(make({}), self.task) if self.case.one_by_one else math.nan
+
+        result = _untuned({}, run_setting({})) if rival.search is None else rival.search.search(run_setting)
+        return self._entry(name, rival.label, base, result, seconds)
 
     def default_adam(self) -> Entry:
         """Adam at its default learning rate."""
-        adam = BASELINES["adam"]
-        return self._untuned(DEFAULT_ADAM, "Adam 1e-3", adam.make(), _key(adam, {"lr": 1e-3}), {"lr": 1e-3})
+        if self.case.one_by_one:
+            return self.rival(DEFAULT_ADAM, DEFAULT_ADAM_RIVAL)
+        adam, setting = BASELINES["adam"], {"lr": 1e-3}
+        rule, key = adam.make(), _key(adam, setting)
+        result = _untuned(setting, self._runs(DEFAULT_ADAM, rule, [key], [setting])[0])
+        return self._rule_entry(DEFAULT_ADAM, "Adam 1e-3", rule, key, result)
 
     def learned_rule(self, label: str, rule: UpdateRule, mark: str) -> Entry:
         """A learned rule, untuned; `mark` is its fingerprint."""
         key = {"rule": rule.kind, "fingerprint": mark, "tell_length": self.options.tell_length}
-        return self._untuned(label, "nominal term" if label == NOMINAL else label, rule, key, {})
+        result = _untuned({}, self._runs(label, rule, [key], [{}])[0])
+        return self._rule_entry(label, "nominal term" if label == NOMINAL else label, rule, key, result)
 
-    def _untuned(
-        self, name: str, label: str, rule: UpdateRule, key: dict[str, Any], setting: dict[str, float]
+    def _rule_entry(self, name: str, label: str, rule: UpdateRule, key: dict[str, Any], result: SearchResult) -> Entry:
+        def seconds() -> float:
+            if self.case.one_by_one:
+                return one_by_one.step_seconds(self._stepper(rule), self.task)
+            return step_seconds(rule, rule.meta_params(), self.task)
+
+        return self._entry(name, label, key, result, seconds)
+
+    def _entry(
+        self, name: str, label: str, key: dict[str, Any], result: SearchResult, seconds: Callable[[], float]
     ) -> Entry:
-        """The entry of an optimizer at a single setting, the best by all measures."""
-        (runs,) = self._runs(name, rule, [key], [setting])
-        best = dict.fromkeys(SELECTED_BY, Trial(setting, runs))
-        return self._entry(name, label, rule, key, SearchResult(best, num_trials=1))
-
-    def _entry(self, name: str, label: str, rule: UpdateRule, key: dict[str, Any], result: SearchResult) -> Entry:
-        key = {"what": "step seconds", "task": _describe(self.case.task), **key}
+        key = {"what": "step seconds", "task": _describe(self.case.task), "one_by_one": self.case.one_by_one, **key}
         found = self.cache.get(str(self.case), key)
         if found is None:
-            seconds = step_seconds(rule, rule.meta_params(), self.task)
-            found = self.cache.put(str(self.case), key, {"seconds": seconds})
+            found = self.cache.put(str(self.case), key, {"seconds": seconds()})
         return Entry(self.case, name, label, result.best, result.num_trials, found["seconds"])
 
     def _runs(
-        self, name: str, rule: UpdateRule, keys: list[dict[str, Any]], settings: list[dict[str, float]]
+        self, name: str, rule: UpdateRule, keys: list[dict[str, Any]], settings: list[Hyperparameters]
     ) -> list[Runs]:
-        """The runs of several settings, from the cache where it has them."""
-        fixed: dict[str, Any] = {"what": "runs", "task": _describe(self.case.task)}
-        fixed |= {"steps": self.case.steps, "seeds": self.options.seeds}
-        keys = [{**fixed, **key} for key in keys]
+        """The runs of several settings of a rule, from the cache where it has them."""
+        if self.case.one_by_one:
+            rules = [_with_setting(rule, setting) for setting in settings]
+            pairs = zip(keys, rules, strict=True)
+            return [self._one_by_one(name, key, self._stepper(own)) for key, own in pairs]
+        keys = [{**self._fixed(one_by_one=False), **key} for key in keys]
         results = [self._recall(key) for key in keys]
         missing = [i for i, runs in enumerate(results) if runs is None]
         for chunk in _chunks(missing, self._chunk_size() if missing else 1):
-            meta_params = [{**rule.meta_params(), **_tensors(settings[i])} for i in chunk]
             runs = run(
                 rule,
-                meta_params,
+                [{**rule.meta_params(), **_tensors(settings[i])} for i in chunk],
                 self.task,
                 steps=self.case.steps,
                 seeds=self.options.seeds,
                 tell_length=keys[0].get("tell_length", True),
+                validations=VALIDATIONS,
                 on_step=self._reporter(name, len(chunk)),
             )
             for i, found in zip(chunk, runs, strict=True):
-                results[i] = Runs(**self.cache.put(str(self.case), keys[i], dataclasses.asdict(found)))
+                results[i] = self._keep(keys[i], found)
         return [runs for runs in results if runs is not None]
+
+    def _one_by_one(self, name: str, key: dict[str, Any], make: MakeStepper) -> Runs:
+        """The runs of an optimizer, seed by seed, from the cache if it has them."""
+        key = {**self._fixed(one_by_one=True), **key}
+        if (found := self._recall(key)) is not None:
+            return found
+        found = one_by_one.run(
+            make,
+            self.task,
+            steps=self.case.steps,
+            seeds=self.options.seeds,
+            validations=VALIDATIONS_OF_LARGE if self.case.one_by_one else VALIDATIONS,
+            on_step=self._reporter(name, 1),
+        )
+        return self._keep(key, found)
+
+    def _stepper(self, rule: UpdateRule) -> MakeStepper:
+        tell = self.options.tell_length or not rule.kind  # hand-designed rules have no kind, and know the length
+        return lambda params, task, steps: RuleStepper(params, rule, steps if tell else None)
+
+    def _fixed(self, one_by_one: bool) -> dict[str, Any]:
+        """What all keys of runs have."""
+        fixed: dict[str, Any] = {"what": "runs", "task": _describe(self.case.task), "one_by_one": one_by_one}
+        return fixed | {"steps": self.case.steps, "seeds": self.options.seeds}
+
+    def _keep(self, key: dict[str, Any], found: Runs) -> Runs:
+        return Runs(**self.cache.put(str(self.case), key, dataclasses.asdict(found)))
 
     def _recall(self, key: dict[str, Any]) -> Runs | None:
         """A result from the cache, unless the task's initial losses have changed since it was stored."""
@@ -249,6 +315,20 @@ class _CaseEvaluator:
         return report
 
 
+def _untuned(setting: Hyperparameters, runs: Runs) -> SearchResult:
+    """The result of an optimizer at a single setting, the best by all measures."""
+    return SearchResult(dict.fromkeys(SELECTED_BY, Trial(setting, runs)), num_trials=1)
+
+
+def _with_setting(rule: UpdateRule, setting: Hyperparameters) -> UpdateRule:
+    """A copy of the rule with these hyper-parameters."""
+    rule = copy.deepcopy(rule)
+    with torch.no_grad():
+        for name, value in _tensors(setting).items():
+            rule.get_parameter(name).copy_(value)
+    return rule
+
+
 def _key(baseline: Baseline, setting: dict[str, float]) -> dict[str, Any]:
     hyperparameters = baseline.rule.with_defaults(setting)
     return {"rule": baseline.rule.__name__, "schedule": baseline.schedule, "hyperparameters": hyperparameters}
@@ -257,7 +337,9 @@ def _key(baseline: Baseline, setting: dict[str, float]) -> dict[str, Any]:
 def _describe(task: str) -> dict[str, Any]:
     """A task's part of a cache key: its builder and options in the catalog."""
     builder, options = catalog.REGISTRY[task]
-    return {"name": task, "builder": builder.__qualname__, "options": {k: repr(v) for k, v in options.items()}}
+    # The repr of a function has its address, which differs from process to process.
+    texts = {name: getattr(value, "__qualname__", None) or repr(value) for name, value in options.items()}
+    return {"name": task, "builder": builder.__qualname__, "options": texts}
 
 
 def _tensors(setting: dict[str, float]) -> dict[str, torch.Tensor]:

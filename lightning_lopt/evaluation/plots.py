@@ -6,7 +6,7 @@ import math
 import statistics
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lightning_lopt.evaluation.results import DEFAULT_ADAM, REFERENCES, TUNED, Results
+from lightning_lopt.evaluation.results import DEFAULT_ADAM, MEASURES, REFERENCES, Results
 from lightning_lopt.evaluation.suites import Case
 
 if TYPE_CHECKING:
@@ -30,6 +30,13 @@ BASELINE_STYLES = {
     "sgdm": LineStyle("#999999", "-.", 1.2, "v"),
     "nadamw": LineStyle("#CC79A7", "-.", 1.4, "D"),
     "rmsprop": LineStyle("#882255", ":", 1.6, "<"),
+    "adamw-recipe": LineStyle("#E69F00", ":", 1.4, "^"),
+    "adamw-tuned": LineStyle("#009E73", "--", 1.8, "s"),
+    "nadamw-algoperf": LineStyle("#CC79A7", ":", 1.4, "D"),
+    "schedule-free": LineStyle("#882255", "-.", 1.2, "v"),
+    "muon": LineStyle("#44AA99", "-.", 1.4, "<"),
+    "soap": LineStyle("#AA4499", "--", 1.4, ">"),
+    "prodigy": LineStyle("#777777", "-.", 1.2, "h"),
     DEFAULT_ADAM: LineStyle("#999999", ":", 1.2, "x"),
     "hyperparam": LineStyle("#56B4E9", "--", 1.4, "P"),
 }
@@ -39,7 +46,7 @@ RULE_STYLES = (
     LineStyle("#000000", "-", 1.8, "o"),
     LineStyle("#CC79A7", "-", 1.8, "o"),
 )
-CURVES = ("adam", "adamw", "nadamw")
+CURVES = ("adam", "adamw", "nadamw", "adamw-recipe", "adamw-tuned")
 """The baselines whose curves are drawn; more would crowd the panels."""
 
 
@@ -49,8 +56,11 @@ def line_styles(results: Results) -> dict[str, LineStyle]:
     return BASELINE_STYLES | {name: RULE_STYLES[i % len(RULE_STYLES)] for i, name in enumerate(rules)}
 
 
-def curves(results: Results) -> Figure:
-    """Training loss over steps, a panel per task: mean and range over seeds, at the best setting for the final loss."""
+def curves(results: Results, *, validation: bool = False) -> Figure:
+    """Training or validation loss over steps, a panel per task: mean and range over seeds.
+
+    Each at the best setting for the final training loss, or for the validation loss.
+    """
     from matplotlib.figure import Figure
 
     rules = [name for name in results.optimizers if name not in BASELINE_STYLES]
@@ -64,28 +74,29 @@ def curves(results: Results) -> Figure:
     figure = Figure(figsize=(3.6 * columns + 0.6, 2.7 * rows + 0.9), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for panel, case in zip(panels, results.cases, strict=False):
-        _curve_panel(panel, results, case, drawn)
+        _curve_panel(panel, results, case, drawn, validation=validation)
     for panel in panels[len(results.cases) :]:
         panel.set_axis_off()
     handles, texts = panels[0].get_legend_handles_labels()
     figure.legend(handles[::-1], texts[::-1], loc="outside upper center", ncols=min(len(texts), 4), frameon=False)
     figure.supxlabel("optimizer steps", fontsize=11)
-    figure.supylabel("training loss", fontsize=11)
+    figure.supylabel("validation loss" if validation else "training loss", fontsize=11)
     return figure
 
 
-def _curve_panel(panel: Axes, results: Results, case: Case, drawn: list[str]) -> None:
+def _curve_panel(panel: Axes, results: Results, case: Case, drawn: list[str], *, validation: bool) -> None:
     styles = line_styles(results)
     for name in drawn:
-        runs = results.entry(case, name).best["final"].runs
+        runs = results.entry(case, name).best["valid" if validation else "final"].runs
         look = styles[name]
-        points = list(zip(*map(_smooth, runs.curve), strict=True))
+        steps, losses = (runs.valid_steps, runs.valid_curve) if validation else (runs.curve_steps, runs.curve)
+        points = list(zip(*(losses if validation else map(_smooth, losses)), strict=True))
         # The nominal term is thin and on top: at first a rule's curve hardly differs from it.
         order = 4 if name == "hyperparam" else 3
         style: dict[str, Any] = {"color": look.color, "linestyle": look.line, "linewidth": look.width, "zorder": order}
-        panel.plot(runs.curve_steps, [statistics.fmean(point) for point in points], label=results.labels[name], **style)
+        panel.plot(steps, [statistics.fmean(point) for point in points], label=results.labels[name], **style)
         panel.fill_between(
-            runs.curve_steps, list(map(min, points)), list(map(max, points)), color=look.color, alpha=0.12, linewidth=0
+            steps, list(map(min, points)), list(map(max, points)), color=look.color, alpha=0.12, linewidth=0
         )
     panel.set_yscale("log")
     top = results.entry(case, drawn[0]).best["final"].runs.scale
@@ -126,15 +137,16 @@ def _number_axis(axis: Any, limits: tuple[float, float], least: int = 3) -> None
 
 
 def ratios(results: Results) -> Figure:
-    """Ratios of final and mean loss to the reference's, a row per task, with the geometric means below."""
+    """Ratios of losses to the reference's, a row per task, with the geometric means below."""
     from matplotlib.figure import Figure
 
     reference = results.main_reference
     drawn = [name for name in results.optimizers if name not in (reference, DEFAULT_ADAM)]
     height = 0.34 * (len(results.cases) + 2) + 1.5
-    figure = Figure(figsize=(11.5, max(height, 3.2)), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    for panel, measure in zip(panels, TUNED, strict=True):
+    shown = [measure for measure in ("final", "mean", "valid") if measure in results.measures]
+    figure = Figure(figsize=(3.5 + 4 * len(shown), max(height, 3.2)), layout="constrained")
+    panels = figure.subplots(1, len(shown), sharey=True)
+    for panel, measure in zip(panels, shown, strict=True):
         _ratio_panel(panel, results, measure, reference, drawn)
     handles, texts = panels[0].get_legend_handles_labels()
     figure.legend(handles, texts, loc="outside upper center", ncols=min(len(texts), 5), frameon=False)
@@ -171,7 +183,7 @@ def _ratio_panel(panel: Axes, results: Results, measure: str, reference: str, dr
     panel.set_ylim(len(cases) + 1, -0.6)
     panel.set_xscale("log")
     _number_axis(panel.xaxis, panel.get_xlim(), least=4)
-    panel.set_xlabel(f"{measure} training loss / {REFERENCES[reference]}'s   (left of 1 is better)")
+    panel.set_xlabel(f"{MEASURES[measure].label} / {REFERENCES[reference]}'s   (left of 1 is better)")
     tidy(panel)
 
 

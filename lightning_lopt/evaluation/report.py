@@ -11,17 +11,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_lopt.evaluation import plots
-from lightning_lopt.evaluation.results import DEFAULT_ADAM, MEASURES, REFERENCES, TUNED, Entry, Ratio, Results
-from lightning_lopt.evaluation.suites import Case
+from lightning_lopt.evaluation.results import (
+    DEFAULT_ADAM,
+    MEASURES,
+    REFERENCES,
+    TUNED,
+    Entry,
+    Ratio,
+    Results,
+    Summary,
+    deviation,
+)
+from lightning_lopt.evaluation.suites import JUDGING_ONLY, Case
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-LOSSES = {"final": "final training loss", "mean": "mean training loss", "test": "test loss"}
-
 
 def write(results: Results, directory: str | Path) -> list[Path]:
-    """Write `table.csv` (a row per optimizer and task), `summary.csv`, `curves.png` and `ratios.png`.
+    """Write tables and plots.
+
+    `table.csv` has a row per optimizer and task, `summary.csv` one per optimizer, `curves.csv` the training and
+    validation losses over the steps of each seed. `curves.png`, `validation.png` and `ratios.png` show them.
 
     Args:
         results: the results of `evaluate`.
@@ -32,17 +43,22 @@ def write(results: Results, directory: str | Path) -> list[Path]:
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / name for name in ("table.csv", "summary.csv", "curves.png", "ratios.png")]
+    names = ("table.csv", "summary.csv", "curves.csv", "curves.png", "ratios.png", "validation.png")
+    files = [folder / name for name in (names if results.validated else names[:-1])]
     write_csv(files[0], [_row(results, entry) for entry in results.entries])
     write_csv(files[1], _summary_rows(results))
-    plots.curves(results).savefig(files[2], dpi=150)
-    plots.ratios(results).savefig(files[3], dpi=150)
+    write_csv(files[2], [row for entry in results.entries for row in _curve_rows(entry)])
+    plots.curves(results).savefig(files[3], dpi=150)
+    plots.ratios(results).savefig(files[4], dpi=150)
+    if results.validated:
+        plots.curves(results, validation=True).savefig(files[5], dpi=150)
     return files
 
 
 def tables(results: Results) -> list[Table]:
-    """Tables of ratios by task, for the final and the mean loss, and a summary, for rich to print."""
-    return [*(_ratio_table(results, measure) for measure in TUNED), _summary_table(results)]
+    """Tables of ratios by task, for the measures that settings are tuned for, and a summary, for rich to print."""
+    shown = [measure for measure in TUNED if measure in results.measures]
+    return [*(_ratio_table(results, measure) for measure in shown), _summary_table(results)]
 
 
 def _row(results: Results, entry: Entry) -> dict[str, Any]:
@@ -51,15 +67,17 @@ def _row(results: Results, entry: Entry) -> dict[str, Any]:
     row: dict[str, Any] = {
         "task": entry.case.task,
         "steps": entry.case.steps,
+        "judging_only": entry.case.task in JUDGING_ONLY,
         "optimizer": entry.optimizer,
         "seeds": results.seeds,
         "initial_loss": runs.scale,
     }
-    for measure in TUNED:
-        losses = getattr(entry.best[measure].runs, measure)
-        row[f"{measure}_loss"] = statistics.fmean(losses)
-        row[f"{measure}_loss_std"] = statistics.stdev(losses) if len(losses) > 1 else math.nan
-    row |= {"test_loss": runs.average("test_loss"), "test_accuracy": runs.average("accuracy")}
+    for measure, (_, field, _) in MEASURES.items():
+        losses = getattr(entry.runs(measure), field)
+        row[f"{measure}_loss"] = entry.loss(measure)
+        row[f"{measure}_loss_std"] = deviation(losses)
+    row |= {"test_accuracy": runs.average("accuracy")}
+    row["test_metrics"] = json.dumps({name: statistics.fmean(values) for name, values in runs.metrics.items()})
     row |= {"diverged_runs": sum(runs.diverged), "settings_tried": entry.num_settings}
     row |= {f"setting_for_{m}": json.dumps(entry.best[m].hyperparameters) for m in TUNED}
     row["step_time_vs_adam"] = results.step_time(entry.case, entry.optimizer)
@@ -70,12 +88,25 @@ def _row(results: Results, entry: Entry) -> dict[str, Any]:
     return row
 
 
+def _curve_rows(entry: Entry) -> list[dict[str, Any]]:
+    """Rows of `curves.csv`: training losses of the setting for the final loss, validation losses of that for them."""
+    rows: list[dict[str, Any]] = []
+    for split, measure in (("training", "final"), ("validation", "valid")):
+        runs = entry.runs(measure)
+        steps, curves = (runs.curve_steps, runs.curve) if split == "training" else (runs.valid_steps, runs.valid_curve)
+        for seed, curve in enumerate(curves):
+            at = {"task": entry.case.task, "steps": entry.case.steps, "optimizer": entry.optimizer, "seed": seed}
+            rows += [{**at, "split": split, "step": k, "loss": loss} for k, loss in zip(steps, curve, strict=True)]
+    return rows
+
+
 def _summary_rows(results: Results) -> list[dict[str, Any]]:
     rows = []
     for summary in results.summary():
         row: dict[str, Any] = {"optimizer": summary.optimizer, "tasks": summary.num_cases, "runs": summary.num_runs}
         for (measure, reference), (value, spread) in summary.ratios.items():
             row |= {f"{measure}_vs_{reference}": value, f"{measure}_vs_{reference}_spread": spread}
+        row |= {f"{measure}_as_good_as_{reference}": n for (measure, reference), n in summary.as_good.items()}
         row |= {f"{m}_at_most_2_percent_above_{DEFAULT_ADAM}": summary.not_worse[m] for m in MEASURES}
         rows.append({**row, "diverged_runs": summary.diverged, "step_time_vs_adam": summary.step_time})
     return rows
@@ -99,7 +130,7 @@ def _ratio_table(results: Results, measure: str) -> Table:
     reference = results.main_reference
     names = results.labels
     others = [optimizer for optimizer in results.optimizers if optimizer != reference]
-    table = Table(title=f"{measure.capitalize()} training loss / that of {REFERENCES[reference]} (lower is better)")
+    table = Table(title=f"{MEASURES[measure].label.capitalize()} / that of {REFERENCES[reference]} (lower is better)")
     table.add_column("task", no_wrap=True)
     for column in ("steps", names[reference], *(names[name] for name in others)):
         table.add_column(column, justify="right")
@@ -128,17 +159,27 @@ def _summary_table(results: Results) -> Table:
     rows = results.summary()
     for row in rows:
         table.add_column(results.labels[row.optimizer], justify="right")
-    for measure in MEASURES:
+    for measure in results.measures:
         for reference in results.references:
             cells = [_with_spread(row.ratios[measure, reference]) for row in rows]
-            table.add_row(f"{LOSSES[measure]} / {REFERENCES[reference]}", *cells)
+            table.add_row(f"{MEASURES[measure].label} / {REFERENCES[reference]}", *cells)
     table.add_section()
-    for measure in MEASURES:
+    for measure in results.measures:
         cells = [f"{row.not_worse[measure]} of {row.num_cases}" for row in rows]
-        table.add_row(f"{LOSSES[measure]} at most 2 % above Adam 1e-3", *cells)
+        table.add_row(f"{MEASURES[measure].label} at most 2 % above Adam 1e-3", *cells)
+    if results.validated:
+        _add_counts(table, rows, [name for name in ("adamw-recipe", "adamw-tuned") if name in results.references])
     table.add_row("runs that diverged", *(f"{row.diverged} of {row.num_runs}" for row in rows))
     table.add_row("time of a step / Adam", *(f"{row.step_time:.2f}" for row in rows))
     return table
+
+
+def _add_counts(table: Table, rows: list[Summary], references: list[str]) -> None:
+    """On how many tasks the validation losses are at least as good as those of AdamW, untuned and tuned."""
+    for measure in ("valid", "valid_end"):
+        for reference in references:
+            cells = [f"{row.as_good[measure, reference]} of {row.num_cases}" for row in rows]
+            table.add_row(f"{MEASURES[measure].label} at most that of {REFERENCES[reference]}", *cells)
 
 
 def _count(number: int, noun: str) -> str:

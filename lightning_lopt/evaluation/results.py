@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from lightning_lopt.evaluation.runs import Runs
@@ -14,10 +15,39 @@ from lightning_lopt.evaluation.tuning import SELECTED_BY, Trial
 DEFAULT_ADAM = "adam-1e-3"
 BEST_OF = ("adam", "adamw", "sgdm")
 """The reference "best" is the best of these tuned baselines, task by task."""
-REFERENCES = {"adam": "tuned Adam", "best": "best tuned", DEFAULT_ADAM: "Adam 1e-3"}
+REFERENCES = {
+    "adam": "tuned Adam",
+    "best": "best tuned",
+    "adamw-tuned": "tuned AdamW",
+    "adamw-recipe": "AdamW recipe",
+    DEFAULT_ADAM: "Adam 1e-3",
+}
 """The references that losses are divided by: name -> name in tables."""
-MEASURES = {"final": "final", "mean": "mean", "test": "test_loss"}
-"""What is compared: name -> field of `Runs`. The test loss is that of the setting with the best final loss."""
+
+
+class Measure(NamedTuple):
+    """A loss that is compared."""
+
+    label: str
+    field: str
+    """Of `Runs`."""
+    tuned_for: str
+    """The measure in `tuning.SELECTED_BY` by which the setting was chosen."""
+
+
+MEASURES = {
+    "final": Measure("final training loss", "final", "final"),
+    "mean": Measure("mean training loss", "mean", "mean"),
+    "test": Measure("test loss", "test_loss", "final"),
+    "valid": Measure("best validation loss", "best_valid", "valid"),
+    "valid_end": Measure("final validation loss", "valid_loss", "valid_end"),
+    "test_valid": Measure("test loss, chosen by validation", "best_test", "valid"),
+}
+"""What is compared.
+
+"test" is the test loss at the end of the setting with the best final training loss; "test_valid" that of the setting
+and the step with the lowest validation loss. Measures of validation are NaN for tasks without such data.
+"""
 TUNED = tuple(SELECTED_BY)
 """The measures that settings are tuned for."""
 SLACK = 1.02
@@ -40,23 +70,23 @@ class Entry:
     optimizer: str
     label: str
     best: dict[str, Trial]
-    """"final" and "mean" -> the setting chosen for it, with its runs; both are the same if nothing is tuned."""
+    """Measure of `TUNED` -> the setting chosen for it, with its runs; all are the same if nothing is tuned."""
     num_settings: int
     """Number of settings that were tried."""
     step_seconds: float
-    """CPU seconds of one training step, see `runs.step_seconds`."""
+    """CPU seconds of one training step, as `compare` measures it; NaN for rivals where it cannot be compared."""
 
     def loss(self, measure: str) -> float:
-        """The final or mean training loss, or the test loss: the mean over seeds, unclamped."""
-        return self.runs(measure).average(MEASURES[measure])
+        """A loss of `MEASURES`: the mean over seeds, unclamped."""
+        return self.runs(measure).average(MEASURES[measure].field)
 
     def clamped(self, measure: str) -> list[float]:
         """The same loss per seed, within the bounds of `Runs.clamped`."""
-        return self.runs(measure).clamped(MEASURES[measure])
+        return self.runs(measure).clamped(MEASURES[measure].field)
 
     def runs(self, measure: str) -> Runs:
         """The runs that a measure is taken from."""
-        return self.best["mean" if measure == "mean" else "final"].runs
+        return self.best[MEASURES[measure].tuned_for].runs
 
 
 class Summary(NamedTuple):
@@ -64,7 +94,9 @@ class Summary(NamedTuple):
 
     optimizer: str
     ratios: dict[tuple[str, str], Ratio]
-    """(measure, reference) -> geometric mean over the cases, for the references that were run."""
+    """(measure, reference) -> geometric mean over the cases that have both, for the references that were run."""
+    as_good: dict[tuple[str, str], int]
+    """(measure, reference) -> number of cases where the loss is at most the reference's."""
     not_worse: dict[str, int]
     """Measure -> number of cases where the loss is at most 2 % above that of Adam at 1e-3."""
     diverged: int
@@ -97,6 +129,16 @@ class Results:
         return list(dict.fromkeys(entry.optimizer for entry in self.entries))
 
     @property
+    def validated(self) -> bool:
+        """Whether some case has validation data."""
+        return any(entry.best["valid"].runs.best_valid for entry in self.entries)
+
+    @property
+    def measures(self) -> list[str]:
+        """The measures that some case has."""
+        return [name for name in MEASURES if self.validated or name in ("final", "mean", "test")]
+
+    @property
     def references(self) -> list[str]:
         """The references that were run."""
         ran = set(self.optimizers)
@@ -104,8 +146,8 @@ class Results:
 
     @property
     def main_reference(self) -> str:
-        """The reference of tables and plots: tuned Adam if it was run, else Adam 1e-3."""
-        return "adam" if "adam" in self.references else DEFAULT_ADAM
+        """The reference of tables and plots: tuned Adam if it was run, else tuned AdamW, else Adam 1e-3."""
+        return next(name for name in ("adam", "adamw-tuned", DEFAULT_ADAM) if name in self.references)
 
     @property
     def labels(self) -> dict[str, str]:
@@ -131,8 +173,7 @@ class Results:
         ours = self.entry(case, optimizer).clamped(measure)
         theirs = self.reference(case, reference, measure).clamped(measure)
         logs = [math.log(a / b) for a, b in zip(ours, theirs, strict=True)]
-        spread = statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else math.nan
-        return Ratio(statistics.fmean(ours) / statistics.fmean(theirs), spread)
+        return Ratio(statistics.fmean(ours) / statistics.fmean(theirs), deviation(logs) / math.sqrt(len(logs)))
 
     def step_time(self, case: Case, optimizer: str) -> float:
         """CPU time of a training step (gradient and update) divided by Adam's."""
@@ -149,6 +190,7 @@ class Results:
         return Summary(
             optimizer=optimizer,
             ratios={key: _geometric_mean(ratios) for key, ratios in rows.items()},
+            as_good={key: sum(ratio.value <= 1.0 for ratio in ratios) for key, ratios in rows.items()},
             not_worse={m: sum(ratio.value <= SLACK for ratio in rows[m, DEFAULT_ADAM]) for m in MEASURES},
             diverged=sum(diverged),
             num_cases=len(entries),
@@ -160,6 +202,19 @@ class Results:
         return [self.ratio(case, optimizer, reference, measure) for case in self.cases]
 
 
+def deviation(values: Sequence[float]) -> float:
+    """The standard deviation; NaN of less than two numbers, and if one is not finite.
+
+    Example:
+        >>> deviation([1.0, 3.0]), deviation([1.0]), deviation([1.0, math.nan])
+        (1.4142135623730951, nan, nan)
+    """
+    return statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan
+
+
 def _geometric_mean(ratios: list[Ratio]) -> Ratio:
+    ratios = [ratio for ratio in ratios if not math.isnan(ratio.value)]
+    if not ratios:
+        return Ratio(math.nan, math.nan)
     spread = math.sqrt(sum(ratio.spread**2 for ratio in ratios)) / len(ratios)
     return Ratio(statistics.geometric_mean(ratio.value for ratio in ratios), spread)

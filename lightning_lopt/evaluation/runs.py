@@ -7,18 +7,21 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_lopt.meta.unroll import Inner, Unroll
 from lightning_lopt.rules import UpdateRule
-from lightning_lopt.tasks import Task
+from lightning_lopt.tasks import Params, Task
 
 MetaParams = Mapping[str, Tensor]
 SEED = 0
 CURVE_POINTS = 100
+VALIDATIONS, VALIDATIONS_OF_LARGE = 20, 10
+"""Looks at the validation data in a run that is compared with others; fewer where they are dear."""
 FLOOR, CEILING = 1e-3, 2.0
 """Losses are clamped to these multiples of the task's initial loss before they are divided."""
 
@@ -42,6 +45,21 @@ class Runs:
     """Accuracy on the test data; NaN for tasks without an accuracy."""
     curve: list[list[float]]
     """Per seed, the mean training loss over each of up to `CURVE_POINTS` equal intervals of the run."""
+    valid_loss: list[float] = dataclasses.field(default_factory=list)
+    """Loss on the validation data after the last update."""
+    best_valid: list[float] = dataclasses.field(default_factory=list)
+    """The lowest loss on the validation data at any look, as with early stopping."""
+    best_test: list[float] = dataclasses.field(default_factory=list)
+    """Loss on the test data at the step with the lowest validation loss."""
+    valid_curve: list[list[float]] = dataclasses.field(default_factory=list)
+    """Per seed, the validation loss at the ends of equal intervals of the run."""
+    metrics: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    """The task's metrics on the test data after the last update, by name."""
+
+    @property
+    def valid_steps(self) -> list[int]:
+        """The steps of `valid_curve`."""
+        return look_steps(self.steps, len(self.valid_curve[0])) if self.valid_curve else []
 
     @property
     def scale(self) -> float:
@@ -61,16 +79,24 @@ class Runs:
         return [not math.isfinite(sum(row)) or row[0] > CEILING * self.scale for row in rows]
 
     def tuning_loss(self, field: str) -> float:
-        """What a search minimizes: the mean over seeds of a field, or infinity if any seed diverged."""
-        return math.inf if any(self.diverged) else self.average(field)
+        """What a search minimizes: the mean over seeds of a field, or infinity if any seed diverged.
+
+        Without validation data, searches by the validation loss minimize the training loss `tail`.
+        """
+        if any(self.diverged):
+            return math.inf
+        loss = self.average(field)
+        return self.average("tail") if math.isnan(loss) else loss
 
     def average(self, field: str) -> float:
-        """The mean over seeds of a field."""
-        return statistics.fmean(getattr(self, field))
+        """The mean over seeds of a field; NaN if it was not measured."""
+        values = getattr(self, field)
+        return statistics.fmean(values) if values else math.nan
 
     def clamped(self, field: str) -> list[float]:
-        """Per seed, the field's loss, clamped as `clamp` does."""
-        return [self.clamp(loss) for loss in getattr(self, field)]
+        """Per seed, the field's loss, clamped as `clamp` does; NaN if it was not measured, as without such data."""
+        values = getattr(self, field)
+        return [self.clamp(loss) for loss in values] if values else [math.nan] * len(self.initial)
 
     def clamp(self, loss: float) -> float:
         """The loss within `FLOOR` and `CEILING` times the initial loss; NaN becomes the upper bound."""
@@ -86,6 +112,7 @@ def run(
     steps: int,
     seeds: int,
     tell_length: bool = True,
+    validations: int = 0,
     on_step: Callable[[int], None] | None = None,
 ) -> list[Runs]:
     """Run every setting from the same starting points on the same batches, whatever the optimizer.
@@ -97,6 +124,7 @@ def run(
         steps: length of the runs.
         seeds: runs per setting. Their starting points and batches depend on this number too.
         tell_length: tell the rule how long the runs are.
+        validations: looks at the validation data. Without any, the fields of `Runs` about validation stay empty.
         on_step: called after each step with the number of steps done.
 
     Returns:
@@ -104,12 +132,19 @@ def run(
     """
     generator = torch.Generator().manual_seed(SEED)
     unroll = Unroll(rule, task, "raw", tell_horizon=tell_length)
+    judge = Judge(task, steps, validations)
+
+    def look(done: int, inner: Inner) -> None:
+        if judge.looks_at(done):
+            judge.look(*(members_of(each, len(inner.done)) for each in (inner.params, inner.constants)))
+        if on_step:
+            on_step(done)
+
     losses, inner = run_population(
-        unroll, meta_params, generator, steps=steps, seeds=seeds, batched=len(meta_params) > 1, on_step=on_step
+        unroll, meta_params, generator, steps=steps, seeds=seeds, batched=len(meta_params) > 1, on_inner=look
     )
-    with torch.no_grad():
-        tests = [_test(task, inner, member) for member in range(losses.shape[1])]
-    return [_summarize(losses[:, i : i + seeds], tests[i : i + seeds]) for i in range(0, losses.shape[1], seeds)]
+    verdicts = judge.verdicts(*(members_of(each, len(inner.done)) for each in (inner.params, inner.constants)))
+    return [summarize(losses[:, i : i + seeds], verdicts[i : i + seeds]) for i in range(0, losses.shape[1], seeds)]
 
 
 def run_population(
@@ -121,6 +156,7 @@ def run_population(
     seeds: int,
     batched: bool,
     on_step: Callable[[int], None] | None = None,
+    on_inner: Callable[[int, Inner], None] | None = None,
 ) -> tuple[Tensor, Inner]:
     """Run several sets of meta-parameters, each with several seeds, as one population.
 
@@ -132,6 +168,7 @@ def run_population(
         seeds: runs per set, with different starting points and batches.
         batched: give every run its own copy of its meta-parameters. With a single set, all runs can do without.
         on_step: called after each step with the number of steps done.
+        on_inner: the same, with the runs as well.
 
     Returns:
         Training losses before each update, (steps, sets * seeds) float64, and the runs after the last update.
@@ -146,6 +183,8 @@ def run_population(
             losses[step] = record.losses
             if on_step:
                 on_step(step + 1)
+            if on_inner:
+                on_inner(step + 1, inner)
     return losses, inner
 
 
@@ -186,27 +225,119 @@ def _no_reset(num: int) -> Tensor:
     raise AssertionError("A run ended before its last step.")
 
 
-def _test(task: Task, inner: Inner, member: int) -> tuple[float, float]:
-    """Test loss and accuracy of one member. A whole population at once would take too much memory."""
-    params, constants = tree_map(lambda leaf: leaf[member], (inner.params, inner.constants))
-    batch = task.eval_batch("test", constants)
-    accuracy = task.metrics(params, batch).get("accuracy", torch.tensor(math.nan))
-    return float(task.loss(params, batch)), float(accuracy)
+def look_steps(steps: int, looks: int) -> list[int]:
+    """The steps after which to look at the validation data: the ends of equal intervals of the run.
+
+    Example:
+        >>> look_steps(10, 4), look_steps(2, 4), look_steps(10, 0)
+        ([3, 5, 8, 10], [1, 2], [])
+    """
+    looks = min(looks, steps)
+    return [math.floor((i + 1) * steps / looks + 0.5) for i in range(looks)]
 
 
-def _summarize(losses: Tensor, tests: list[tuple[float, float]]) -> Runs:
-    """`losses`: (steps, seeds)."""
+class Verdict(NamedTuple):
+    """One run, judged on data that it was not trained on."""
+
+    test_loss: float
+    metrics: dict[str, float]
+    valid_curve: list[float]
+    best_test: float
+
+
+class Judge:
+    """Looks at the validation losses of runs as they train, and at last at their test losses.
+
+    Keeps a copy of the parameters of each run from where its validation loss was lowest. Evaluation batches have no
+    dropout, augmentation or wrong labels; batch norm uses the statistics of the evaluation batch.
+
+    Args:
+        task: the task.
+        steps: length of the runs.
+        looks: number of looks at the validation data, which tasks without a split "valid" do not have.
+    """
+
+    def __init__(self, task: Task, steps: int, looks: int) -> None:
+        self.task = task
+        self.steps = set(look_steps(steps, looks if "valid" in task.splits else 0))
+        self.curves: list[list[float]] = []
+        self.best: list[Params] = []
+        self._batches: dict[str, Any] = {}
+
+    def looks_at(self, step: int) -> bool:
+        """Whether to look after so many steps."""
+        return step in self.steps
+
+    def look(self, members: Sequence[Params], constants: Sequence[Any]) -> None:
+        """Look at the validation loss of each run."""
+        if not self.curves:
+            self.curves, self.best = [[] for _ in members], [{} for _ in members]
+        for number, (params, own) in enumerate(zip(members, constants, strict=True)):
+            loss = self._loss("valid", params, own)
+            if not self.best[number] or loss < min(self.curves[number]):
+                self.best[number] = {name: value.detach().clone() for name, value in params.items()}
+            self.curves[number].append(loss)
+
+    def verdicts(self, members: Sequence[Params], constants: Sequence[Any]) -> list[Verdict]:
+        """Judge each run at its last parameters and at its best."""
+        found = []
+        for number, (params, own) in enumerate(zip(members, constants, strict=True)):
+            with torch.no_grad():
+                metrics = self.task.metrics(params, self._batch("test", own))
+            best = self._loss("test", self.best[number], own) if self.best else math.nan
+            curve = self.curves[number] if self.curves else []
+            numbers = {name: float(value) for name, value in metrics.items()}
+            found.append(Verdict(self._loss("test", params, own), numbers, curve, best))
+        return found
+
+    def _loss(self, split: str, params: Params, constants: Any) -> float:
+        # One member at a time: a whole population at once would take too much memory.
+        with torch.no_grad():
+            return float(self.task.eval_loss(params, self._batch(split, constants)))
+
+    def _batch(self, split: str, constants: Any) -> Any:
+        if tree_leaves(constants):  # members may have different data
+            return self.task.eval_batch(split, constants)
+        if split not in self._batches:
+            self._batches[split] = self.task.eval_batch(split, constants)
+        return self._batches[split]
+
+
+def members_of(population: Any, num: int) -> list[Any]:
+    """The members of a pytree of tensors with a leading axis, which may have no tensors.
+
+    Example:
+        >>> members_of({"x": torch.tensor([1.0, 2.0])}, 2), members_of({}, 2)
+        ([{'x': tensor(1.)}, {'x': tensor(2.)}], [{}, {}])
+    """
+    return [tree_map(lambda leaf, i=i: leaf[i], population) for i in range(num)]
+
+
+def summarize(losses: Tensor, verdicts: Sequence[Verdict]) -> Runs:
+    """The `Runs` of one setting, from its training losses (steps, seeds) and a verdict per seed."""
     steps = len(losses)
     last, tail = (min(max(50, round(fraction * steps)), steps) for fraction in (0.05, 0.1))
     intervals = losses.tensor_split(min(CURVE_POINTS, steps))
     curve = torch.stack([interval.mean(0) for interval in intervals], 1)
+    names = verdicts[0].metrics
+    metrics = {name: [verdict.metrics[name] for verdict in verdicts] for name in names}
+    validated = bool(verdicts[0].valid_curve)
     return Runs(
         steps=steps,
         initial=losses[0].tolist(),
         final=losses[-last:].mean(0).tolist(),
         tail=losses[-tail:].mean(0).tolist(),
         mean=losses.mean(0).tolist(),
-        test_loss=[loss for loss, _ in tests],
-        accuracy=[accuracy for _, accuracy in tests],
+        test_loss=[verdict.test_loss for verdict in verdicts],
+        accuracy=metrics.get("accuracy", [math.nan] * len(verdicts)),
         curve=curve.tolist(),
+        valid_loss=[verdict.valid_curve[-1] for verdict in verdicts] if validated else [],
+        best_valid=[_lowest(verdict.valid_curve) for verdict in verdicts] if validated else [],
+        best_test=[verdict.best_test for verdict in verdicts] if validated else [],
+        valid_curve=[verdict.valid_curve for verdict in verdicts] if validated else [],
+        metrics=metrics,
     )
+
+
+def _lowest(curve: list[float]) -> float:
+    return min((loss for loss in curve if math.isfinite(loss)), default=math.nan)

@@ -10,6 +10,8 @@ class Case(NamedTuple):
 
     task: str
     steps: int
+    one_by_one: bool = False
+    """Train the seeds one by one with `RuleOptimizer` and torch's optimizers, as is faster for large networks."""
 
     def __str__(self) -> str:
         return f"{self.task}@{self.steps}"
@@ -44,5 +46,89 @@ With three seeds, a learned rule takes about half an hour for all of them on one
 UNSEEN = tuple(case for case in HELDOUT if case.task != "digits-mlp")
 """The cases of `HELDOUT` whose tasks no rule has seen at any length."""
 
-SUITES = {"heldout": HELDOUT, "unseen": UNSEEN}
+UNSEEN2 = (
+    Case("clouds-deepsets", 1_000),
+    Case("graphs-messages", 800),
+    Case("waves-dilated", 600),
+    Case("additions-gru", 1_500),
+    Case("brackets-encoder", 1_000),
+    Case("relations-pairs", 1_000),
+    Case("picture-fourier", 2_000),
+    Case("spirals-radial", 1_000),
+    Case("inverse-density", 1_500),
+    Case("visits-factors", 1_000),
+    Case("widening-quantiles", 1_000),
+    Case("roll-diffusion", 2_000),
+    Case("lessons-maxout", 1_500),
+    Case("friedman-experts", 2_000),
+    Case("boundary-value", 2_000),
+    Case("mnist14-vae", 1_000),
+    Case("fashion14-views", 300),
+    Case("cifar16-separable", 400),
+    Case("mnist14-mixer", 500),
+    Case("shakespeare-gated-conv", 500),
+)
+"""A second held-out suite, written before the rules that it judges, to be looked at once.
+
+Its kinds are in no fit, and differ from `HELDOUT`'s and the catalog's in data, networks and losses: sets, graphs,
+signals, brackets, recurrence with gates, radial bases, Fourier features, factorization machines, mixtures of experts,
+maxout, gated convolutions, an MLP mixer, depthwise convolutions; counts, quantiles, densities, soft labels, contrastive
+and variational losses, diffusion, a differential equation. All have training, validation and test data.
+"""
+
+REAL = (
+    Case("real-resnet20", 500, one_by_one=True),
+    Case("real-vit", 500, one_by_one=True),
+    Case("real-gpt-0.8m", 700, one_by_one=True),
+    Case("real-gpt-3m", 300, one_by_one=True),
+    Case("real-lstm", 500, one_by_one=True),
+    Case("real-layernorm-mlp", 1_500, one_by_one=True),
+    Case("real-autoencoder", 1_500, one_by_one=True),
+    Case("real-denoiser", 400, one_by_one=True),
+    Case("real-siren", 1_500, one_by_one=True),
+    Case("real-factorization", 2_000, one_by_one=True),
+    Case("real-bag-of-words", 400, one_by_one=True),
+    Case("real-noisy-labels", 1_500, one_by_one=True),
+    Case("real-finetune-conv", 300, one_by_one=True),
+    Case("real-finetune-gpt", 300, one_by_one=True),
+    Case("real-lora", 300, one_by_one=True),
+    Case("real-gan", 2_000, one_by_one=True),
+    Case("real-policy-gradient", 150, one_by_one=True),
+)
+"""Real kinds of work at real sizes: what a user would bring, as far as hours on a CPU allow.
+
+A learned rule takes about a quarter of an hour of one core per seed for all of them; with all rivals and three seeds it
+is about half a day. Results are cached one by one, so a run may be stopped and taken up again, and two processes may
+share a cache: `real-open` in one and `real-judging` in the other, then `real` for the whole table.
+"""
+
+JUDGING_ONLY = frozenset(
+    {
+        "real-resnet20",
+        "real-gpt-3m",
+        "real-lstm",
+        "real-siren",
+        "real-factorization",
+        "real-noisy-labels",
+        "real-finetune-gpt",
+        "real-gan",
+        "real-policy-gradient",
+    }
+)
+"""The kinds of `REAL` that only judge: never fit a rule to them, nor to tasks of the same kind, nor choose by them."""
+
+REAL_JUDGING = tuple(case for case in REAL if case.task in JUDGING_ONLY)
+REAL_OPEN = tuple(case for case in REAL if case.task not in JUDGING_ONLY)
+"""The kinds of `REAL` that a fit may use."""
+
+REAL_SUITES = ("real", "real-open", "real-judging")
+"""Suites that are compared with the rivals unless others are named."""
+SUITES = {
+    "heldout": HELDOUT,
+    "unseen": UNSEEN,
+    "unseen2": UNSEEN2,
+    "real": REAL,
+    "real-open": REAL_OPEN,
+    "real-judging": REAL_JUDGING,
+}
 """Suites by name, for `lopt evaluate --suite`."""

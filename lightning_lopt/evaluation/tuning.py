@@ -24,7 +24,7 @@ from lightning_lopt.evaluation.baselines import (
 )
 from lightning_lopt.evaluation.runs import Runs
 
-SELECTED_BY = {"final": "tail", "mean": "mean"}
+SELECTED_BY = {"final": "tail", "mean": "mean", "valid": "best_valid", "valid_end": "valid_loss"}
 """Measure in a table -> field of `Runs` by which its setting is selected."""
 RunSettings = Callable[[list[Hyperparameters]], Sequence[Runs]]
 """Runs the settings, and returns the runs of each."""
@@ -32,7 +32,7 @@ LIMIT = 24
 """A search gives up this many half-decades away from a learning rate of 1."""
 Point = tuple[int, int]
 """A place in a grid: the numbers of the learning rate and of the weight decay."""
-Key = TypeVar("Key", int, Point)
+Key = TypeVar("Key", int, Point, tuple[float, float])
 
 
 class Trial(NamedTuple):
@@ -75,7 +75,7 @@ class Grid:
         return {"lr": lr, "weight_decay": float(f"1e{decay - 5}") if decay else 0.0}
 
     def search(self, run: RunSettings) -> SearchResult:
-        """Try settings until the best by either measure has no untried neighbor.
+        """Try settings until the best by any measure has no untried neighbor.
 
         Args:
             run: runs settings.
@@ -133,7 +133,12 @@ class RandomSearch:
 
 
 def _result(seen: dict[Key, Trial]) -> SearchResult:
-    return SearchResult({name: seen[key] for name, key in zip(SELECTED_BY, _best(seen), strict=True)}, len(seen))
+    return SearchResult(best_by_measure(seen), len(seen))
+
+
+def best_by_measure(seen: dict[Key, Trial]) -> dict[str, Trial]:
+    """Measure -> the trial with the lowest loss by it."""
+    return {name: seen[key] for name, key in zip(SELECTED_BY, _best(seen), strict=True)}
 
 
 def _best(seen: dict[Key, Trial]) -> list[Key]:

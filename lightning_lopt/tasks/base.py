@@ -128,10 +128,15 @@ class Task(ABC):
         """Compute further scalars of one member on one batch, such as {"accuracy": ...}; empty by default."""
         return {}
 
+    def eval_loss(self, params: Params, batch: Any) -> Tensor:
+        """Compute what one member is judged by on validation and test batches, lower is better: by default the loss."""
+        return self.loss(params, batch)
+
     def grad_and_value(self, params: Params, batch: Any) -> tuple[Params, Tensor]:
         """Compute the gradient (a dict like `params`) and the loss, in the order of `torch.func.grad_and_value`.
 
-        A task may override it to return an estimate of the gradient (`wrappers.ESGradient`).
+        A task may override it where training does not descend its loss: to return an estimate of the gradient
+        (`wrappers.ESGradient`), or the gradients of a game or of a policy (`games`). The second value is always `loss`.
         """
         result: tuple[Params, Tensor] = torch.func.grad_and_value(self.loss)(params, batch)
         return result
@@ -152,6 +157,15 @@ class Task(ABC):
     def param_shapes(self) -> dict[str, torch.Size]:
         """Name -> shape of the parameters of one member."""
         return {name: param.shape for name, param in self.init(torch.Generator()).params.items()}
+
+    @property
+    def hidden_matrices(self) -> tuple[str, ...]:
+        """Names of the weights between hidden layers, which matrix methods such as Muon are for.
+
+        By default all parameters with two or more dims but the last of them, the output layer. Networks with embeddings
+        leave these out too.
+        """
+        return tuple(name for name, shape in self.param_shapes.items() if len(shape) >= 2)[:-1]
 
     @property
     def num_params(self) -> int:

@@ -14,6 +14,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from lightning_lopt.tasks import real, unseen
 from lightning_lopt.tasks.analytic import (
     LeastSquares,
     LogUniformQuadratic,
@@ -23,7 +24,9 @@ from lightning_lopt.tasks.analytic import (
     SumOfSquares,
 )
 from lightning_lopt.tasks.base import Task
+from lightning_lopt.tasks.games import PolicyGradient
 from lightning_lopt.tasks.supervised import build
+from lightning_lopt.tasks.transforms import FlipCrop
 from lightning_lopt.tasks.wrappers import ESGradient, Reparametrized
 
 
@@ -354,9 +357,43 @@ GENERALIZATION: dict[str, str] = {
 The paper names its sixteen only in figures that we do not have. This selection follows the kinds that its text lists.
 """
 
+
+def _register_real() -> None:
+    """Register the tasks of `evaluation.suites.REAL`."""
+    cifar: dict[str, Any] = {"dataset": "cifar10", "transform": FlipCrop(), "eval_size": 1024}
+    resnet20 = {"network": "resnet", "channels": (16, 32, 64), "blocks": (3, 3, 3)}
+    register("real-resnet20", build, batch_size=64, **resnet20, **cifar)
+    register("real-vit", build, network="vit", width=128, depth=4, heads=4, batch_size=32, **cifar)
+    text: dict[str, Any] = {"dataset": "tinyshakespeare", "length": 64, "eval_size": 512}
+    gpt = {"network": "transformer", "depth": 4, "heads": 4, "batch_size": 16}
+    register("real-gpt-0.8m", build, width=128, **gpt, **text)
+    register("real-gpt-3m", build, width=256, **gpt, **text)
+    register("real-lstm", build, network="lstm", embed=64, hidden=256, batch_size=32, **text)
+    _mlp("real-layernorm-mlp", "fashion_mnist", (512, 512, 512), norm="layer")
+    _mlp("real-autoencoder", "fashion_mnist", (256, 64, 256), objective="reconstruction")
+    register("real-denoiser", real.denoiser, dataset="fashion_mnist")
+    register("real-siren", real.siren)
+    register("real-factorization", real.factorization)
+    _mlp("real-bag-of-words", "speakers", (64,), batch_size=64)
+    register("real-noisy-labels", real.noisy_labels, dataset="fashion_mnist")
+    register("real-finetune-conv", real.new_classes, dataset="cifar10")
+    register("real-finetune-gpt", real.new_text, dataset="tinyshakespeare_ascii")
+    register("real-lora", real.adapters, dataset="tinyshakespeare_ascii")
+    register("real-gan", real.adversarial, dataset="mnist")
+    register("real-policy-gradient", PolicyGradient)
+
+
+def _register_unseen() -> None:
+    """Register the tasks of `evaluation.suites.UNSEEN2`."""
+    for name, (builder, options) in unseen.TASKS.items():
+        register(name, builder, **options)
+
+
 _register_small()
 _register_papers()
 _register_images()
 _register_heldout()
 _register_reference_mlps()
 _register_reference_rest()
+_register_real()
+_register_unseen()

@@ -2,17 +2,20 @@
 
 `digits`, `breast_cancer`, `wine`, `iris`, `diabetes` and `two_moons` come with scikit-learn. `mnist`, `fashion_mnist`,
 `cifar10` and `tinyshakespeare` are read from the folder `$LIGHTNING_LOPT_DATA`; torchvision, if it is installed, loads
-the images otherwise. `synthetic` is artificial, and is used only if requested by name. Nothing is loaded on import, and
-everything that is loaded stays cached.
+the images otherwise. From the same text come `tinyshakespeare_ascii`, with the vocabulary of `python_docs` (the help
+topics of Python's standard library), and `speakers`: speeches as bags of words. `synthetic` is artificial, and is used
+only if requested by name. Nothing is loaded on import, and everything that is loaded stays cached.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import importlib
 import importlib.util
 import os
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +26,8 @@ from torch import Tensor
 
 FOLDER_VARIABLE = "LIGHTNING_LOPT_DATA"
 _TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
+_SHAKESPEARE = ("tinyshakespeare", "tinyshakespeare_ascii", "speakers")
+_ASCII = "\n" + "".join(map(chr, range(32, 127)))
 _ARRAYS = ("train_x", "train_y", "test_x", "test_y")
 
 
@@ -73,8 +78,11 @@ def list_datasets() -> list[str]:
 
 def is_available(name: str) -> bool:
     """Whether `load(name)` works without a download."""
-    if name in (*_TORCHVISION, "tinyshakespeare"):
+    if name in (*_TORCHVISION, *_SHAKESPEARE):
+        name = "tinyshakespeare" if name in _SHAKESPEARE else name
         return _file(name, os.environ.get(FOLDER_VARIABLE)) is not None
+    if name == "python_docs":
+        return importlib.util.find_spec("pydoc_data") is not None
     return name == "synthetic" or importlib.util.find_spec("sklearn") is not None
 
 
@@ -115,6 +123,29 @@ def resize(dataset: Dataset, size: int) -> Dataset:
     return dataclasses.replace(
         dataset, train_x=area_resize(dataset.train_x, size), test_x=area_resize(dataset.test_x, size)
     )
+
+
+@functools.lru_cache(maxsize=8)
+def part(dataset: Dataset, num_train: int, classes: tuple[int, ...] | None = None) -> Dataset:
+    """The first `num_train` training examples of some classes (default: of all), which are numbered anew from 0.
+
+    Kept, so that tasks on the same examples have one copy in common.
+
+    Example:
+        >>> some = part(load("digits"), 100, classes=(3, 7))
+        >>> len(some.train_y), some.num_classes, sorted(set(some.test_y.tolist()))
+        (100, 2, [0, 1])
+    """
+    kept = tuple(range(dataset.num_classes)) if classes is None else classes
+    chosen = torch.tensor(kept)
+
+    def of(x: Tensor, y: Tensor, num: int | None) -> tuple[Tensor, Tensor]:
+        index = torch.isin(y, chosen).nonzero().squeeze(1)[:num]
+        return x[index], (y[index].unsqueeze(1) == chosen).long().argmax(1)
+
+    train_x, train_y = of(dataset.train_x, dataset.train_y, num_train)
+    test_x, test_y = of(dataset.test_x, dataset.test_y, None)
+    return Dataset(dataset.name, train_x, train_y, test_x, test_y, len(kept))
 
 
 def grayscale(dataset: Dataset) -> Dataset:
@@ -223,16 +254,57 @@ def _images(array: Tensor) -> Tensor:
     return array.contiguous().float().div_(255.0)  # reorder as uint8, which is smaller
 
 
-def _load_text(name: str, folder: str | None) -> Dataset:
-    path = _file(name, folder)
+def _shakespeare(folder: str | None) -> str:
+    path = _file("tinyshakespeare", folder)
     if path is None:
-        raise _missing(name, folder, "torchvision does not have it")
+        raise _missing("tinyshakespeare", folder, "torchvision does not have it")
     text = path.read_text(encoding="utf-8")
-    vocabulary = {character: token for token, character in enumerate(sorted(set(text)))}
-    if not 2 <= len(vocabulary) <= 256 or len(text) < 1000:
+    if not 2 <= len(set(text)) <= 256 or len(text) < 1000:
         raise ValueError(
             f"{path} cannot be used: it must be a text of at least 1,000 characters, with 2 to 256 different ones."
         )
+    return text
+
+
+def _load_text(name: str, folder: str | None) -> Dataset:
+    text = _shakespeare(folder)
+    return _tokens(name, text, "".join(sorted(set(text))))
+
+
+def _load_ascii(name: str, folder: str | None) -> Dataset:
+    """Load a text with the common vocabulary of line ends and printable ASCII; other characters are left out."""
+    if name == "python_docs":
+        if not is_available(name):
+            raise FileNotFoundError(
+                "Dataset 'python_docs' is the help topics of Python's standard library (pydoc_data), which this Python "
+                "lacks; use an installation of Python with its complete library."
+            )
+        topics = importlib.import_module("pydoc_data.topics").topics
+        text = "\n".join(topics[key] for key in sorted(topics))
+    else:
+        text = _shakespeare(folder)
+    return _tokens(name, "".join(character for character in text if character in _ASCII), _ASCII)
+
+
+def _load_speakers(name: str, folder: str | None) -> Dataset:
+    """Load who speaks: the words of a speech, (2000,) float32 log(1 + count), and the speaker, of the 12 busiest."""
+    speeches = [speech.split(":\n", 1) for speech in _shakespeare(folder).split("\n\n") if ":\n" in speech]
+    busiest = [who for who, _ in collections.Counter(who for who, _ in speeches).most_common(12)]
+    if len(busiest) < 12:
+        raise ValueError("Dataset 'speakers' needs a text with the speeches of 12 speakers, each after 'NAME:'.")
+    kept = [(re.findall(r"[a-z']+", words.lower()), who) for who, words in speeches if who in busiest]
+    counts = collections.Counter(word for words, _ in kept for word in words)
+    vocabulary = {word: i for i, word in enumerate(sorted(counts, key=lambda word: (-counts[word], word))[:2000])}
+    bags = torch.zeros(len(kept), len(vocabulary))
+    for bag, (words, _) in zip(bags, kept, strict=True):
+        for word in words:
+            if word in vocabulary:
+                bag[vocabulary[word]] += 1
+    return _split(name, bags.log1p(), torch.tensor([busiest.index(who) for _, who in kept]), len(busiest))
+
+
+def _tokens(name: str, text: str, alphabet: str) -> Dataset:
+    vocabulary = {character: token for token, character in enumerate(alphabet)}
     tokens = torch.tensor([vocabulary[character] for character in text], dtype=torch.uint8)
     split = int(0.9 * len(tokens))
     train, test = tokens[:split], tokens[split:]
@@ -296,5 +368,8 @@ _LOADERS: dict[str, Callable[[str, str | None], Dataset]] = {
     "fashion_mnist": _load_images,
     "cifar10": _load_images,
     "tinyshakespeare": _load_text,
+    "tinyshakespeare_ascii": _load_ascii,
+    "python_docs": _load_ascii,
+    "speakers": _load_speakers,
     "synthetic": lambda name, folder: synthetic(),
 }

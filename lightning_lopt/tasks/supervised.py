@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_lopt.tasks import draws, sources
@@ -21,62 +19,11 @@ from lightning_lopt.tasks.base import Params, Start, Task, check_choice, check_p
 from lightning_lopt.tasks.datasets import Dataset
 from lightning_lopt.tasks.layers import SCHEMES, Network, init_params, roles_of
 from lightning_lopt.tasks.networks import MLP, ConvNet, PooledConvNet, ResNet
+from lightning_lopt.tasks.objectives import CLASSIFICATION, OBJECTIVES, Batch
 from lightning_lopt.tasks.sequences import LSTMLanguageModel, TransformerLanguageModel, VisionTransformer
+from lightning_lopt.tasks.transforms import Transform
 
 MAX_EVAL_SIZE = 2048
-
-
-class Batch(NamedTuple):
-    """A minibatch."""
-
-    x: Tensor  # (b, *example)
-    y: Tensor  # (b, *target)
-    masks: tuple[Tensor, ...] = ()  # dropout masks, of the shapes that `Network.mask_shapes` returns
-
-
-def cross_entropy(outputs: Tensor, batch: Batch) -> Tensor:
-    """Compute the softmax cross entropy of outputs (b, ..., classes), as a mean over examples and positions.
-
-    Example:
-        >>> cross_entropy(torch.zeros(2, 10), Batch(torch.zeros(2), torch.tensor([3, 4])))
-        tensor(2.3026)
-    """
-    # For few classes on the CPU, this is several times faster than log_softmax.
-    return (outputs.logsumexp(-1) - outputs.gather(-1, batch.y.unsqueeze(-1)).squeeze(-1)).mean()
-
-
-def sigmoid_cross_entropy(outputs: Tensor, batch: Batch) -> Tensor:
-    """Compute the cross entropy of normalized sigmoid outputs, as Keras does for a sigmoid layer (the LSTM thesis)."""
-    return cross_entropy(F.logsigmoid(outputs), batch)
-
-
-def mse(outputs: Tensor, batch: Batch) -> Tensor:
-    """Compute the mean squared difference of outputs (b, classes) and one-hot classes, over examples and classes."""
-    classes = torch.arange(outputs.shape[-1], device=outputs.device)
-    return (outputs - (batch.y.unsqueeze(-1) == classes).to(outputs.dtype)).square().mean()
-
-
-def regression(outputs: Tensor, batch: Batch) -> Tensor:
-    """Compute the mean squared error of outputs (b, 1) and targets (b,)."""
-    return (outputs.squeeze(-1) - batch.y).square().mean()
-
-
-def reconstruction(outputs: Tensor, batch: Batch) -> Tensor:
-    """Compute the mean squared difference of the sigmoid of the outputs (b, pixels) and the inputs."""
-    return (torch.sigmoid(outputs) - batch.x.flatten(1)).square().mean()
-
-
-def logistic(outputs: Tensor, batch: Batch) -> Tensor:
-    """Compute the binary cross entropy of outputs (b, 1) and targets (b,) that are 0 or 1."""
-    logits = outputs.squeeze(-1)
-    return (F.softplus(logits) - batch.y * logits).mean()
-
-
-OBJECTIVES: dict[str, Callable[[Tensor, Batch], Tensor]] = {
-    function.__name__: function
-    for function in (cross_entropy, sigmoid_cross_entropy, mse, regression, reconstruction, logistic)
-}
-_CLASSIFICATION = ("cross_entropy", "sigmoid_cross_entropy", "mse")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -115,6 +62,10 @@ class Supervised(Task):
     """Range of the fraction of the training data that a member sees, uniform."""
     label_noise: tuple[float, float] = (0.0, 0.0)
     """Range of a member's probability, uniform, that a drawn training label is replaced by a random one."""
+    transform: Transform | None = None
+    """What is done to examples when they are drawn, such as augmentation or added noise."""
+    eval_size: int = MAX_EVAL_SIZE
+    """Examples of an evaluation batch, unless it is asked for another number."""
 
     def __post_init__(self) -> None:
         check_choice("objective", self.objective, OBJECTIVES)
@@ -123,13 +74,14 @@ class Supervised(Task):
         check_range("label_noise", self.label_noise, 0.0, 1.0)
         for name in self.decayed:
             check_choice("decayed", name, self.network.specs())
+        check_positive("eval_size", self.eval_size)
         if self.batch_size is not None:
             check_positive("batch_size", self.batch_size)
         elif self.subset != (1.0, 1.0):
             raise ValueError(f"subset={self.subset} is not allowed with batch_size=None, which uses all examples.")
-        if self.label_noise != (0.0, 0.0) and self.objective not in _CLASSIFICATION:
+        if self.label_noise != (0.0, 0.0) and self.objective not in CLASSIFICATION:
             raise ValueError(
-                f"label_noise is not allowed with objective={self.objective!r}, only with {_CLASSIFICATION}."
+                f"label_noise is not allowed with objective={self.objective!r}, only with {CLASSIFICATION}."
             )
 
     @property
@@ -163,12 +115,16 @@ class Supervised(Task):
     def batch(self, generator: torch.Generator, constants: Any, population: int | None = None) -> Batch:
         """Draw a minibatch for each member, with dropout masks."""
         if self.batch_size is None:
-            x, y = self._same_for_all("train", torch.arange(self.source.size("train")), population)
+            x, y = self.source.take("train", torch.arange(self.source.size("train"), device=self.device))
+            x, y = _shared(x, y, population)
         else:
             x, y = self.source.take("train", self._indices(generator, constants, population, self.batch_size))
         if "label_noise" in constants:
             y = self._corrupt(generator, constants["label_noise"], y)
-        shapes = self.network.mask_shapes(y.shape[0 if population is None else 1])
+        num = y.shape[0 if population is None else 1]
+        if self.transform is not None:
+            x, y = self.transform(generator, x, y, lead=1 if population is None else 2)
+        shapes = self.network.mask_shapes(num)
         masks = (draws.dropout_mask(generator, self.network.dropout, shape, population) for shape in shapes)
         return Batch(x, y, tuple(mask.to(x.device) for mask in masks))
 
@@ -183,7 +139,7 @@ class Supervised(Task):
 
     def metrics(self, params: Params, batch: Batch) -> dict[str, Tensor]:
         """Compute the accuracy of classifiers and language models."""
-        if self.objective not in (*_CLASSIFICATION, "logistic"):
+        if self.objective not in (*CLASSIFICATION, "logistic"):
             return {}
         outputs = self.network.apply(params, batch.x, batch.masks)
         guess = (outputs.squeeze(-1) > 0) if self.objective == "logistic" else outputs.argmax(-1)
@@ -198,18 +154,30 @@ class Supervised(Task):
         size: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Batch:
-        """Return examples of a split, the same for each member; "train" ignores the members' subsets."""
+        """Return examples of a split, the same for each member; "train" ignores the members' subsets.
+
+        A transform that belongs to the problem, such as noise to be removed, is drawn from a fixed seed.
+        """
         check_choice("split", split, self.splits)
         if size is not None:
             check_positive("size", size)
         available = self.source.size(split)
-        num = min(size or MAX_EVAL_SIZE, available)
+        num = min(size or self.eval_size, available)
         if generator is None:
             index = torch.arange(num) * available // num
         else:
             index = torch.randperm(available, generator=generator, device=generator.device)[:num]
-        x, y = self._same_for_all(split, index, population)
-        return Batch(x, y)
+        x, y = self.source.take(split, index.to(self.device))
+        if self.transform is not None and self.transform.evaluated:
+            x, y = self.transform(torch.Generator().manual_seed(0), x, y, lead=1)
+        return Batch(*_shared(x, y, population))
+
+    @property
+    def hidden_matrices(self) -> tuple[str, ...]:
+        """The weights of two or more dims in forward order, but for embeddings and the last, the output layer."""
+        specs = {name: spec for name, spec in self.network.specs().items() if len(spec.shape) >= 2}
+        *others, _ = [name for name, spec in specs.items() if spec.kind in ("weight", "zeros")] or [""]
+        return tuple(name for name in others if specs[name].kind == "weight")
 
     def to(self, device: torch.device | str) -> Supervised:
         """Return the same task with its data on a device."""
@@ -229,18 +197,18 @@ class Supervised(Task):
         index: Tensor = (first + (unit * count).long().clamp(max=count - 1)) % num
         return index
 
-    def _same_for_all(self, split: str, index: Tensor, population: int | None) -> tuple[Tensor, Tensor]:
-        """Examples that are the same for each member, as views of one copy."""
-        x, y = self.source.take(split, index.to(self.device))
-        if population is None:
-            return x, y
-        return x.expand(population, *x.shape), y.expand(population, *y.shape)
-
     def _corrupt(self, generator: torch.Generator, rate: Tensor, y: Tensor) -> Tensor:
         shape = tuple(y.shape)
         rate = rate.reshape(*rate.shape, *[1] * (y.dim() - rate.dim()))
         wrong = draws.uniform(generator, shape).to(y.device) < rate
         return torch.where(wrong, draws.integers(generator, self.source.num_classes, shape).to(y.device), y)
+
+
+def _shared(x: Tensor, y: Tensor, population: int | None) -> tuple[Tensor, Tensor]:
+    """Examples that are the same for each member, as views of one copy."""
+    if population is None:
+        return x, y
+    return x.expand(population, *x.shape), y.expand(population, *y.shape)
 
 
 _NETWORKS: dict[str, Any] = {
@@ -312,9 +280,9 @@ def _sizes(network: str, source: sources.Examples | sources.Windows, objective: 
         check_choice("objective", objective, ("cross_entropy",))
         vocab = {"vocab": source.num_classes}
         return vocab | {"context": source.length} if network == "transformer" else vocab
-    if objective in _CLASSIFICATION and source.num_classes < 2:
+    if objective in CLASSIFICATION and source.num_classes < 2:
         raise ValueError(f"objective={objective!r} is not allowed on data without classes: use 'regression'.")
-    outputs = source.num_classes if objective in _CLASSIFICATION else 1
+    outputs = source.num_classes if objective in CLASSIFICATION else 1
     if objective == "reconstruction":
         outputs = math.prod(source.shape)
     if network == "mlp":

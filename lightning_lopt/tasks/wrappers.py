@@ -67,9 +67,18 @@ class Wrapper(Task):
         """Compute the loss of the inner task."""
         return self.task.loss(params, batch)
 
+    def eval_loss(self, params: Params, batch: Any) -> Tensor:
+        """Compute what the inner task is judged by."""
+        return self.task.eval_loss(params, batch)
+
     def grad_and_value(self, params: Params, batch: Any) -> tuple[Params, Tensor]:
         """Compute the gradient, or its estimate, and the loss of the inner task."""
         return self.task.grad_and_value(params, batch)
+
+    @property
+    def hidden_matrices(self) -> tuple[str, ...]:
+        """Those of the inner task."""
+        return self.task.hidden_matrices
 
     def metrics(self, params: Params, batch: Any) -> dict[str, Tensor]:
         """Compute the metrics of the inner task."""
@@ -125,6 +134,10 @@ class Reparametrized(Wrapper):
     def loss(self, params: Params, batch: Any) -> Tensor:
         """Compute the loss of the inner task at c phi."""
         return self.task.loss(_multiply(params, batch.scale), batch.inner)
+
+    def eval_loss(self, params: Params, batch: Any) -> Tensor:
+        """Compute what the inner task is judged by at c phi."""
+        return self.task.eval_loss(_multiply(params, batch.scale), batch.inner)
 
     def grad_and_value(self, params: Params, batch: Any) -> tuple[Params, Tensor]:
         """Compute gradient and loss; by the chain rule, the gradient is c times that of the inner task at c phi."""
@@ -212,6 +225,10 @@ class ESGradient(Wrapper):
     def loss(self, params: Params, batch: Any) -> Tensor:
         """Compute the unperturbed loss of the inner task."""
         return self.task.loss(params, batch.inner)
+
+    def eval_loss(self, params: Params, batch: Any) -> Tensor:
+        """Compute what the inner task is judged by."""
+        return self.task.eval_loss(params, batch.inner)
 
     def grad_and_value(self, params: Params, batch: Any) -> tuple[Params, Tensor]:
         """Estimate the gradient, and compute the unperturbed loss."""

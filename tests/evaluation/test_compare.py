@@ -25,11 +25,13 @@ from lightning_lopt.evaluation import (
     compare,
     evaluate,
     fingerprint,
+    report,
 )
 from lightning_lopt.evaluation import runs as runs_module
 from lightning_lopt.evaluation.cache import Cache
 from lightning_lopt.evaluation.results import DEFAULT_ADAM
-from lightning_lopt.evaluation.tuning import BASELINES, Trial
+from lightning_lopt.evaluation.rivals import RIVALS
+from lightning_lopt.evaluation.tuning import BASELINES, SELECTED_BY, Trial
 from lightning_lopt.rules import UpdateRule
 
 SMALL = Case("synthetic-mlp", 12)
@@ -105,12 +107,13 @@ def test_all_optimizers_and_chunks_get_the_same_starts_and_batches():
 
 def test_windows_of_a_run():
     losses = torch.arange(2000.0, 0.0, -1.0, dtype=torch.float64).repeat(2, 1).T
-    runs = runs_module._summarize(losses, [(0.5, 0.9), (0.6, math.nan)])
+    verdicts = [runs_module.Verdict(0.5, {"accuracy": 0.9}, [], math.nan)] * 2
+    runs = runs_module.summarize(losses, verdicts)
     assert (runs.initial[0], runs.mean[0]) == (2000, 1000.5)
     assert runs.final[0] == 50.5  # the last 5 %
     assert runs.tail[0] == 100.5  # the last tenth
     assert (len(runs.curve), len(runs.curve[0]), runs.curve[0][0]) == (2, 100, 1990.5)
-    short = runs_module._summarize(losses[:30], [(0.5, 0.9)] * 2)
+    short = runs_module.summarize(losses[:30], verdicts)
     assert short.final == short.tail == short.mean  # less than 50 steps
     assert len(short.curve[0]) == 30
 
@@ -135,7 +138,8 @@ def made(final, mean=None, initial=2.0):
 
 
 def entry(case, name, final, mean=None, seconds=1.0, initial=2.0):
-    by = {"final": Trial({}, made(final, initial=initial)), "mean": Trial({}, made(mean or final, initial=initial))}
+    trial = Trial({}, made(final, initial=initial))
+    by = {**dict.fromkeys(SELECTED_BY, trial), "mean": Trial({}, made(mean or final, initial=initial))}
     return Entry(Case(case, 100), name, name, by, 1, seconds)
 
 
@@ -175,7 +179,8 @@ def test_ratios_and_their_summary_by_hand():
     summary = {row.optimizer: row for row in results.summary()}
     assert summary["rule"].ratios["final", "adam"].value == pytest.approx(math.sqrt(1.0 * 4.002 / 0.004))
     assert summary["rule"].ratios["final", DEFAULT_ADAM].value == pytest.approx(math.sqrt(0.5 * 4.002 / 0.016))
-    assert (summary["rule"].not_worse, summary["rule"].diverged) == ({"final": 1, "mean": 1, "test": 2}, 1)
+    not_worse = {measure: summary["rule"].not_worse[measure] for measure in ("final", "mean", "test")}
+    assert (not_worse, summary["rule"].diverged) == ({"final": 1, "mean": 1, "test": 2}, 1)
     assert (summary["rule"].num_cases, summary["rule"].num_runs) == (2, 4)
     assert summary["rule"].step_time == pytest.approx(3.0)
     assert summary["adam"].ratios["test", "adam"] == (pytest.approx(1.0), pytest.approx(0.0))
@@ -183,6 +188,14 @@ def test_ratios_and_their_summary_by_hand():
     assert summary["rule"].ratios["final", "adam"].spread == pytest.approx(math.hypot(*of_tasks) / 2)
     assert summary["adam"].ratios["final", "best"].value == pytest.approx(1.0)
     assert summary["adamw"].ratios["final", "best"].value == pytest.approx(math.sqrt(1.5))
+
+
+def test_a_table_with_losses_that_are_not_finite(tmp_path):
+    results = Results(2, [entry("a", DEFAULT_ADAM, [0.4, 0.5]), entry("a", "rule", [math.nan, 0.3])])
+    report.write(results, tmp_path)
+    with (tmp_path / "table.csv").open(newline="") as stream:
+        row = list(csv.DictReader(stream))[1]
+    assert (row["final_loss"], row["final_loss_std"], row["diverged_runs"]) == ("", "", "1")
 
 
 @pytest.mark.parametrize(("loss", "count"), [(0.408, 1), (0.4081, 0)])
@@ -345,7 +358,8 @@ def test_the_command_writes_tables_and_plots(tmp_path, capsys):
     out = tmp_path / "deep" / "out"
     words = ["--rule", "star", "--baseline", "adam", "--task", "synthetic-mlp", "digits-mlp", "--steps", "12"]
     cli.run(parse(*words, "--seeds", "2", "--out", str(out), "--cache", str(tmp_path / "cache")))
-    assert sorted(path.name for path in out.iterdir()) == ["curves.png", "ratios.png", "summary.csv", "table.csv"]
+    names = ["curves.csv", "curves.png", "ratios.png", "summary.csv", "table.csv", "validation.png"]
+    assert sorted(path.name for path in out.iterdir()) == names
     with (out / "table.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert [row["optimizer"] for row in rows] == 2 * ["adam", DEFAULT_ADAM, "star", "hyperparam"]
@@ -359,7 +373,15 @@ def test_the_command_writes_tables_and_plots(tmp_path, capsys):
         summary = {row["optimizer"]: row for row in csv.DictReader(stream)}
     assert float(summary["adam"]["mean_vs_adam"]) == 1.0
     assert summary["star"]["runs"] == "4"
-    for name in ("curves.png", "ratios.png"):
+    with (out / "curves.csv").open(newline="") as stream:
+        curves = [row for row in csv.DictReader(stream) if row["optimizer"] == "star"]
+    assert {(row["task"], row["seed"], row["split"]) for row in curves} == {
+        (task, seed, split)
+        for task in ("synthetic-mlp", "digits-mlp")
+        for seed in "01"
+        for split in ("training", "validation")
+    }
+    for name in ("curves.png", "ratios.png", "validation.png"):
         data = (out / name).read_bytes()
         assert data.startswith(b"\x89PNG")
         assert len(data) > 20_000
@@ -397,6 +419,25 @@ def test_bad_arguments_are_one_line_errors(words, message, tmp_path, monkeypatch
         cli.run(parse(*words))
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_suite_skips_tasks_whose_data_are_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(cli.SUITES, "real", (Case("cifar16-vit", 3), Case("synthetic-mlp", 3, one_by_one=True)))
+    words = ["--rule", "star", "--suite", "real", "--no-nominal", "--seeds", "1"]
+    assert cli._baselines(parse(*words)) == list(RIVALS)  # the suite's own
+    available = tasks.datasets.is_available
+    monkeypatch.setattr(tasks.datasets, "is_available", lambda name: name != "cifar10" and available(name))
+    load = tasks.datasets.load
+    monkeypatch.setattr(tasks.datasets, "load", lambda name: load(name) if name != "cifar10" else missing())
+    words += ["--baseline", "adamw-recipe", "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
+    cli.run(parse(*words))
+    assert "skipped cifar16-vit@3: put cifar10 there" in capsys.readouterr().out
+    with (tmp_path / "out" / "table.csv").open(newline="") as stream:
+        assert [row["optimizer"] for row in csv.DictReader(stream)] == ["adamw-recipe", DEFAULT_ADAM, "star"]
+
+
+def missing():
+    raise FileNotFoundError("put cifar10 there")
 
 
 @pytest.mark.parametrize(

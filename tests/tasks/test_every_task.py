@@ -23,7 +23,23 @@ SMALLER = {
     "TransformerLM_tinyshakespeare_5layer_512width": {"depth": 1, "width": 64},
     "VIT_Cifar10_skinnydeep": {"depth": 2},
     "VIT_Cifar10_wideshallow": {"depth": 1, "width": 96},
+    "real-resnet20": {"channels": (8, 8, 8), "blocks": (2, 1, 1)},
+    "real-vit": {"depth": 1, "width": 32, "patch": 8},
+    "real-gpt-0.8m": {"depth": 1, "width": 32},
+    "real-gpt-3m": {"depth": 1, "width": 32},
+    "real-lstm": {"hidden": 32},
+    "real-layernorm-mlp": {"hidden": (32, 32)},
+    "real-denoiser": {"channels": 4, "depth": 3},
+    "real-siren": {"size": 12, "width": 32},
+    "real-factorization": {"users": 50, "items": 30, "num": 600, "batch_size": 20},
+    "real-noisy-labels": {"num": 300, "hidden": (16,)},
+    "real-finetune-conv": {"channels": (4, 4, 4), "image_size": 8, "num": 300, "pretrain_steps": 3},
+    "real-finetune-gpt": {"depth": 1, "width": 16, "pretrain_steps": 3, "length": 5},
+    "real-lora": {"depth": 1, "width": 16, "pretrain_steps": 3, "length": 5},
+    "real-gan": {"width": 16, "image_size": 8},
+    "real-policy-gradient": {"horizon": 40, "episodes": 4, "hidden": (8,)},
 }
+FIXED_START = {"real-finetune-gpt"}  # all members start from the same pretrained weights
 OF_PAPERS = {  # name -> parameters, as the papers or the notes on the authors' code count them
     "fashion-mlp-paper": 118_282,
     "ImageMLP_FashionMnist_Relu128x128": 118_282,
@@ -78,7 +94,7 @@ def test_init_follows_its_generator_and_has_the_shapes(task):
     global_state = torch.get_rng_state()
     start = task.init(generator(0), population=2)
     assert equal(start, task.init(generator(0), population=2))
-    if any(leaf.any() for leaf in leaves(start)):  # else it always starts at zero
+    if any(leaf.any() for leaf in leaves(start)) and task.name not in FIXED_START:  # else it always starts at zero
         assert not equal(start, task.init(generator(1), population=2))
         assert not equal(member(start, 0), member(start, 1))
     assert {name: param.shape[1:] for name, param in start.params.items()} == task.param_shapes
@@ -125,9 +141,10 @@ def test_held_out_batches(task):
         batch = task.eval_batch(split, start.constants, population=2, size=4)
         assert equal(batch, task.eval_batch(split, start.constants, population=2, size=4))
         assert vmap(task.loss)(start.params, batch).isfinite().all()
-        for value in vmap(task.metrics)(start.params, batch).values():
+        assert vmap(task.eval_loss)(start.params, batch).isfinite().all()
+        for name, value in vmap(task.metrics)(start.params, batch).items():
             assert value.shape == (2,)
-            assert ((value >= 0) & (value <= 1)).all()
+            assert value.isfinite().all() if name == "forgotten" else ((value >= 0) & (value <= 1)).all()
     drawn = task.eval_batch("test", member(start.constants, 0), size=4, generator=generator())
     assert task.loss(member(start.params, 0), drawn).isfinite()
     with pytest.raises(ValueError, match="split='exam' is not allowed"):
@@ -139,6 +156,8 @@ def test_twenty_steps_on_a_batch_lower_its_loss(task):
     batch, params = task.batch(generator(1), start.constants), start.params
     # Adam does not descend along the few directions that evolution strategies sample; normalized steps do.
     estimated = isinstance(task, tasks.ESGradient)
+    if isinstance(task, tasks.Adversarial):
+        pytest.skip("a game does not descend a loss; see test_games")
     optimizer = (torch.optim.SGD if estimated else torch.optim.Adam)(list(params.values()), lr=3e-3)
     first = task.loss(params, batch)
     for _ in range(20):

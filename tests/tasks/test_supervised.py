@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.func import vmap
 
 from lightning_lopt import tasks
-from lightning_lopt.tasks import datasets, sources, supervised
+from lightning_lopt.tasks import datasets, objectives, sources
 from lightning_lopt.tasks.supervised import Batch
 
 
@@ -131,25 +131,25 @@ def test_objectives_are_torchs():
     outputs, labels = torch.randn(8, 5), torch.randint(5, (8,))
     batch = Batch(torch.rand(8, 5), labels)
     close = torch.testing.assert_close
-    close(supervised.cross_entropy(outputs, batch), F.cross_entropy(outputs, labels))
+    close(objectives.cross_entropy(outputs, batch), F.cross_entropy(outputs, labels))
     probabilities = torch.sigmoid(outputs) / torch.sigmoid(outputs).sum(1, keepdim=True)
-    close(supervised.sigmoid_cross_entropy(outputs, batch), F.nll_loss(probabilities.log(), labels))
-    close(supervised.mse(outputs, batch), F.mse_loss(outputs, F.one_hot(labels, 5).float()))
-    close(supervised.reconstruction(outputs, batch), F.mse_loss(torch.sigmoid(outputs), batch.x))
+    close(objectives.sigmoid_cross_entropy(outputs, batch), F.nll_loss(probabilities.log(), labels))
+    close(objectives.mse(outputs, batch), F.mse_loss(outputs, F.one_hot(labels, 5).float()))
+    close(objectives.reconstruction(outputs, batch), F.mse_loss(torch.sigmoid(outputs), batch.x))
     targets = Batch(batch.x, torch.rand(8))
-    close(supervised.regression(outputs[:, :1], targets), F.mse_loss(outputs[:, 0], targets.y))
+    close(objectives.regression(outputs[:, :1], targets), F.mse_loss(outputs[:, 0], targets.y))
     binary = Batch(batch.x, labels % 2)
     expected = F.binary_cross_entropy_with_logits(outputs[:, 0], binary.y.float())
-    close(supervised.logistic(outputs[:, :1], binary), expected)
+    close(objectives.logistic(outputs[:, :1], binary), expected)
     words = Batch(torch.zeros(2, 4), torch.randint(5, (2, 4)))
     logits = torch.randn(2, 4, 5)
-    close(supervised.cross_entropy(logits, words), F.cross_entropy(logits.flatten(0, 1), words.y.flatten()))
+    close(objectives.cross_entropy(logits, words), F.cross_entropy(logits.flatten(0, 1), words.y.flatten()))
 
 
 def test_huge_outputs_do_not_overflow():
     outputs, batch = torch.tensor([[1e30, -1e30], [-1e4, 1e4]]), Batch(torch.zeros(2), torch.tensor([0, 0]))
-    assert supervised.cross_entropy(outputs, batch) == 1e4
-    assert supervised.logistic(outputs[1:, :1], Batch(torch.zeros(1), torch.tensor([1]))) == 1e4
+    assert objectives.cross_entropy(outputs, batch) == 1e4
+    assert objectives.logistic(outputs[1:, :1], Batch(torch.zeros(1), torch.tensor([1]))) == 1e4
 
 
 @pytest.mark.parametrize(("name", "share"), [("digits-logreg", 1.0), ("digits-mse-mlp", 1.0), ("two-moons", 1.0)])
