@@ -30,6 +30,8 @@ def compare(rule, mesh):
     whole = [nn.Parameter(start.clone()) for start in starts]
     sharded = [nn.Parameter(distribute_tensor(start, mesh, [Shard(0)])) for start in starts]
     optimizers = RuleOptimizer(whole, rule), RuleOptimizer(sharded, rule, safeguard=True)
+    for optimizer, params in zip(optimizers, (whole, sharded), strict=True):
+        optimizer.set_names((f"layers.{number}", param) for number, param in enumerate(params))
     for step in range(7):
         for plain, split in zip(whole, sharded, strict=True):
             plain.grad = torch.randn(plain.shape, generator=torch.Generator().manual_seed(step))

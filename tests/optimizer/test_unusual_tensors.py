@@ -168,6 +168,7 @@ CHANGES = (resize, resize_without_its_gradient, transpose, hand_the_state_over)
 def test_a_parameter_that_its_state_does_not_fit_is_named_before_anything_is_written(rule, change):
     params = parameters([(4, 3)] * 3)
     optimizer = RuleOptimizer(params, rule, backend="reference")
+    optimizer.set_names((str(number), param) for number, param in enumerate(params))
     for step in range(2):
         set_gradients(params, step)
         optimizer.step(loss=1.0)
@@ -216,6 +217,8 @@ def test_one_huge_gradient_leaves_parameters_finite_as_adamw_does(rule, shape, s
     for make in (torch.optim.AdamW, lambda params: RuleOptimizer(params, rule, backend="reference")):
         param = nn.Parameter(torch.zeros(shape))
         optimizer = make([param])
+        if make is not torch.optim.AdamW:
+            optimizer.set_names([("param", param)])
         for gradient in gradients:
             param.grad = gradient.clone()
             optimizer.step(*(() if make is torch.optim.AdamW else (lambda: torch.tensor(1.0),)))

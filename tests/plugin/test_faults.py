@@ -30,6 +30,7 @@ class Run:
         self.targets = self.inputs @ torch.randn(3, 2, generator=generator)
         self.param = torch.nn.Parameter(torch.zeros(3, 2))
         self.optimizer = RuleOptimizer([self.param], case.make(), safeguard=safeguard)
+        self.optimizer.set_names([("weight", self.param)])
         self.losses = []
 
     def loss(self, targets=None):
