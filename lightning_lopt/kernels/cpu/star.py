@@ -108,7 +108,7 @@ class StarKernel(tensors.TensorKernel):
     def geometry(self, param: Tensor, num_tensors: int | None) -> bytes:
         """What C++ knows of a parameter beside its addresses: its shape as [A, X, B, Y, C], see star.cpp."""
         shape, limit = param.shape, tensors.LIMITS[param.dtype]
-        if (dims := factored_dims(shape)) is None:
+        if (dims := factored_dims(shape, self.rule.config.layout)) is None:
             return GEOMETRY.pack(param.numel(), 0, 0, 0, 0, 0, 0, limit)
         first, second = sorted(dims)
         before, between, after = shape[:first], shape[first + 1 : second], shape[second + 1 :]
