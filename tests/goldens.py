@@ -52,6 +52,13 @@ class Golden(NamedTuple):
         return recorded.reshape(recorded.shape[0], *shape)
 
 
+def to_torch(array: np.ndarray) -> Tensor:
+    """An array in JAX's layout, (*spatial, in, out), as a tensor in torch's, (out, in, *spatial)."""
+    array = np.asarray(array)
+    dims = range(array.ndim)
+    return torch.tensor(array.transpose(*reversed(dims[-2:]), *dims[:-2]))
+
+
 def load(name: str, precision: str) -> Golden:
     data = np.load(FIXTURES / f"{name}_{precision}.npz")
     kind = name.split("_")[0]

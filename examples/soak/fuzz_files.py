@@ -3,9 +3,9 @@
     python examples/soak/fuzz_files.py --cases 100000
     python examples/soak/fuzz_files.py --cases 100000 --atheris     # coverage-guided; pip install atheris
 
-Covers our own files, PyLO's, and learned_optimization's theta.state. Each case must load as a sound rule or raise a
-one-line ValueError. Loading must not open other files, start processes, import modules or look up addresses, and memory
-must not grow by 100 MB.
+Covers our own files, PyLO's, learned_optimization's theta.state and Celo2's. Each case must load as a sound rule or
+raise a one-line ValueError. Loading must not open other files, start processes, import modules or look up addresses,
+and memory must not grow by 100 MB.
 """
 
 from __future__ import annotations
@@ -33,14 +33,15 @@ from torch import Tensor
 
 import lightning_lopt as lopt
 from lightning_lopt.hub import files, importers
-from lightning_lopt.rules import REGISTRY, RuleConfig
+from lightning_lopt.rules import REGISTRY, RuleConfig, celo2
 
 
 def packed(value: Any) -> bytes:
     """Nested dicts of tensors in msgpack, as flax.serialization.to_bytes writes them."""
     if isinstance(value, dict):
         items = b"".join(packed(name) + packed(entry) for name, entry in value.items())
-        return bytes([0x80 + len(value)]) + items
+        head = bytes([0x80 + len(value)]) if len(value) < 16 else b"\xde" + struct.pack(">H", len(value))
+        return head + items
     if isinstance(value, str):
         return bytes([0xA0 + len(value)]) + value.encode()
     if isinstance(value, Tensor):
@@ -57,6 +58,10 @@ def packed(value: Any) -> bytes:
 def theta_of(rule: Any) -> dict[str, Any]:
     """The tree that learned_optimization saves: the network's layers in a module without a name."""
     values = dict(rule.named_parameters())
+    if isinstance(rule, lopt.rules.Celo2):
+        blocks = values.pop("w0").split(celo2.WIDTHS)
+        values |= {f"w0__{number}": block for number, block in enumerate(blocks)}
+        return {"ff_mod_stack": {"~": {name: values[name] for name in sorted(values)}}}
     decays = {name: values[name] for name in ("momentum_decays", "rms_decays", "adafactor_decays")}
     return {**decays, "nn": {"~": {name: values[name] for name in sorted(values) if name not in decays}}}
 
@@ -74,10 +79,31 @@ def pylo_files(hidden_size: int = 32, hidden_layers: int = 1) -> dict[str, bytes
     return {"config.json": json.dumps(spec, indent=2, sort_keys=True).encode(), "model.safetensors": weights}
 
 
+def pylo_celo2_files(rule: Any) -> dict[str, bytes]:
+    """A CELO2MLP as PyLO saves it."""
+    blocks = rule.w0.detach().split(celo2.WIDTHS)
+    tensors = {f"w0.{number}": block.clone() for number, block in enumerate(blocks)} | {"b0": rule.b0.detach()}
+    for layer in (1, 2):
+        tensors[f"dense_w.{layer - 1}"] = getattr(rule, f"w{layer}").detach()
+        tensors[f"dense_b.{layer - 1}"] = getattr(rule, f"b{layer}").detach()
+    spec = {"activation": "relu", "feature_dims": list(celo2.WIDTHS), "hidden_layers": 2, "hidden_size": len(rule.b0)}
+    spec["output_size"] = 3
+    weights = safetensors.torch.save(tensors)
+    return {"config.json": json.dumps(spec, indent=2, sort_keys=True).encode(), "model.safetensors": weights}
+
+
+def celo2_repo(rule: Any, optimizer: str = "celo2") -> dict[str, bytes]:
+    """The files that Celo2's authors publish: the network, and the arguments of its meta-training."""
+    spec = {"step_mult": 0.001, "weight_decay": 0.0, "trunc_length": 50, "optimizer": optimizer, "task": "fast_velo"}
+    return {"config.json": json.dumps(spec, indent=4).encode(), "theta.state": packed(theta_of(rule))}
+
+
 KINDS = sorted(REGISTRY)
 SOUND = {kind: files.serialize(lopt.rules.make(kind)) for kind in KINDS}
 SOUND["PyLO"] = pylo_files()
-THETAS = [packed(theta_of(lopt.rules.make(kind))) for kind in ("star", "blackbox")]
+SOUND["PyLO's Celo2"] = pylo_celo2_files(lopt.rules.make("celo2"))
+THETAS = [packed(theta_of(lopt.rules.make(kind))) for kind in ("star", "blackbox", "celo2")]
+CELO2 = celo2_repo(lopt.rules.make("celo2"))
 PIECES = (
     b'"',
     b"{",
@@ -179,11 +205,15 @@ def large(rng: random.Random, size: int) -> bytes:
 
 def case(rng: random.Random) -> tuple[str, dict[str, bytes]]:
     """Draw a case: its name and its files."""
-    forms = ("config bytes", "config values", "weights bytes", "header bytes", "header values", "theta")
+    forms = ("config bytes", "config values", "weights bytes", "header bytes", "header values", "theta", "Celo2's")
     form = "large" if rng.random() < 0.01 else rng.choice(forms)
     if form == "theta":
         return form, {"theta.state": mutated(rng, rng.choice(THETAS))}
-    kind = rng.choice((*KINDS, "PyLO", "PyLO"))
+    if form == "Celo2's":
+        config = rng.choice((mutated, config_values))(rng, CELO2["config.json"])
+        changes = ({"config.json": config}, {"theta.state": mutated(rng, CELO2["theta.state"])})
+        return form, {**CELO2, **rng.choice(changes)}
+    kind = rng.choice((*KINDS, "PyLO", "PyLO's Celo2"))
     config, weights = SOUND[kind]["config.json"], SOUND[kind]["model.safetensors"]
     if rng.random() < 0.5:  # with the digest most changed weights would be refused
         spec = json.loads(config)
@@ -316,7 +346,7 @@ def run_atheris(cases: int, seed: int, folder: Path, counts: Counter[str]) -> No
 
     def one(data: bytes) -> None:
         first = data[:1] or b"{"
-        kind = "PyLO" if b"input" in data else "star"
+        kind = "PyLO" if b"input" in data else "PyLO's Celo2" if b"feature" in data else "star"
         contents = {"config.json": configs[kind].encode(), "model.safetensors": SOUND[kind]["model.safetensors"]}
         if 0x80 <= first[0] <= 0x8F:  # a map in msgpack
             contents = {"theta.state": data}

@@ -41,6 +41,8 @@ RULES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("star", {**NETWORK, "aggregate_magnitude": True, "aggregate_nom_magnitude": True}),
     ("hyperparam", {"nominal_stepsize": 1e-2}),
     ("blackbox", {}),
+    ("celo2", {}),
+    ("celo2_base", {}),
     ("lstm", {"nominal_stepsize": 1e-2, "nominal_controller": True, "out_scale": 1e-2}),
     ("lstm_dmd", {"num_snapshots": 3, "rank": 2, "out_scale": 1e-2}),
     ("lstm_dmd", {"num_snapshots": 3, "scope": "tensor", "out_scale": 1e-2}),

@@ -20,7 +20,6 @@ from lightning_lopt.hub.errors import clip, show
 from lightning_lopt.hub.files import (
     CARD,
     CONFIG,
-    WEIGHTS,
     build,
     library_version,
     model_card,
@@ -45,9 +44,9 @@ def load_rule(
 ) -> UpdateRule:
     """Load a rule by name; `rule.source` records where it came from.
 
-    Two foreign formats are read as well: PyLO's small_fc_lopt networks (MetaMLP), and directories with a `theta.state`
-    of learned_optimization (small_fc_lopt, STAR). Values that these formats leave out are set as their authors use
-    them, with a warning; `save_rule` then stores them.
+    Foreign formats are read as well: PyLO's networks of small_fc_lopt (MetaMLP) and Celo2 (CELO2MLP), directories with
+    a `theta.state` of learned_optimization (small_fc_lopt, STAR, Celo2), and the repos of Celo2's authors. Values that
+    these formats leave out are set as their authors use them, with a warning; `save_rule` then stores them.
 
     Args:
         name_or_path: a bundled name ("star"), a directory ("./star"), or a Hub repo id ("owner/name"); tried in this
@@ -92,16 +91,16 @@ def load_rule(
         )
     if not (directory / CONFIG).exists() and (directory / importers.THETA).is_file():
         file = f"{name}/{importers.THETA}"
-        rule = importers.from_theta(files.read_theta(directory / importers.THETA, file), file)
-        warnings.warn(f"{clip(file, 80)}: {importers.CONSTRUCTOR}.", stacklevel=2)
+        rule, left_out = importers.from_theta(files.read_theta(directory / importers.THETA, file), file)
+        warnings.warn(f"{clip(file, 80)}: {left_out}.", stacklevel=2)
         rule.source = Source(name, None)
         return rule
     template = read_config(directory / CONFIG, f"{name}/{CONFIG}")
-    return build(template, directory / WEIGHTS, f"{name}/{WEIGHTS}", Source(name, None))
+    return build(template, directory / template.weights, f"{name}/{template.weights}", Source(name, None))
 
 
 def read_theta(path: str | Path) -> dict[str, Tensor]:
-    """Read the arrays of learned_optimization's `theta.state`, to pass to `rules.STAR.from_jax` with its arguments.
+    """Read the arrays of learned_optimization's `theta.state`, for `rules.STAR.from_jax` or `rules.Celo2.from_jax`.
 
     Args:
         path: the file.
@@ -204,6 +203,6 @@ def _load_from_hub(repo_id: str, revision: str | None, access: Access) -> Update
     path = fetch(repo_id, CONFIG, revision, access)
     sha = path.parent.name  # the cache keeps the files of a commit in a folder named by its sha
     label = f"{repo_id}@{sha[:12]}"
-    template = read_config(path, f"{label}/{CONFIG}")
-    weights = fetch(repo_id, WEIGHTS, sha, access)  # from the same commit, even if the branch has moved since
-    return build(template, weights, f"{label}/{WEIGHTS}", Source(repo_id, sha))
+    template = read_config(path, f"{label}/{CONFIG}", repo_id)
+    weights = fetch(repo_id, template.weights, sha, access)  # from the same commit, even if the branch has moved since
+    return build(template, weights, f"{label}/{template.weights}", Source(repo_id, sha))

@@ -34,7 +34,7 @@ from lightning_lopt.hub.errors import clip, refusal, show
 from lightning_lopt.rules import REGISTRY, Source, UpdateRule
 
 FORMAT_VERSION = 1
-CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+CONFIG, WEIGHTS, CARD = "config.json", importers.SAFETENSORS, "README.md"
 MAX_BYTES = {CONFIG: 64 << 10, WEIGHTS: 16 << 20, importers.THETA: 4 << 20}  # loading needs about 5x the file size
 MAX_HEADER_BYTES = 1 << 20
 DTYPES = ("F16", "BF16", "F32", "F64")
@@ -46,7 +46,12 @@ class Template(NamedTuple):
 
     rule: UpdateRule  # on the meta device: shapes without memory
     sha256: str | None  # of the weights file that belongs to it; None if the file does not say
-    names: dict[str, str] | None = None  # meta-parameter -> tensor name in a PyLO file, see `importers`
+    foreign: importers.Foreign | None = None  # for another package's file
+
+    @property
+    def weights(self) -> str:
+        """The name of the file with the weights."""
+        return WEIGHTS if self.foreign is None else self.foreign.weights
 
 
 @functools.cache
@@ -61,8 +66,8 @@ def library_version() -> str:
 @contextmanager
 def _open(path: Path, file: str, name: str) -> Iterator[BinaryIO]:
     if not path.is_file():  # opening a named pipe would block forever
-        todo = "Only safetensors are read" if name == WEIGHTS else "save_rule writes one"
-        raise refusal(file, "is missing or is not a regular file", f"{todo}; check the directory.")
+        todo = {WEIGHTS: "Only safetensors are read; check", CONFIG: "save_rule writes one; check"}.get(name, "Check")
+        raise refusal(file, "is missing or is not a regular file", f"{todo} the directory.")
     with path.open("rb") as stream:
         check_size(os.fstat(stream.fileno()).st_size, name, file)
         yield stream
@@ -74,17 +79,16 @@ def check_size(size: int, name: str, file: str) -> None:
         raise refusal(file, f"has {size} bytes; at most {MAX_BYTES[name]} are allowed", "This is not a rule file.")
 
 
-def read_config(path: Path, file: str) -> Template:
-    """Read a config.json; `file` is its name in error messages."""
+def read_config(path: Path, file: str, repo_id: str = "") -> Template:
+    """Read a config.json; `file` is its name in error messages, `repo_id` the Hub repo that it is from."""
     with _open(path, file, CONFIG) as stream:
-        return _parse_config(stream.read(), file)
+        return _parse_config(stream.read(), file, repo_id)
 
 
-def _parse_config(data: bytes, file: str) -> Template:
+def _parse_config(data: bytes, file: str, repo_id: str = "") -> Template:
     spec = _parse_json(data, file)
-    if "format_version" not in spec and (sizes := importers.pylo_values(spec, file)) is not None:
-        rule = _described("blackbox", sizes, file)
-        return Template(rule, None, importers.pylo_names(rule))
+    if (foreign := importers.foreign_format(spec, file, repo_id)) is not None:
+        return Template(_described(foreign.kind, foreign.values, file), None, foreign)
     version, kind, values, sha256 = (spec.get(key) for key in ("format_version", "kind", "config", "sha256"))
     if type(version) is not int or version < 1:
         raise refusal(file, f"format_version={show(version)}; allowed is {FORMAT_VERSION}", "This is not a rule file.")
@@ -146,9 +150,9 @@ def _parse_json(data: bytes, file: str) -> dict[str, Any]:
 
 def build(template: Template, weights: Path, file: str, source: Source) -> UpdateRule:
     """Build the rule that a template describes, with weights from a file that must contain exactly its tensors."""
-    with _open(weights, file, WEIGHTS) as stream:
-        data = stream.read(MAX_BYTES[WEIGHTS] + 1)  # bounded even if the file grows meanwhile
-    check_size(len(data), WEIGHTS, file)
+    with _open(weights, file, template.weights) as stream:
+        data = stream.read(MAX_BYTES[template.weights] + 1)  # bounded even if the file grows meanwhile
+    check_size(len(data), template.weights, file)
     mixed = template.sha256 is not None and hashlib.sha256(data).hexdigest() != template.sha256
     what = f"is not the file that {CONFIG} was saved with: its sha256 differs"
     if mixed and (previous := _previous_files(weights.parent)):
@@ -156,9 +160,10 @@ def build(template: Template, weights: Path, file: str, source: Source) -> Updat
     tensors = _parse_weights(data, template, file)  # its errors are more precise than "the sha256 differs"
     if mixed:
         raise refusal(file, what, "Take both files from the same save, or save the rule again.")
-    if template.names is not None:
-        tensors = importers.from_pylo(tensors, template.rule)
-        warnings.warn(f"{clip(file, 80)}: {importers.LEFT_OUT}.", stacklevel=3)
+    if template.foreign is not None:
+        tensors = template.foreign.convert(tensors, template.rule)
+        if template.foreign.left_out is not None:
+            warnings.warn(f"{clip(file, 80)}: {template.foreign.left_out}.", stacklevel=3)
     rule = _make(template.rule.kind, template.rule.config, "cpu")
     rule.load_state_dict(tensors, strict=True, assign=True)  # assign: keep the file's dtype
     rule.source = source
@@ -178,6 +183,10 @@ def read_theta(path: Path, file: str) -> dict[str, Tensor]:
 
 
 def _parse_weights(data: bytes, template: Template, file: str) -> dict[str, Tensor]:
+    if template.weights == importers.THETA:
+        theta = importers.parse_theta(data, file)
+        importers.check_arrays(theta, _expected_shapes(template), file)
+        return theta
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > min(MAX_HEADER_BYTES, len(data) - 8):
         what = "is truncated or not a safetensors file"
@@ -203,9 +212,7 @@ def _check_header(header: dict[str, Any], template: Template, file: str) -> None
     if found_kind != kind:
         what = f"is of kind {show(found_kind)}, but {CONFIG} is of kind {kind!r}"
         raise refusal(file, what, "Take both files from the same rule.")
-    expected = {name: list(tensor.shape) for name, tensor in template.rule.state_dict().items()}
-    if template.names is not None:
-        expected = {theirs: expected[name][::-1] for name, theirs in template.names.items()}
+    expected = _expected_shapes(template)
     for problem, names in (
         ("missing", expected.keys() - header.keys()),
         ("unexpected", header.keys() - expected.keys()),
@@ -221,6 +228,12 @@ def _check_header(header: dict[str, Any], template: Template, file: str) -> None
         if not isinstance(dtype := entry.get("dtype"), str) or dtype not in DTYPES:
             what = f"tensor {name!r} has dtype {show(dtype)}; allowed are {', '.join(DTYPES)}"
             raise refusal(file, what, "Convert it to F32.")
+
+
+def _expected_shapes(template: Template) -> dict[str, list[int]]:
+    if template.foreign is not None:
+        return template.foreign.shapes(template.rule)
+    return {name: list(tensor.shape) for name, tensor in template.rule.state_dict().items()}
 
 
 def serialize(rule: UpdateRule) -> dict[str, bytes]:

@@ -1,62 +1,106 @@
-"""Import small_fc_lopt networks from other packages: PyLO's files on the Hub, and the authors' own JAX files.
+"""Import networks of other packages: PyLO's files on the Hub, and the authors' own JAX files.
 
-PyLO (github.com/Belilovsky-Lab/pylo) publishes `config.json`, which has three numbers, and `model.safetensors`, the
-layers of a torch MLP. The files leave out the decays and multipliers, which are arguments of PyLO's optimizers. We use
-those of its AdafacLO, for which btherien/mulo was trained.
+PyLO (github.com/Belilovsky-Lab/pylo) publishes `config.json`, which has a few sizes, and `model.safetensors`, the
+layers of small_fc_lopt's network (MetaMLP) or Celo2's (CELO2MLP). The files leave out the decays and multipliers, which
+are arguments of PyLO's optimizers. We use those of its AdafacLO, for which btherien/mulo was trained, or of its ELO.
 
 learned_optimization (Metz et al. 2022, and STAR's authors) writes `theta.state`: a tree of arrays that flax encodes as
 msgpack. This module decodes only the part of msgpack that such a tree uses: maps with string keys, and arrays as
-extension type 1.
+extension type 1. Celo2's authors publish such a file, with the arguments of their meta-training as `config.json`.
+
+All of these were meta-trained in JAX, also those that PyLO publishes, so their rules have the layout "jax".
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_lopt.hub.errors import clip, refusal, show
-from lightning_lopt.rules import UpdateRule, make
+from lightning_lopt.rules import UpdateRule, celo2, make
 
 THETA = "theta.state"
+SAFETENSORS = "model.safetensors"
 
-# --- PyLO ---
 
-_KEYS = {"hidden_layers", "hidden_size", "input_size"}
-_OTHERS = {"lstm_hidden_size": "VeLO_RNN", "param_inits": "VeLO_MLP", "feature_dims": "CELO2MLP"}
+class Foreign(NamedTuple):
+    """How to read a rule that another package has saved."""
+
+    kind: str
+    values: dict[str, Any]  # of the configuration
+    weights: str  # the file that has them
+    shapes: Callable[[UpdateRule], dict[str, list[int]]]  # of the file's tensors, by their names there
+    convert: Callable[[Mapping[str, Tensor], UpdateRule], dict[str, Tensor]]  # the file's tensors to the rule's
+    left_out: str | None  # what a warning says; None if the file says it all
+
+
+def foreign_format(spec: Mapping[str, Any], file: str, repo_id: str) -> Foreign | None:
+    """Recognize another package's config.json; None if it is none of those.
+
+    Args:
+        spec: the JSON object.
+        file: its name in error messages.
+        repo_id: the Hub repo that it came from; "" for a directory.
+    """
+    if "format_version" in spec:
+        return None
+    for key, name in _OTHERS.items():
+        if key in spec:
+            raise refusal(file, f"describes PyLO's {name}", "Only its MetaMLP and its CELO2MLP can be read.")
+    if "feature_dims" in spec:
+        return _pylo_celo2(spec, file)
+    if _META_MLP & set(spec):
+        return _pylo_meta_mlp(spec, file, repo_id)
+    return _celo2_training(spec, file) if "optimizer" in spec else None
+
+
+# --- PyLO's small_fc_lopt ---
+
+_META_MLP = {"hidden_layers", "hidden_size", "input_size"}
+_OTHERS = {"lstm_hidden_size": "VeLO_RNN", "param_inits": "VeLO_MLP"}
 # Stored as offsets, as in our own files; an offset of 0 means the decays 0.9, 0.99, 0.999 and 0.999.
 _ADAFAC_LO = {
     "momentum_decays": (0.15216392, 0.14245212, 0.06812963),
     "rms_decays": (0.01079706,),
     "adafactor_decays": (0.18621896, -0.10864615, -0.06185547),
 }
-LEFT_OUT = (
-    "PyLO's format leaves out decays and multipliers, so those of its AdafacLO (btherien/mulo) are used. For a network "
-    "of another optimizer, set them (rule.momentum_decays, ...; step_mult) and save the rule"
+_ELO = {name: (0.0,) * len(offsets) for name, offsets in _ADAFAC_LO.items()}
+_ELO_REPO = "DiamondXL/elo"  # by nothing else does it differ from AdafacLO's
+_META_MLP_LEAVES_OUT = (
+    "PyLO's format leaves out decays and multipliers, so those of its {optimizer} are used. For a network of another "
+    "optimizer, set them (rule.momentum_decays, ...; step_mult; 0 and 1e-3 for ELO) and save the rule"
 )
 
 
-def pylo_values(spec: Mapping[str, Any], file: str) -> dict[str, Any] | None:
-    """Translate PyLO's config.json to a configuration of kind "blackbox"; None if the file is not PyLO's."""
-    for key, name in _OTHERS.items():
-        if key in spec:
-            raise refusal(file, f"describes PyLO's {name}", "Only its MetaMLP (AdafacLO, MuLO, ELO) can be read.")
-    if not _KEYS & set(spec):
-        return None
-    sizes = {key: spec.get(key) for key in sorted(_KEYS)}
+def _pylo_meta_mlp(spec: Mapping[str, Any], file: str, repo_id: str) -> Foreign:
+    sizes = {key: spec.get(key) for key in sorted(_META_MLP)}
     wrong = [key for key, size in sizes.items() if type(size) is not int or size < 0]
-    if wrong or set(spec) != _KEYS or spec["input_size"] != 39:
+    if wrong or set(spec) != _META_MLP or spec["input_size"] != 39:
         what = f"{show(dict(spec))} is not a configuration of PyLO's MetaMLP with input_size 39"
-        raise refusal(file, what, f"It must have {', '.join(sorted(_KEYS))}, all integers.")
+        raise refusal(file, what, f"It must have {', '.join(sorted(_META_MLP))}, all integers.")
     layers = spec["hidden_layers"] + 1  # PyLO counts the matrices between hidden layers
-    return {"hidden_size": spec["hidden_size"], "hidden_layers": layers, "step_mult": 0.01, "exp_mult": 0.001}
+    is_elo = repo_id == _ELO_REPO
+    offsets, step_mult = (_ELO, 0.001) if is_elo else (_ADAFAC_LO, 0.01)
+    values = {"hidden_size": spec["hidden_size"], "hidden_layers": layers, "layout": "jax"}
+    values |= {"step_mult": step_mult, "exp_mult": 0.001}
+
+    def convert(tensors: Mapping[str, Tensor], rule: UpdateRule) -> dict[str, Tensor]:
+        ours = {
+            name: tensors[theirs].mT.contiguous() for name, theirs in _meta_mlp_names(rule).items() if name[0] == "w"
+        }
+        ours |= {name: tensors[theirs] for name, theirs in _meta_mlp_names(rule).items() if name[0] == "b"}
+        return ours | {name: torch.tensor(values, dtype=ours["w0"].dtype) for name, values in offsets.items()}
+
+    left_out = _META_MLP_LEAVES_OUT.format(optimizer="ELO" if is_elo else "AdafacLO (btherien/mulo)")
+    return Foreign("blackbox", values, SAFETENSORS, _meta_mlp_shapes, convert, left_out)
 
 
-def pylo_names(rule: UpdateRule) -> dict[str, str]:
-    """Map names of meta-parameters to names in PyLO's file, which has matrices transposed and lacks the decays."""
+def _meta_mlp_names(rule: UpdateRule) -> dict[str, str]:
+    """Our names of the layers -> PyLO's."""
     last = sum(name.startswith("w") for name, _ in rule.named_parameters()) - 1
     places = ["input", *(f"linear_{layer}" for layer in range(last - 1)), "output"]
     suffixes = {"w": "weight", "b": "bias"}
@@ -67,42 +111,120 @@ def pylo_names(rule: UpdateRule) -> dict[str, str]:
     }
 
 
-def from_pylo(tensors: Mapping[str, Tensor], rule: UpdateRule) -> dict[str, Tensor]:
-    """Convert PyLO's tensors to ours, and add the decays that its files leave out."""
-    ours = {name: tensors[theirs].mT.contiguous() for name, theirs in pylo_names(rule).items() if name[0] == "w"}
-    ours |= {name: tensors[theirs] for name, theirs in pylo_names(rule).items() if name[0] == "b"}
-    return ours | {name: torch.tensor(offsets, dtype=ours["w0"].dtype) for name, offsets in _ADAFAC_LO.items()}
+def _meta_mlp_shapes(rule: UpdateRule) -> dict[str, list[int]]:
+    """PyLO's matrices are transposed."""
+    shapes = {name: list(tensor.shape) for name, tensor in rule.state_dict().items()}
+    return {theirs: shapes[name][::-1] for name, theirs in _meta_mlp_names(rule).items()}
+
+
+# --- Celo2 ---
+
+_CELO2_MLP = {"activation": "relu", "feature_dims": list(celo2.WIDTHS), "hidden_layers": 2, "output_size": 3}
+_CELO2_OPTIMIZERS = {"celo2": "celo2", "celo2base": "celo2_base"}  # in the authors' code -> our kind
+_PYLO_CELO2_LEAVES_OUT = (
+    "PyLO's format leaves out everything but the network, so the published celo2's options are used. Tune step_size "
+    "and weight_decay"
+)
+_THETA_CELO2_LEAVES_OUT = (
+    "theta.state leaves out which variant it is; celo2 (with Newton-Schulz, and AdamW for vectors and embeddings) is "
+    "used. For the other: rules.Celo2.from_jax(hub.read_theta(path), kind='celo2_base')"
+)
+
+
+def _pylo_celo2(spec: Mapping[str, Any], file: str) -> Foreign:
+    wrong = [key for key, value in _CELO2_MLP.items() if spec.get(key) != value]
+    if wrong or set(spec) != {*_CELO2_MLP, "hidden_size"}:
+        key = (wrong or sorted(set(spec) ^ {*_CELO2_MLP, "hidden_size"}))[0]
+        what = f"{key}={show(spec.get(key))} is not that of PyLO's CELO2MLP"
+        raise refusal(file, what, f"Besides hidden_size, it must have {_CELO2_MLP}.")
+    values = {"hidden_size": spec["hidden_size"]}
+    return Foreign("celo2", values, SAFETENSORS, _pylo_celo2_shapes, _from_pylo_celo2, _PYLO_CELO2_LEAVES_OUT)
+
+
+def _celo2_training(spec: Mapping[str, Any], file: str) -> Foreign:
+    """The arguments of Celo2's meta-training, which its authors publish beside theta.state."""
+    optimizer = spec["optimizer"]
+    if not isinstance(optimizer, str) or optimizer not in _CELO2_OPTIMIZERS:
+        what = f"describes the meta-training of optimizer {show(optimizer)}"
+        raise refusal(file, what, f"Only {' and '.join(_CELO2_OPTIMIZERS)} can be read.")
+    values = {"step_size": spec.get("step_mult", 0.001), "weight_decay": spec.get("weight_decay", 0.0)}
+    return Foreign(_CELO2_OPTIMIZERS[optimizer], values, THETA, _celo2_shapes, _from_celo2, None)
+
+
+def _celo2_shapes(rule: UpdateRule) -> dict[str, list[int]]:
+    """The authors' arrays: w0 in blocks."""
+    shapes = {name: list(tensor.shape) for name, tensor in rule.state_dict().items()}
+    units = shapes.pop("w0")[1]
+    return {f"w0__{block}": [width, units] for block, width in enumerate(celo2.WIDTHS)} | shapes
+
+
+def _from_celo2(tensors: Mapping[str, Tensor], rule: UpdateRule) -> dict[str, Tensor]:
+    first = torch.cat([tensors[f"w0__{block}"] for block in range(len(celo2.WIDTHS))])
+    return {"w0": first, **{name: tensors[name] for name in rule.state_dict() if name != "w0"}}
+
+
+def _pylo_celo2_names(rule: UpdateRule) -> dict[str, str]:
+    """The authors' names of the arrays -> PyLO's, which have the same layout."""
+    names = {name: name.replace("__", ".") for name in _celo2_shapes(rule)}
+    return names | {f"{letter}{layer}": f"dense_{letter}.{layer - 1}" for letter in "wb" for layer in (1, 2)}
+
+
+def _pylo_celo2_shapes(rule: UpdateRule) -> dict[str, list[int]]:
+    shapes = _celo2_shapes(rule)
+    return {theirs: shapes[name] for name, theirs in _pylo_celo2_names(rule).items()}
+
+
+def _from_pylo_celo2(tensors: Mapping[str, Tensor], rule: UpdateRule) -> dict[str, Tensor]:
+    return _from_celo2({name: tensors[theirs] for name, theirs in _pylo_celo2_names(rule).items()}, rule)
 
 
 # --- learned_optimization ---
 
-CONSTRUCTOR = (
+_THETA_LEAVES_OUT = (
     "theta.state leaves out the constructor's arguments, so the paper's (STAR) or learned_optimization's defaults "
     "(small_fc_lopt) are used. For others: rules.STAR.from_jax(hub.read_theta(path), **arguments)"
 )
 
 
-def from_theta(theta: Mapping[str, Tensor], file: str) -> UpdateRule:
-    """Build the rule of a theta.state. Its kind is "blackbox" with two network outputs, and "star" with four."""
+def from_theta(theta: Mapping[str, Tensor], file: str) -> tuple[UpdateRule, str]:
+    """Build the rule of a theta.state without a config.json; also what a warning says.
+
+    Celo2 has its first layer in blocks. Else the kind is "blackbox" with two network outputs, and "star" with four.
+    """
+    if any(name.startswith("w0__") for name in theta):
+        rule = _made("celo2", {"hidden_size": theta.get("b0", torch.zeros(0)).numel() or 8}, file)
+        check_arrays(theta, _celo2_shapes(rule), file)
+        rule.load_state_dict(_from_celo2(theta, rule), assign=True)
+        return rule, _THETA_CELO2_LEAVES_OUT
     layers = [name for name in theta if name.startswith("w")]
     first = theta.get("w0", torch.zeros(0))
     last = theta.get(f"w{len(layers) - 1}", torch.zeros(0))
     if first.dim() != 2 or last.dim() != 2 or last.shape[1] not in (2, 4):
         what = f"has no layers w0, w1, ... with 2 or 4 outputs; it has {clip(', '.join(sorted(theta)), 60)}"
-        raise refusal(file, what, "Only small_fc_lopt (AdafacMLPLOpt) and STAR (MLPNomLOpt) can be read.")
+        raise refusal(file, what, "Only small_fc_lopt (AdafacMLPLOpt), STAR (MLPNomLOpt) and Celo2 can be read.")
     kind = "blackbox" if last.shape[1] == 2 else "star"
+    values = {"hidden_size": first.shape[1], "hidden_layers": len(layers) - 1, "layout": "jax"}
+    rule = _made(kind, values, file)
+    check_arrays(theta, {name: list(tensor.shape) for name, tensor in rule.state_dict().items()}, file)
+    rule.load_state_dict(dict(theta), assign=True)
+    return rule, _THETA_LEAVES_OUT
+
+
+def check_arrays(theta: Mapping[str, Tensor], expected: Mapping[str, list[int]], file: str) -> None:
+    """Raise a ValueError that names the first array of a theta.state that is missing, unknown or of another shape."""
+    for name in sorted(expected.keys() | theta.keys()):
+        found = tuple(theta[name].shape) if name in theta else None
+        wanted = tuple(expected[name]) if name in expected else None
+        if found != wanted:
+            what = f"array {show(name)} has shape {found}, expected {wanted} (None: absent)"
+            raise refusal(file, what, "Get another copy.")
+
+
+def _made(kind: str, values: dict[str, Any], file: str) -> UpdateRule:
     try:
-        rule = make(kind, hidden_size=first.shape[1], hidden_layers=len(layers) - 1)
+        return make(kind, **values)
     except ValueError as error:
         raise refusal(file, str(error), "These are not the meta-parameters of such a rule.") from None
-    expected = {name: tuple(p.shape) for name, p in rule.named_parameters()}
-    found = {name: tuple(tensor.shape) for name, tensor in theta.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            what = f"array {show(name)} has shape {found.get(name)}, expected {expected.get(name)} (None: absent)"
-            raise refusal(file, what, "Get another copy.")
-    rule.load_state_dict(dict(theta), assign=True)
-    return rule
 
 
 def parse_theta(data: bytes, file: str) -> dict[str, Tensor]:

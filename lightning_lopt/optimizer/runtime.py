@@ -61,7 +61,7 @@ class Runtime:
                     self.names[own] = name
         if param not in self.names:
             raise RuntimeError(
-                f"The rule chooses networks by name, and that of a parameter of shape {tuple(param.shape)} is unknown. "
+                f"The rule looks at names, and that of a parameter of shape {tuple(param.shape)} is unknown. "
                 "Make the optimizer from model.named_parameters(), or call set_names(model.named_parameters())."
             )
         return cast(str, self.names[param])

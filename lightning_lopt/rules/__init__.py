@@ -11,6 +11,7 @@ from lightning_lopt.rules.base import (
     make,
     register,
 )
+from lightning_lopt.rules.celo2 import Celo2, Celo2Config
 from lightning_lopt.rules.gru import GRUConfig, GRURule
 from lightning_lopt.rules.history import HistoryConfig, NormalizedHistory
 from lightning_lopt.rules.lstm import LSTMConfig, LSTMRule
@@ -24,6 +25,8 @@ __all__ = [
     "REGISTRY",
     "SOAP",
     "STAR",
+    "Celo2",
+    "Celo2Config",
     "GRUConfig",
     "GRURule",
     "HistoryConfig",

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from lightning_lopt.rules import features as feats
 from lightning_lopt.rules import nominal
 from lightning_lopt.rules.base import RuleConfig, StepContext, UpdateRule, register
+from lightning_lopt.rules.jax_arrays import as_tensors, check_shapes
 from lightning_lopt.rules.shards import TensorShard, local, means, whole_shape
 
 
@@ -70,6 +71,9 @@ class STARConfig(RuleConfig):
     """Units of each hidden layer."""
     hidden_layers: int = 2
     """Hidden layers."""
+    layout: str = "torch"
+    """Layout of the tensors that the weights were trained on, torch or jax. It says which of two equal dims the rows
+    are; `from_jax` and the importers set it."""
     num_heads: int = 4
     """4 (STAR) or 2 (blackbox: direction and magnitude)."""
     initial_momentum_decays: tuple[float, float, float] = (0.9, 0.99, 0.999)
@@ -97,6 +101,7 @@ class STARConfig(RuleConfig):
         self.check_number("eps", 1e-20, 1.0)
         self.check_integer("hidden_size", 1, 1024)
         self.check_integer("hidden_layers", 1, 16)
+        self.check(self.layout in list(feats.LAYOUTS), "layout", f"one of {list(feats.LAYOUTS)}")
         self.check(type(self.num_heads) is int and self.num_heads in (2, 4), "num_heads", "2 or 4")
         for name in ("nominal_controller", "regularization_controller"):
             self.check(
@@ -150,7 +155,7 @@ class STAR(UpdateRule):
 
     def init_state(self, param: Tensor) -> feats.Accumulators:
         """Zero accumulators."""
-        return feats.init_accumulators(param)
+        return feats.init_accumulators(param, self.config.layout)
 
     def update(
         self,
@@ -161,7 +166,7 @@ class STAR(UpdateRule):
         context: StepContext,
     ) -> tuple[Tensor, feats.Accumulators]:
         """One step: accumulators first, then the features from them, then the network's heads, then the two terms."""
-        state = feats.update_accumulators(state, grad, self.decays(meta_params), context.shard)
+        state = self._accumulated(meta_params, grad, state, context)
         terms = self._terms(meta_params, grad, state, param, context)
         return sum(terms.values(), torch.zeros_like(param)), state
 
@@ -174,7 +179,7 @@ class STAR(UpdateRule):
         context: StepContext,
     ) -> dict[str, Tensor]:
         """The step's `blackbox`, `nominal` and `decay` terms, as far as the configuration has them."""
-        state = feats.update_accumulators(state, grad, self.decays(meta_params), context.shard)
+        state = self._accumulated(meta_params, grad, state, context)
         return self._terms(meta_params, grad, state, param, context)
 
     def decays(self, meta_params: Mapping[str, Tensor]) -> feats.Decays:
@@ -209,6 +214,11 @@ class STAR(UpdateRule):
             hidden = feats.contract(weight, torch.relu(hidden)) + _bias(bias, ndim)
         return hidden
 
+    def _accumulated(
+        self, meta_params: Mapping[str, Tensor], grad: Tensor, state: feats.Accumulators, context: StepContext
+    ) -> feats.Accumulators:
+        return feats.update_accumulators(state, grad, self.decays(meta_params), context.shard, self.config.layout)
+
     def _terms(
         self,
         meta_params: Mapping[str, Tensor],
@@ -220,7 +230,7 @@ class STAR(UpdateRule):
         c, shard = self.config, context.shard
         inv_root, heads, features = feats.inverse_root(state.exp_avg_sq, c.eps), torch.zeros(0), None
         if c.step_mult or c.nominal_controller or (c.weight_decay and c.regularization_controller):
-            features = feats.input_features(state, grad, param, shard, c.eps)
+            features = feats.input_features(state, grad, param, shard, c.eps, c.layout)
         whole = self._statistics(grad, features, shard)
         if features is not None:
             time = feats.time_features(context.step, param.dtype)
@@ -264,7 +274,7 @@ class STAR(UpdateRule):
 
     @classmethod
     def from_jax(cls, theta: Mapping[str, Any], **arguments: Any) -> STAR:
-        """A rule from the authors' meta-parameters.
+        """A rule from the authors' meta-parameters, of layout "jax".
 
         Args:
             theta: `w0 b0 w1 b1 w2 b2 momentum_decays rms_decays adafactor_decays` as arrays. A last layer of two
@@ -282,32 +292,17 @@ class STAR(UpdateRule):
             >>> lopt.rules.STAR.from_jax(theta, nominal_stepsize=1e-3, nominal_controller=True).kind
             'star'
         """
-        tensors = {name: _theta_tensor(name, value) for name, value in theta.items()}
+        tensors = as_tensors(theta, _FLAT)
         rule = _from_reference(cls, tensors, arguments)
-        expected = {name: tuple(p.shape) for name, p in rule.named_parameters()}
-        if (given := {name: tuple(t.shape) for name, t in tensors.items()}) != expected:
-            wrong = sorted(name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name))[0]
-            raise ValueError(
-                f"theta[{wrong!r}] has shape {given.get(wrong)}, expected {expected.get(wrong)} (None: absent)."
-            )
+        check_shapes(tensors, {name: tuple(p.shape) for name, p in rule.named_parameters()}, _FLAT)
         for name, tensor in tensors.items():
             setattr(rule, name, nn.Parameter(tensor))
         return rule
 
 
 _LAYOUT_ARGUMENTS = {"concat_weights", "make_separate_weights", "split_weights"}
-_NOT_IN_THE_REFERENCE = {"num_heads", "eps"}
+_NOT_IN_THE_REFERENCE = {"num_heads", "eps", "layout"}
 _FLAT = "Pass the flat mapping of w0, b0, w1, b1, w2, b2, momentum_decays, rms_decays, adafactor_decays"
-
-
-def _theta_tensor(name: str, value: Any) -> Tensor:
-    try:
-        tensor = torch.as_tensor(value).clone()
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"theta[{name!r}] is {type(value).__name__}, not an array. {_FLAT} to arrays.") from None
-    if not (tensor.is_floating_point() and tensor.isfinite().all()):
-        raise ValueError(f"theta[{name!r}] is {tensor.dtype} or holds NaN or inf. {_FLAT} to finite floating arrays.")
-    return tensor
 
 
 def _from_reference(cls: type[STAR], theta: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> STAR:
@@ -321,7 +316,7 @@ def _from_reference(cls: type[STAR], theta: Mapping[str, Tensor], arguments: Map
         raise ValueError(f"{unknown[0]!r} is not an argument of the reference; for our own options use rules.make.")
     config = {name: _plain(value) for name, value in arguments.items() if name not in _LAYOUT_ARGUMENTS}
     kind = "blackbox" if theta["w2"].shape[1] == 2 else "star"
-    defaults = dict(_BLACKBOX, num_heads=2 if kind == "blackbox" else 4)
+    defaults = dict(_BLACKBOX, num_heads=2 if kind == "blackbox" else 4, layout="jax")
     return cls(STARConfig.from_dict({**defaults, **config}), kind=kind)
 
 

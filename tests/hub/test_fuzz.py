@@ -28,7 +28,7 @@ def fuzz():
 @pytest.fixture(scope="module")
 def folder(fuzz, tmp_path_factory):
     folder = tmp_path_factory.mktemp("rule")
-    for sound in (*fuzz.SOUND.values(), *({"theta.state": theta} for theta in fuzz.THETAS)):
+    for sound in (*fuzz.SOUND.values(), fuzz.CELO2, *({"theta.state": theta} for theta in fuzz.THETAS)):
         assert fuzz.attempt(folder, sound) == "loaded"  # and what the first load imports does not count below
     return folder
 

@@ -8,7 +8,9 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import safetensors.torch
 import torch
+from goldens import FIXTURES
 from hub_server import TOKEN, Hub, serve
 
 import lightning_lopt as lopt
@@ -576,6 +578,43 @@ def test_a_damaged_file_is_named_with_its_commit(hub: Hub, load: Callable[..., U
     hub.repos[REPO].commits[sha]["config.json"] = json.dumps({"format_version": 99}).encode()
     with pytest.raises(ValueError, match=f"{REPO}@{sha[:12]}/config.json: format_version=99 is newer.*Upgrade"):
         load()
+
+
+# Other packages' repos
+
+
+def test_a_repo_of_celo2s_authors(hub: Hub, load: Callable[..., UpdateRule]) -> None:
+    theta = (FIXTURES / "celo2_theta.state").read_bytes()
+    spec = {"optimizer": "celo2base", "task": "fast_velo", "step_mult": 0.001, "weight_decay": 0.0}
+    sha = hub.create("amoudgl/celo2-base").commit(
+        "main", {"config.json": json.dumps(spec).encode(), "theta.state": theta}
+    )
+    rule = load("amoudgl/celo2-base")
+    assert rule.source == ("amoudgl/celo2-base", sha)
+    arrays = lopt_hub.read_theta(FIXTURES / "celo2_theta.state")
+    assert_equal(rule, lopt.rules.Celo2.from_jax(arrays, kind="celo2_base"))
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "momenta", "step_mult"),
+    [("DiamondXL/elo", (0.9, 0.99, 0.999), 0.001), ("btherien/mulo", (0.54203, 0.95844, 0.99802), 0.01)],
+)
+def test_pylos_elo_is_known_by_its_name_alone(
+    hub: Hub, load: Callable[..., UpdateRule], repo_id: str, momenta: tuple[float, ...], step_mult: float
+) -> None:
+    """Its files are like those of AdafacLO, but it was trained with the decays as they are."""
+    sizes = {"input": (32, 39), "linear_0": (32, 32), "output": (2, 32)}
+    tensors = {f"network.{place}.weight": torch.randn(shape) for place, shape in sizes.items()}
+    tensors |= {f"network.{place}.bias": torch.zeros(shape[0]) for place, shape in sizes.items()}
+    spec = {"hidden_layers": 1, "hidden_size": 32, "input_size": 39}
+    files = {"config.json": json.dumps(spec).encode(), "model.safetensors": safetensors.torch.save(tensors)}
+    hub.create(repo_id).commit("main", files)
+    with pytest.warns(UserWarning, match="leaves out decays"):
+        rule = load(repo_id)
+    assert isinstance(rule, lopt.rules.STAR)
+    assert rule.config.step_mult == step_mult
+    assert rule.config.layout == "jax"
+    assert rule.decays(rule.meta_params()).momentum.tolist() == pytest.approx(momenta, abs=6e-6)
 
 
 def test_an_endpoint_that_is_not_a_hub(hub: Hub, load: Callable[..., UpdateRule], no_waiting: None) -> None:

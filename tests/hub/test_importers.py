@@ -1,4 +1,4 @@
-"""Import weights in the formats of PyLO and of learned_optimization (theta.state)."""
+"""Import weights in the formats of PyLO, of learned_optimization (theta.state) and of Celo2's authors."""
 
 import hashlib
 import importlib.util
@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import field_goldens as field
 import goldens
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from torch import nn
 
 import lightning_lopt as lopt
 from lightning_lopt.hub import read_theta
-from lightning_lopt.rules import STAR, StepContext
+from lightning_lopt.rules import STAR, Celo2, StepContext
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "soak" / "fuzz_files.py"
 DECAYS = {  # what PyLO's AdafacLO runs with, to five digits
@@ -64,7 +65,7 @@ def test_our_files_of_their_format_are_theirs(formats):
 def test_a_network_of_pylos_moves_parameters_as_their_optimizer(formats, tmp_path, hidden_size, hidden_layers):
     torch.manual_seed(0)
     rule = load(write(tmp_path, formats.pylo_files(hidden_size, hidden_layers)))
-    assert (rule.kind, rule.source.name) == ("blackbox", str(tmp_path))
+    assert (rule.kind, rule.source.name, rule.config.layout) == ("blackbox", str(tmp_path), "jax")
     for name, decays in DECAYS.items():
         assert getattr(rule.decays(rule.meta_params()), name).tolist() == pytest.approx(decays, abs=6e-6)
     # PyLO's network in torch, on features that an independent reference computes.
@@ -125,9 +126,9 @@ def changed(formats, *, config=None, drop=None, add=None, transpose=None):
         ({"config": {"hidden_size": True}}, "config.json: .* is not a configuration of PyLO's MetaMLP"),
         ({"config": {"hidden_size": None}}, "config.json: .* is not a configuration of PyLO's MetaMLP"),
         ({"config": {"input_size": 38}}, "with input_size 39"),
-        ({"config": {"lstm_hidden_size": 512}}, "config.json: describes PyLO's VeLO_RNN. Only its MetaMLP"),
+        ({"config": {"lstm_hidden_size": 512}}, "config.json: describes PyLO's VeLO_RNN. Only its MetaMLP and"),
         ({"config": {"param_inits": 256}}, "PyLO's VeLO_MLP"),
-        ({"config": {"feature_dims": [1]}}, "PyLO's CELO2MLP"),
+        ({"config": {"feature_dims": [1]}}, "activation=None is not that of PyLO's CELO2MLP"),
         ({"config": {"format_version": 1}}, "kind=None is unknown"),
     ],
     ids=str,
@@ -230,3 +231,101 @@ def test_a_wrong_or_partial_theta_is_refused_by_name(formats, tmp_path, make, me
     with pytest.raises(ValueError, match=f"theta.state: .*{message}") as error:
         lopt.load_rule(tmp_path)
     assert "\n" not in str(error.value)
+
+
+# --- Celo2 ---
+
+
+def celo2_rule(**config):
+    return Celo2.from_jax({name: value.float() for name, value in field.theta("celo2").items()}, **config)
+
+
+def assert_same(found, expected):
+    assert (found.kind, found.config) == (expected.kind, expected.config)
+    for name, value in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value), name
+
+
+def test_the_theta_of_celo2_that_flax_wrote(formats, tmp_path):
+    """The fixture was written by flax 0.12.8, including the haiku module."""
+    path = goldens.FIXTURES / "celo2_theta.state"
+    shutil.copy(path, tmp_path / "theta.state")
+    assert_same(load(tmp_path), celo2_rule())
+    assert formats.packed(formats.theta_of(celo2_rule())) == path.read_bytes()
+
+
+@pytest.mark.parametrize(("optimizer", "kind"), [("celo2", "celo2"), ("celo2base", "celo2_base")])
+def test_the_authors_two_files_say_which_variant_it_is(formats, tmp_path, optimizer, kind):
+    files = formats.celo2_repo(celo2_rule(), optimizer)
+    shutil.copy(goldens.FIXTURES / "celo2_theta.state", tmp_path / "theta.state")
+    (tmp_path / "config.json").write_bytes(files["config.json"])
+    rule = lopt.load_rule(tmp_path)  # nothing is left out, so there is no warning
+    assert_same(rule, celo2_rule(kind=kind))
+    assert rule.source.name == str(tmp_path)
+    assert_same(lopt.load_rule(lopt.save_rule(rule, tmp_path / "ours")), rule)
+
+
+def test_pylos_celo2(formats, tmp_path):
+    assert_same(load(write(tmp_path, formats.pylo_celo2_files(celo2_rule()))), celo2_rule())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda files, spec, tensors: tensors.pop("w0.13"), "safetensors: tensor 'w0.13' is missing"),
+        (lambda files, spec, tensors: tensors.update(w3=torch.zeros(1)), "safetensors: tensor 'w3' is unexpected"),
+        (
+            lambda files, spec, tensors: tensors.update({"w0.3": torch.zeros(8, 3)}),
+            r"'w0.3' has shape \[8, 3\], but config.json requires \[3, 8\]",
+        ),
+        (lambda files, spec, tensors: spec.update(activation="tanh"), "config.json: activation='tanh' is not that of"),
+        (lambda files, spec, tensors: spec.update(hidden_layers=3), "config.json: hidden_layers=3 is not that of"),
+        (lambda files, spec, tensors: spec.update(more=1), "config.json: more=1 is not that of PyLO's CELO2MLP"),
+        (lambda files, spec, tensors: spec.pop("hidden_size"), "config.json: hidden_size=None is not that of"),
+        (lambda files, spec, tensors: spec.update(hidden_size=9), r"has shape .*, but config.json requires \[.*9"),
+        (lambda files, spec, tensors: spec.update(hidden_size=0), "config.json: config of kind 'celo2': hidden_size=0"),
+    ],
+)
+def test_a_wrong_or_partial_celo2_of_pylos_is_refused_by_name(formats, tmp_path, change, message):
+    files = formats.pylo_celo2_files(celo2_rule())
+    spec, tensors = json.loads(files["config.json"]), safetensors.torch.load(files["model.safetensors"])
+    change(files, spec, tensors)
+    contents = {"config.json": json.dumps(spec).encode(), "model.safetensors": safetensors.torch.save(tensors)}
+    with pytest.raises(ValueError, match=message) as error:
+        lopt.load_rule(write(tmp_path, contents))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["with its config.json", "alone"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda arrays: arrays.pop("w0__4"), r"theta.state: array 'w0__4' has shape None, expected \(1, 8\)"),
+        (lambda arrays: arrays.pop("b0"), r"theta.state: array 'b0' has shape None, expected \(8,\)"),
+        (lambda arrays: arrays.update(w0__14=torch.zeros(3, 8)), r"'w0__14' has shape \(3, 8\), expected None"),
+        (lambda arrays: arrays.update(w2=torch.zeros(8, 2)), r"'w2' has shape \(8, 2\), expected \(8, 3\)"),
+        (lambda arrays: arrays.update(b2=torch.full((3,), torch.inf)), "array 'b2' contains NaN, infinity"),
+    ],
+)
+def test_a_wrong_or_partial_theta_of_celo2_is_refused_by_name(formats, tmp_path, change, message, beside):
+    tree = formats.theta_of(celo2_rule())
+    change(tree["ff_mod_stack"]["~"])
+    files = {**formats.celo2_repo(celo2_rule()), "theta.state": formats.packed(tree)}
+    if not beside:
+        del files["config.json"]
+    with pytest.raises(ValueError, match=message) as error:
+        lopt.load_rule(write(tmp_path, files))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", None, 3, ["celo2"]])
+def test_the_meta_training_of_another_optimizer_is_refused_by_its_name(formats, tmp_path, optimizer):
+    with pytest.raises(ValueError, match=r"config.json: describes the meta-training of optimizer .* can be read"):
+        lopt.load_rule(write(tmp_path, formats.celo2_repo(celo2_rule(), optimizer)))
+
+
+def test_the_authors_config_without_its_theta_is_refused(formats, tmp_path):
+    files = formats.celo2_repo(celo2_rule())
+    del files["theta.state"]
+    with pytest.raises(ValueError, match=r"theta.state: is missing or is not a regular file. Check the directory"):
+        lopt.load_rule(write(tmp_path, files))

@@ -57,10 +57,10 @@ def test_every_configuration(config):
     assert_same(*both(lambda: parameters(shapes), rule_of(config), steps, safeguard=True))
 
 
-@pytest.mark.parametrize("config", [{}, {"step_mult": 0.1}], ids=str)
+@pytest.mark.parametrize("config", [{}, {"step_mult": 0.1}, {"step_mult": 0.1, "layout": "jax"}], ids=str)
 def test_two_heads(config):
     rule = lopt.rules.make("blackbox", **config)
-    assert_same(*both(lambda: parameters(SHAPES[:10]), rule, 20))
+    assert_same(*both(lambda: parameters([*SHAPES[:10], (8, 8)]), rule, 20))
 
 
 def test_the_kernels_estimators_are_the_rules():

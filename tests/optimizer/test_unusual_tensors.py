@@ -216,6 +216,8 @@ def test_one_huge_gradient_leaves_parameters_finite_as_adamw_does(rule, shape, s
     for make in (torch.optim.AdamW, lambda params: RuleOptimizer(hidden(params), rule, backend="reference")):
         param = nn.Parameter(torch.zeros(shape))
         optimizer = make([param])
+        if make is not torch.optim.AdamW:
+            optimizer.set_names([("param", param)])
         for gradient in gradients:
             param.grad = gradient.clone()
             optimizer.step(*(() if make is torch.optim.AdamW else (lambda: torch.tensor(1.0),)))

@@ -91,6 +91,38 @@ def test_lstms_resume_to_the_bit(tmp_path, name, safeguard):
     assert_equal(everything(whole), everything(resumed))
 
 
+class Embedded(Module):
+    """The same behind a table, whose rows a rule may treat by its name."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Embedding(3, 4)
+
+    def loss(self, batch):
+        inputs, targets = batch
+        rows = torch.arange(len(inputs), device=inputs.device) % 2  # never the third
+        return super().loss([inputs + self.embed(rows), targets])
+
+
+@pytest.mark.parametrize("kind", ["celo2", "celo2_base"])
+def test_celo2_takes_names_from_lightning_and_resumes_to_the_bit(tmp_path, kind):
+    torch.manual_seed(0)
+    rule = lopt.rules.make(kind, step_size=1e-3)
+    start = Embedded()
+    before = [value.detach().clone() for value in (start.embed.weight, start.net[0].weight)]
+    whole, resumed = (
+        run(tmp_path, lopt.LearnedOptimizer(rule), {"module": lambda: copy.deepcopy(start)}, **extra)
+        for extra in ({}, {"ckpt_path": tmp_path / "epoch=1.ckpt"})
+    )
+    assert resumed.global_step == whole.global_step == 32
+    assert_equal(everything(whole), everything(resumed))
+    table, matrix = whole.lightning_module.embed.weight.detach(), whole.lightning_module.net[0].weight.detach()
+    assert not torch.equal(matrix, before[1])
+    # AdamW leaves the row alone that is never looked up; the network does not know rows.
+    assert torch.equal(table[2], before[0][2]) == (kind == "celo2")
+    assert not torch.equal(table[0], before[0][0])
+
+
 class Stateful:
     """A loader that saves its position, which Lightning needs to resume within an epoch."""
 

@@ -27,6 +27,7 @@ BAD_VALUES = {
     "eps": (0.0, -1e-6, 2.0, "1e-6", None),
     "hidden_size": (0, -1, 1025, 4.0, "4", None, True),
     "hidden_layers": (0, 17, 2.0, "2", None),
+    "layout": ("numpy", "", None, 1, ["torch"]),
     "num_heads": (0, 3, 5, "4", None),
     "initial_momentum_decays": NOT_THREE_DECAYS,
     "initial_rms_decays": ((0.9, 0.99), (), (1.0,), 0.999, None),

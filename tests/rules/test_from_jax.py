@@ -21,6 +21,7 @@ BLACKBOX_THETA = goldens.load("blackbox_default", "f64").theta
         ({"w1": np.zeros((4, 5))}, {}, r"theta\['w1'\] has shape \(4, 5\), expected \(4, 4\)"),
         ({"w2": np.zeros((4, 3))}, {}, r"theta\['w2'\] has shape \(4, 3\), expected \(4, 4\)"),
         ({"rms_decays": np.zeros(3)}, {}, r"theta\['rms_decays'\]"),
+        ({}, {"layout": "torch"}, "'layout' is not an argument of the reference"),
         ({}, {"split_weights": True}, "split_weights=True"),
         ({}, {"make_separate_weights": True}, "make_separate_weights=True"),
         ({}, {"stepmult": 1e-3}, "Unknown config key 'stepmult'"),
@@ -46,7 +47,7 @@ def test_defaults_are_the_references_own():
 def test_two_columns_give_the_blackbox_rule():
     rule = STAR.from_jax(BLACKBOX_THETA)
     assert rule.kind == "blackbox"
-    assert rule.config == make("blackbox").config
+    assert rule.config == make("blackbox", layout="jax").config
     assert rule.num_meta_params() == 197
 
 

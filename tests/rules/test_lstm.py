@@ -198,7 +198,7 @@ def test_tensors_of_other_names_may_have_a_network_of_their_own(tmp_path):
         alone.load_state_dict({key: value[networks[name]] for key, value in rule.state_dict().items()})
         expected[name] = param.detach() + run(alone, param.grad.unsqueeze(0))[0][0].detach()
     optimizer = RuleOptimizer(model.parameters(), rule)
-    with pytest.raises(RuntimeError, match="chooses networks by name.*set_names"):
+    with pytest.raises(RuntimeError, match="looks at names.*set_names"):
         optimizer.step()
     optimizer.set_names(model.named_parameters())
     optimizer.step()

@@ -46,18 +46,20 @@ def random_theta(rng: np.random.Generator, heads: int = 4) -> dict[str, np.ndarr
 
 
 def assert_equal_runs(theta, options, shape, grads, rng) -> None:
-    """Our rule and the NumPy one, from the same parameter, over the same gradients."""
+    """Our rule and the NumPy one, from the same parameter, over the same gradients: in torch's layout and in JAX's."""
     rule, reference = STAR.from_jax(theta, **options), ReferenceSTAR(theta, shape, **options)
     meta_params = {name: value.detach() for name, value in rule.meta_params().items()}
     expected = rng.normal(size=shape)
-    param = torch.tensor(expected)
+    param = goldens.to_torch(expected)
     state = rule.init_state(param)
     for step, grad in enumerate(grads):
         context = StepContext(torch.tensor(float(step), dtype=torch.float64))
-        delta, state = rule.update(meta_params, torch.tensor(grad), state, param, context)
+        delta, state = rule.update(meta_params, goldens.to_torch(grad), state, param, context)
         param = param + delta
         expected = reference.step(np.asarray(expected), np.asarray(grad))
-        np.testing.assert_allclose(param.numpy(), expected, rtol=1e-9, atol=1e-9, err_msg=f"step {step} of {options}")
+        np.testing.assert_allclose(
+            param, goldens.to_torch(expected), rtol=1e-9, atol=1e-9, err_msg=f"step {step} of {options}"
+        )
 
 
 # --- the authors' trajectories

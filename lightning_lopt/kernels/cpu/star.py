@@ -95,7 +95,7 @@ class StarKernel(tensors.TensorKernel):
         """What C++ knows of a tensor beside its addresses: its shape as [A, X, B, Y, C], see star.cpp."""
         param = item.param
         shape, limit = param.shape, self.limits[param.dtype]
-        if (dims := factored_dims(shape)) is None:
+        if (dims := factored_dims(shape, self.rule.config.layout)) is None:
             return self.geometry_struct.pack(param.numel(), 0, 0, 0, 0, 0, 0, limit)
         first, second = sorted(dims)
         before, between, after = shape[:first], shape[first + 1 : second], shape[second + 1 :]
