@@ -19,6 +19,8 @@ from lightning_lopt.tasks import Task
 MetaParams = Mapping[str, Tensor]
 SEED = 0
 CURVE_POINTS = 100
+CHUNK = 50
+"""Steps between two reports of progress."""
 FLOOR, CEILING = 1e-3, 2.0
 """Losses are clamped to these multiples of the task's initial loss before they are divided."""
 
@@ -97,7 +99,7 @@ def run(
         steps: length of the runs.
         seeds: runs per setting. Their starting points and batches depend on this number too.
         tell_length: tell the rule how long the runs are.
-        on_step: called after each step with the number of steps done.
+        on_step: called from time to time with the number of steps done.
 
     Returns:
         A `Runs` per setting.
@@ -122,7 +124,7 @@ def run_population(
     batched: bool,
     on_step: Callable[[int], None] | None = None,
 ) -> tuple[Tensor, Inner]:
-    """Run several sets of meta-parameters, each with several seeds, as one population.
+    """Run several sets of meta-parameters, each with several seeds, as one population, by the rule's kernel if any.
 
     Args:
         unroll: the rule on its task.
@@ -131,21 +133,23 @@ def run_population(
         steps: length of the runs.
         seeds: runs per set, with different starting points and batches.
         batched: give every run its own copy of its meta-parameters. With a single set, all runs can do without.
-        on_step: called after each step with the number of steps done.
+        on_step: called every `CHUNK` steps, and at the end, with the number of steps done.
 
     Returns:
         Training losses before each update, (steps, sets * seeds) float64, and the runs after the last update.
     """
     sides = len(meta_params)
     population = stack(meta_params, seeds, batched=batched)
+    unroll = dataclasses.replace(unroll, compiled="kernel")
     losses = torch.empty(steps, sides * seeds, dtype=torch.float64)
     with torch.no_grad():
         inner = unroll.start(generator, torch.full((seeds,), steps), sides=sides)
-        for step in range(steps):
-            inner, record, _ = unroll.slot(population, inner, generator, _no_reset, sides=sides, batched=batched)
-            losses[step] = record.losses
+        for first in range(0, steps, CHUNK):
+            length = min(CHUNK, steps - first)
+            inner, record = unroll.run(population, inner, length, generator, _no_reset, sides=sides, batched=batched)
+            losses[first : first + length] = record.losses
             if on_step:
-                on_step(step + 1)
+                on_step(first + length)
     return losses, inner
 
 
