@@ -1,8 +1,8 @@
 """Numbers of claims in cards and in the README, between markers, from the records of `lopt reproduce`.
 
 A block begins with `<!-- evidence: CLAIM [CLAIM ...] -->` and ends with `<!-- /evidence -->`. What stands between is
-replaced: the verdict of each claim and its checks, or that it was not run yet. `<!-- evidence: summary -->` is a table
-of the papers.
+replaced: the verdict of each claim and its checks, or that it was not run yet. With the word `numbers` after the claims
+their numbers stand there instead of their checks. `<!-- evidence: summary -->` is a table of the papers.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ from typing import Any
 from lightning_lopt.claims.claim import PAPER, Claim
 from lightning_lopt.claims.coverage import PAPERS
 from lightning_lopt.claims.page import Rows, check_table, table_row
-from lightning_lopt.claims.report import Record, shown_verdict
+from lightning_lopt.claims.report import Record, shown_verdict, spread
 
 BLOCK = re.compile(r"(<!-- evidence: (?P<what>[^>\n]+?) -->\n).*?(<!-- /evidence -->)", re.DOTALL)
 SUMMARY = "summary"
+NUMBERS = "numbers"
+SEPARATORS = (": ", " at ", ", ")
+"""Between the row and the column in the names of quantities that make a table."""
 
 
 def insert(text: str, claims: Mapping[str, Claim], records: Mapping[str, Record], rows: Rows) -> str:
@@ -35,13 +38,16 @@ def insert(text: str, claims: Mapping[str, Claim], records: Mapping[str, Record]
         if names == [SUMMARY]:
             lines = _summary(claims, records, rows)
         else:
-            lines = [line for name in names for line in _claim(name, claims, records, rows)]
+            show = [name for name in names if name != NUMBERS]
+            lines = [line for name in show for line in _claim(name, claims, records, rows, NUMBERS in names)]
         return "\n".join([match[1].rstrip("\n"), *lines, match[3]])
 
     return BLOCK.sub(fill, text)
 
 
-def _claim(name: str, claims: Mapping[str, Claim], records: Mapping[str, Record], rows: Rows) -> list[str]:
+def _claim(
+    name: str, claims: Mapping[str, Claim], records: Mapping[str, Record], rows: Rows, numbers: bool
+) -> list[str]:
     if name not in claims:
         raise ValueError(f"Unknown claim {name!r} in a block of evidence. Known claims are {', '.join(claims)}.")
     claim = claims[name]
@@ -51,7 +57,29 @@ def _claim(name: str, claims: Mapping[str, Claim], records: Mapping[str, Record]
     seeds = records[name]["seeds"]
     about = f"{seeds} seed{'s' if seeds > 1 else ''}"
     line = f"`lopt reproduce {name}` ({claim.title}; {about}): **{shown_verdict(rows[name])}**."
-    return [line, "", *check_table(rows[name]), ""]
+    table = number_table(records[name]["numbers"]) if numbers else check_table(rows[name])
+    return [line, "", *table, ""]
+
+
+def number_table(numbers: Mapping[str, Sequence[float]]) -> list[str]:
+    """A Markdown table of means and standard deviations: rows and columns, where the names are made of both.
+
+    Example:
+        >>> number_table({"MNIST: lstm": [0.3, 0.5], "MNIST: Adam": [0.2, 0.2]})
+        ['| | lstm | Adam |', '|---|---|---|', '| MNIST | 0.4 +- 0.141, n=2 | 0.2 +- 0, n=2 |']
+        >>> number_table({"loss": [1.0]})
+        ['| quantity | mean +- standard deviation |', '|---|---|', '| loss | 1, n=1 |']
+    """
+    for separator in SEPARATORS:
+        if all(separator in name for name in numbers):
+            parts = {name: name.split(separator, 1) for name in numbers}
+            rows = list(dict.fromkeys(row for row, _ in parts.values()))
+            columns = list(dict.fromkeys(column for _, column in parts.values()))
+            cells = {tuple(parts[name]): spread(values) for name, values in numbers.items()}
+            lines = ["| | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
+            return lines + [table_row([row, *(cells.get((row, column), "") for column in columns)]) for row in rows]
+    lines = [table_row(["quantity", "mean +- standard deviation"]), "|---|---|"]
+    return lines + [table_row([name, spread(values)]) for name, values in numbers.items()]
 
 
 def _summary(claims: Mapping[str, Claim], records: Mapping[str, Record], rows: Rows) -> list[str]:

@@ -83,11 +83,9 @@ def insert(claims: Mapping[str, Claim], directory: Path, path: Path) -> bool:
     """Fill the blocks of evidence in a file; whether that changed it.
 
     Raises:
-        ValueError: the file has no block of evidence, or a faulty one.
+        ValueError: a block is faulty.
     """
     text = path.read_text(encoding="utf-8")
-    if not cards.BLOCK.search(text):
-        raise ValueError(f"{path} has no block of evidence: write '<!-- evidence: CLAIM -->' and '<!-- /evidence -->'.")
     filled = cards.insert(text, claims, *load(claims, directory))
     if filled != text:
         path.write_text(filled, encoding="utf-8")

@@ -257,7 +257,7 @@ CLAIMS = (
             for less, more in zip(FRACTIONS, FRACTIONS[1:], strict=False)
         ),
         minutes=2.5,
-        quick_minutes=0.3,
+        quick_minutes=0.1,
         seeds=5,
         plot=_draw_eigenvalues,
     ),
@@ -276,7 +276,7 @@ CLAIMS = (
             *(below(_loss(more), _loss(less), published="ordered") for less, more in ((0.0, 0.1), (0.1, 0.2))),
         ),
         minutes=2.5,
-        quick_minutes=0.3,
+        quick_minutes=0.1,
         seeds=5,
         plot=_draw_eigenvalues,
     ),

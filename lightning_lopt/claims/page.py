@@ -41,8 +41,9 @@ def render(claims: Mapping[str, Claim], records: Mapping[str, Record], rows: Row
         directory: where the plots are; the page is meant to lie beside it.
     """
     parts = [INTRO.format(folder=directory.name)]
-    papers = [paper for paper in PAPERS if any(name in records for item in paper.items for name in item.claims)]
-    parts.append(_summary(papers, records, rows))
+    bundled = {name for paper in PAPERS for item in paper.items for name in item.claims}
+    papers = PAPERS if bundled & records.keys() else ()
+    parts += [_summary(papers, records, rows)] if papers else []
     shown: set[str] = set()
     for paper in papers:
         parts.append(f"## {paper.title}\n")

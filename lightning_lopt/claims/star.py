@@ -179,27 +179,28 @@ def measure(experiment: Experiment, names: Sequence[str], net: str) -> Measureme
     setting = SETTINGS[net]
     task = make_task(setting.task)
     scale = experiment.pick(setting.scale, QUICK)
+    runs = experiment.pick(RUNS, 2)
     numbers: dict[str, list[float]] = {}
     meta_curves = {}
     inner_curves = {}
     for name, (rule, trained) in train(experiment, names, setting).items():
         stages = [meta_params for row in trained for meta_params in row.meta_params]
-        short = inner_runs(experiment, f"meta-loss of {name}", rule, stages, task, scale.horizon, RUNS)
-        losses = [statistics.fmean(runs.clamped("mean")) for runs in short]
+        short = inner_runs(experiment, f"meta-loss of {name}", rule, stages, task, scale.horizon, runs)
+        losses = [statistics.fmean(each.clamped("mean")) for each in short]
         count = len(trained[0].steps)
         rows = [losses[i : i + count] for i in range(0, len(losses), count)]
         last = [row.meta_params[-1] for row in trained]
-        long = inner_runs(experiment, f"{LONGER}x {name}", rule, last, task, LONGER * scale.horizon, RUNS)
+        long = inner_runs(experiment, f"{LONGER}x {name}", rule, last, task, LONGER * scale.horizon, runs)
         ends = [row[-1] for row in rows]
         numbers[f"{START}, {name}"] = [row[0] for row in rows]
         numbers[f"{END}, {name}"] = ends
         numbers[f"{WITHOUT_WORST}, {name}"] = sorted(ends)[:-1] or ends
         numbers[f"{WORST}, {name}"] = [max(ends) / statistics.median(ends)]
         numbers[f"{MEAN}, {name}"] = [statistics.fmean(row) for row in rows]
-        numbers[f"{GROWTH}, {name}"] = [_growth(runs) for runs in long]
-        numbers[f"{DIVERGED}, {name}"] = [statistics.fmean(runs.diverged) for runs in long]
+        numbers[f"{GROWTH}, {name}"] = [_growth(each) for each in long]
+        numbers[f"{DIVERGED}, {name}"] = [statistics.fmean(each.diverged) for each in long]
         meta_curves[name] = {"steps": trained[0].steps, "seeds": rows}
-        inner_curves[name] = {"steps": long[0].curve_steps, "seeds": [mean_curve(runs) for runs in long]}
+        inner_curves[name] = {"steps": long[0].curve_steps, "seeds": [mean_curve(each) for each in long]}
     return Measurement(numbers, {"meta": meta_curves, "inner": inner_curves, "horizon": scale.horizon})
 
 
@@ -307,7 +308,7 @@ FIGURES = {
         variants=MAIN,
         checks=FIGURE_3,
         minutes=9,
-        quick_minutes=2,
+        quick_minutes=0.4,
     ),
     "app1": PaperFigure(
         name="Figure App.1",
@@ -315,7 +316,7 @@ FIGURES = {
         variants=MAIN,
         checks=APP_1,
         minutes=9,
-        quick_minutes=2,
+        quick_minutes=0.4,
     ),
     "app2": PaperFigure(
         name="Figure App.2",
@@ -324,7 +325,7 @@ FIGURES = {
         variants=("STAR wd 0", "STAR wd 0.1", "STAR wd 0.5", "STAR wd 1"),
         checks=APP_2,
         minutes=8,
-        quick_minutes=2,
+        quick_minutes=0.4,
     ),
     "app3": PaperFigure(
         name="Figure App.3",
@@ -332,7 +333,7 @@ FIGURES = {
         variants=("STAR wd 0.1", "No Pre."),
         checks=APP_3,
         minutes=5,
-        quick_minutes=1,
+        quick_minutes=0.2,
     ),
     "app4": PaperFigure(
         name="Figure App.4",
@@ -340,7 +341,7 @@ FIGURES = {
         variants=("STAR wd 0.1", "No Nom."),
         checks=APP_4,
         minutes=5,
-        quick_minutes=1,
+        quick_minutes=0.2,
     ),
 }
 
