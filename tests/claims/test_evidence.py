@@ -230,7 +230,9 @@ def test_blocks_of_evidence_are_filled(capsys, claims):
     claims["late"] = made("late")
     assert run("toy", "--out", "out") == 0
     card = Path("card.md")
-    blocks = "<!-- evidence: toy late -->\nhand-typed\n<!-- /evidence -->\n<!-- evidence: summary -->\n<!-- /evidence -->\n"
+    blocks = (
+        "<!-- evidence: toy late -->\nhand-typed\n<!-- /evidence -->\n<!-- evidence: summary -->\n<!-- /evidence -->\n"
+    )
     card.write_text(f"# A card\n\n{blocks}")
     assert run("--insert", "card.md", "--out", "out") == 0
     text = card.read_text()
