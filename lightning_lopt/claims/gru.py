@@ -428,7 +428,8 @@ CLAIMS = (
             near(STAGE["momentum"], BEST_MOMENTUM["momentum"], rtol=0.02),
         ),
         minutes=14,
-        quick_minutes=1.2,
+        quick_minutes=0.6,
+        quick_seeds=1,
         plot=draw_stage,
     ),
 )

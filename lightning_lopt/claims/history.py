@@ -6,13 +6,24 @@ on MNIST last a few epochs, as each claim's setup says, where the thesis has 50.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
-from lightning_lopt.claims.claim import CONTROL, Check, Claim, Measurement, at_least, at_most, below, each_at_most
+from lightning_lopt.claims.claim import (
+    CONTROL,
+    Assessment,
+    Check,
+    Claim,
+    Measurement,
+    at_least,
+    at_most,
+    below,
+    each_at_most,
+)
 from lightning_lopt.claims.experiment import Experiment
 from lightning_lopt.claims.learning_rate import WithLearningRate, at_rate
 from lightning_lopt.claims.loss_curves import (
@@ -219,7 +230,12 @@ def _saturated(bound: float) -> Check:
     text = f"|step| of five equal gradients of either sign >= {bound:g}"
     names = ("step of five equal gradients", "step of five equal negative gradients")
     published = "0.99999666 and -0.99999416"
-    return Check(text, names, lambda up, down: min(up) >= bound and max(down) <= -bound, published)
+
+    def condition(up: list[float], down: list[float]) -> Assessment:
+        least = min(*up, *(-step for step in down))
+        return Assessment(least >= bound, least, math.nan, bound, 0.0, len(up))
+
+    return Check(text, names, condition, published)
 
 
 CLAIMS = (

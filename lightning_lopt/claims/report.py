@@ -87,7 +87,6 @@ def write(row: Record, figure: Figure | None, directory: Path) -> None:
     """Write `<id>.json`, one line per entry, and `<id>.png`."""
     directory.mkdir(parents=True, exist_ok=True)
     plain = encode(row)
-    plain["numbers"] = dict(sorted(plain["numbers"].items()))
     lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in plain.items()]
     path = directory / f"{row['id']}.json"
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")

@@ -95,7 +95,7 @@ SETTINGS = {
         Scale(horizon=2000, num_steps=3000, every=250, lr=1e-3),
     ),
 }
-QUICK = Scale(horizon=20, num_steps=10, every=5, pairs=2, truncation=10)
+QUICK = Scale(horizon=10, num_steps=10, every=5, pairs=2, truncation=5)
 
 
 def setup_text(setting: Setting) -> str:
@@ -308,7 +308,7 @@ FIGURES = {
         variants=MAIN,
         checks=FIGURE_3,
         minutes=9,
-        quick_minutes=0.4,
+        quick_minutes=0.2,
     ),
     "app1": PaperFigure(
         name="Figure App.1",
@@ -316,7 +316,7 @@ FIGURES = {
         variants=MAIN,
         checks=APP_1,
         minutes=9,
-        quick_minutes=0.4,
+        quick_minutes=0.2,
     ),
     "app2": PaperFigure(
         name="Figure App.2",
@@ -325,7 +325,7 @@ FIGURES = {
         variants=("STAR wd 0", "STAR wd 0.1", "STAR wd 0.5", "STAR wd 1"),
         checks=APP_2,
         minutes=8,
-        quick_minutes=0.4,
+        quick_minutes=0.2,
     ),
     "app3": PaperFigure(
         name="Figure App.3",

@@ -38,7 +38,7 @@ ADAM = "tuned Adam"
 BETTER = "better STAR"
 RATIO = "log10 of better STAR / tuned Adam, a number per task"
 STEPS = 500
-QUICK_STEPS = 100
+QUICK_STEPS = 40
 
 
 class Target(NamedTuple):
@@ -192,7 +192,7 @@ CLAIMS = (
             at_most(RATIO, round(math.log10(1.1), 4), published="comparable to a hyperparameter-tuned Adam"),
         ),
         minutes=20,
-        quick_minutes=1.5,
+        quick_minutes=0.8,
         needs=("tinyshakespeare",),
         plot=plot,
     ),
@@ -212,7 +212,7 @@ CLAIMS = (
             _below_on(BETTER, "Hyperparam", APP_5_6, least=0.2, most=0.8, published="mixed"),
         ),
         minutes=20,
-        quick_minutes=1.5,
+        quick_minutes=0.8,
         plot=plot,
     ),
 )
