@@ -18,7 +18,7 @@ Example:
     ...     statement="The norm of a Gaussian vector is about the square root of its dimension.",
     ...     setup="1,000 dimensions; quick: 100.",
     ...     measure=measure,
-    ...     checks=(below("norm", "bound"), below("bound", "norm", factor=4)),
+    ...     checks=(below("norm", "bound"), at_least("norm", 5.0)),
     ...     minutes=0.01,
     ...     quick_minutes=0.01,
     ... )
@@ -27,11 +27,24 @@ Example:
     'reproduced'
 """
 
-from lightning_lopt.claims.claim import Check, Claim, Measurement, at_least, at_most, below, near, verdict
+from lightning_lopt.claims.claim import (
+    Assessment,
+    Check,
+    Claim,
+    Measurement,
+    at_least,
+    at_most,
+    below,
+    each_at_most,
+    near,
+    verdict,
+    wins,
+)
 from lightning_lopt.claims.experiment import Experiment
 from lightning_lopt.claims.registry import find, find_all
 
 __all__ = [
+    "Assessment",
     "Check",
     "Claim",
     "Experiment",
@@ -39,8 +52,10 @@ __all__ = [
     "at_least",
     "at_most",
     "below",
+    "each_at_most",
     "find",
     "find_all",
     "near",
     "verdict",
+    "wins",
 ]

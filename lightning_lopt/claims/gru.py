@@ -17,7 +17,7 @@ from lightning_lopt import hub
 from lightning_lopt import tasks as lopt_tasks
 from lightning_lopt.analysis import Recording, autonomous, find_fixed_points, linearize, record
 from lightning_lopt.analysis.findings import Findings, analyze, linear_error
-from lightning_lopt.claims.claim import Check, Claim, Measurement, at_most, below, near
+from lightning_lopt.claims.claim import CONTROL, OWN, Claim, Measurement, at_most, below, near
 from lightning_lopt.claims.experiment import Experiment
 from lightning_lopt.claims.plots import STYLES
 from lightning_lopt.claims.training import Checkpoints, meta_train
@@ -85,7 +85,7 @@ class Budget(NamedTuple):
     rounds: tuple[Round, ...] = (Round(2500, 128),)
     quick: tuple[Round, ...] = (Round(200, 128),)
     members: int = MEMBERS
-    fresh: int = PROBLEMS  # problems side by side in the comparison; at the quick scale, all of them
+    fresh: int = PROBLEMS  # problems side by side in the comparison; at the quick scale, 8 at most, and no more
     seeds: int = 3
     minutes: float = 0.9
     quick_minutes: float = 0.2
@@ -102,10 +102,10 @@ BUDGETS = {
     "rosenbrock": Budget(),
     "two-moons": Budget(
         rounds=(Round(1000, 1, 30), Round(64, 1), Round(8, 32)),
-        quick=(Round(50, 1, 20), Round(4, 1)),
+        quick=(Round(20, 1, 20), Round(2, 1)),
         members=64,
         minutes=18,
-        quick_minutes=5,
+        quick_minutes=1,
     ),
     "mnist-conv": Budget(
         rounds=(Round(150, 1, 15), Round(15, 1, 100), Round(4, 4)),
@@ -201,14 +201,14 @@ def _figure17(name: str, experiment: Experiment) -> Measurement:
     if TASKS[name] == "linear-regression":
         rules["momentum in closed form"] = SGDM(None, **BEST_MOMENTUM)
     numbers: dict[str, list[float]] = {f"objective of {label}": [] for label in rules}
-    each: dict[str, list[float]] = {}
     for seed in experiment.seeds:
         for label, optimizer in rules.items():
             objectives = []
             parts = experiment.pick(PROBLEMS // budget.fresh, 1)
+            problems = experiment.pick(budget.fresh, min(budget.fresh, 8))
             for part in range(parts):
                 experiment.progress(f"{label} on fresh problems, seed {seed}", part, parts)
-                run = {"problems": budget.fresh, "seed": 2_000 + seed + 1_000 * part, "steps": STEPS}
+                run = {"problems": problems, "seed": 2_000 + seed + 1_000 * part, "steps": STEPS}
 
                 def measure(optimizer: UpdateRule = optimizer, run: dict[str, int] = run) -> dict[str, Any]:
                     return {"objectives": mean_ratios(optimizer, [optimizer.meta_params()], task, **run)[0].tolist()}
@@ -216,18 +216,18 @@ def _figure17(name: str, experiment: Experiment) -> Measurement:
                 key = {"rule": fingerprint(optimizer), **run}
                 found = experiment.cached(f"{label} on fresh problems of {task.name}", key, measure)
                 objectives += found["objectives"]
-            numbers[f"objective of {label}"].append(statistics.fmean(objectives))
-            each.setdefault(label, []).extend(objectives)
+            numbers[f"objective of {label}"] += objectives  # a number per problem, the same for all optimizers
     numbers["settings at a grid's edge"] = [float(sum(not inside for _, inside in tuned.values()))]
     settings = {n: {k: float(v.detach()) for k, v in best.named_parameters()} for n, (best, _) in tuned.items()}
-    return Measurement(numbers, {"settings": settings, "each": each})
+    return Measurement(numbers, {"settings": settings})
 
 
 def draw(measured: Measurement) -> Figure:
     """Plot figure 17: the distribution of the objective over problems, with mean and standard error."""
     from matplotlib.figure import Figure
 
-    rows = measured.data["each"]
+    prefix = "objective of "
+    rows = {name.removeprefix(prefix): row for name, row in measured.numbers.items() if name.startswith(prefix)}
     figure = Figure(figsize=(1.5 * len(rows) + 1, 4.5), layout="constrained")
     panel = figure.subplots()
     places = range(len(rows))
@@ -247,6 +247,9 @@ def draw(measured: Measurement) -> Figure:
     return figure
 
 
+_INSIDE = at_most("settings at a grid's edge", 0, exact=True, kind=CONTROL)  # else the grid was too small
+
+
 def _claim(name: str) -> Claim:
     ours = f"objective of {name}"
     budget = BUDGETS[TASKS[name]]
@@ -256,17 +259,23 @@ def _claim(name: str) -> Claim:
     )
     return Claim(
         id=f"{name}-figure-17",
-        source="Maheswaranathan et al. 2021 (arXiv 2011.02159), figure 17",
+        source="Maheswaranathan et al. 2021 (arXiv 2011.02159), figures 1 and 17",
+        title=f"figures 1 and 17 on {TASKS[name]}, a rule whose meta-training began as tuned momentum",
+        in_paper="The same task; 256 units from scratch, 5,000 meta-steps; the best of 2,500 settings of each rival; "
+        "64 problems.",
         statement="The learned optimizer has a lower mean objective than tuned momentum, RMSProp and Adam on its task.",
-        setup=f"Mean of f / f_0 over 201 steps, {PROBLEMS} fresh problems a seed (quick: {budget.fresh}). Baselines: "
+        setup=f"Mean of f / f_0 over 201 steps, a number for each of {PROBLEMS} fresh problems a seed (quick: "
+        f"{min(budget.fresh, 8)}), the same for all optimizers. Baselines: "
         "the best settings from grids of 71 rates, 1e-5 to 100, and 50 decays, 0 to 0.999, on other problems: "
         f"{rounds} (quick: fewer). The bundled rule had fewer meta-training steps than the paper's, which started from "
         "momentum: see its card.",
         measure=lambda experiment: _figure17(name, experiment),
         checks=(
-            *(below(ours, f"objective of {label}", published="below") for label in BASELINES),
-            *(below(ours, "objective of momentum in closed form") for _ in range(TASKS[name] == "linear-regression")),
-            at_most("settings at a grid's edge", 0, published="none"),
+            *(below(ours, f"objective of {label}", published="below", controls=(_INSIDE,)) for label in BASELINES),
+            *(
+                below(ours, "objective of momentum in closed form", kind=OWN)
+                for _ in range(TASKS[name] == "linear-regression")
+            ),
         ),
         minutes=budget.minutes,
         quick_minutes=budget.quick_minutes,
@@ -388,22 +397,16 @@ CLAIMS = (
     *(
         Claim(
             id="gru-linearized",
-            source="Maheswaranathan et al. 2021 (arXiv 2011.02159), App. B.1",
-            statement="Linearized at its fixed point, the quadratic rule behaves like the full one; its dominant mode "
-            "is the task's best momentum.",
+            source="Maheswaranathan et al. 2021 (arXiv 2011.02159), App. B.1 and figure 14",
+            title="figure 14 with the bundled gru-quadratic, after its momentum stage",
+            in_paper="A rule of 256 units from scratch at the stage where it is as good as momentum.",
+            statement="Linearized at its fixed point, the quadratic rule behaves like the full one.",
             setup="64 runs of 200 steps per seed. The paper linearizes a rule at the stage of meta-training where it "
-            "is as good as momentum. The bundled one started there, so its mode says little, and is better by now: it "
-            "has learned a schedule of learning rates, lowest at the fixed point, which no linearization can have.",
+            "is as good as momentum. The bundled one started there, so that the momentum of its mode says nothing and "
+            "is not checked, and is better by now: it has learned a schedule of learning rates, lowest at the fixed "
+            "point, which no linearization can have.",
             measure=_linearized,
-            checks=(
-                at_most("difference of the loss curves", 0.05, published="almost exactly"),
-                Check(
-                    "momentum of the dominant mode within 2 % of 0.88114",
-                    ("momentum of the dominant mode",),
-                    lambda values: all(abs(value / BEST_MOMENTUM["momentum"] - 1) <= 0.02 for value in values),
-                    "matches",
-                ),
-            ),
+            checks=(at_most("difference of the loss curves", 0.05, published="almost exactly"),),
             minutes=0.4,
             quick_minutes=0.3,
         )
@@ -411,20 +414,21 @@ CLAIMS = (
     ),
     Claim(
         id="gru-momentum-stage",
-        source="Maheswaranathan et al. 2021 (arXiv 2011.02159), App. B",
+        source="Maheswaranathan et al. 2021 (arXiv 2011.02159), App. B and figure 15",
+        title="figure 15 with 32 units from scratch on the quadratic, 400 meta-steps",
+        in_paper="256 units from scratch, 5,000 meta-steps of 64 runs.",
         statement="During meta-training from fresh weights the quadratic rule becomes the task's best momentum: its "
         "linearization then behaves like the full rule.",
-        setup="32 units from fresh weights, 400 steps (quick: 40) of 64 runs at learning rate 8e-3; the paper has "
-        "256 units and 5,000 steps; a checkpoint every 20 steps. The stage is the checkpoint whose mean loss curve "
+        setup="32 units from fresh weights, 400 steps (quick: 40) of 64 runs at learning rate 8e-3, a number per "
+        "meta-seed; a checkpoint every 20 steps. The stage is the checkpoint whose mean loss curve "
         "over 64 runs is closest to that of momentum 0.88114 at learning rate 3.7585.",
         measure=_momentum_stage,
         checks=(
             at_most(STAGE["error"], 0.05, published="almost exactly"),
             near(STAGE["momentum"], BEST_MOMENTUM["momentum"], rtol=0.02),
         ),
-        minutes=4.5,
+        minutes=14,
         quick_minutes=0.6,
-        seeds=1,
         quick_seeds=1,
         plot=draw_stage,
     ),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lopt.claims.claim import Check, Claim, Measurement, at_most, below
+from lightning_lopt.claims.claim import OWN, Check, Claim, Measurement, at_most, below, wins
 from lightning_lopt.claims.experiment import Experiment
 from lightning_lopt.evaluation.baselines import Adam, BaselineConfig
 from lightning_lopt.evaluation.compare import fingerprint
@@ -159,16 +159,10 @@ def _table(experiment: Experiment) -> Measurement:
     return Measurement(numbers)
 
 
-def _wins(low: str, high: str, least: int, average: Callable[[list[float]], float] = statistics.median) -> Check:
-    """`low` is below `high` on at least so many tasks."""
-    names = [f"{label}: {name}" for label in TASKS for name in (low, high)]
-
-    def holds(*rows: list[float]) -> bool:
-        averages = [average(row) for row in rows]
-        return sum(a < b for a, b in zip(averages[::2], averages[1::2], strict=True)) >= least
-
-    text = f"{low} below {high} on at least {least} of {len(TASKS)} tasks, by {average.__name__.removeprefix('f')}s"
-    return Check(text, tuple(names), holds)
+def _wins(low: str, high: str, least: float) -> Check:
+    """A rule of this package's is below another on a share of the tasks."""
+    pairs = [(f"{label}: {low}", f"{label}: {high}") for label in TASKS]
+    return wins(f"{low} below {high}", pairs, least=least, kind=OWN)
 
 
 def nominal_alone() -> UpdateRule:
@@ -188,20 +182,23 @@ def nominal_alone() -> UpdateRule:
 def _long(experiment: Experiment) -> Measurement:
     steps = experiment.pick(10_000, 100)
     rule = load_rule(ROBUST)
-    numbers = {}
-    curves = {}
+    numbers: dict[str, list[float]] = {}
+    curves: dict[str, list[list[float]]] = {}
     for label, name in TASKS.items():
+        for seed in experiment.seeds:
 
-        def compute(label: str = label, name: str = name) -> dict[str, Any]:
-            make_optimizer = partial(RuleOptimizer, rule=rule, num_steps=steps)
-            losses = train(make_task(name), steps, 0, make_optimizer, experiment.reporter(label, steps))
-            return {"first": float(losses[0]), "intervals": [float(row.mean()) for row in losses.tensor_split(100)]}
+            def compute(label: str = label, name: str = name, seed: int = seed) -> dict[str, Any]:
+                make_optimizer = partial(RuleOptimizer, rule=rule, num_steps=steps)
+                report = experiment.reporter(f"{label}, seed {seed}", steps)
+                losses = train(make_task(name), steps, seed, make_optimizer, report)
+                return {"first": float(losses[0]), "intervals": [float(row.mean()) for row in losses.tensor_split(100)]}
 
-        key = {"rule": fingerprint(rule), "task": name, "steps": steps, "knows length": True}
-        found = experiment.cached("long run", key, compute)
-        numbers[f"{label}: {WORST}"] = [max(found["intervals"][1:]) / found["first"]]
-        numbers[f"{label}: last loss"] = found["intervals"][-1:]
-        curves[label] = found["intervals"]
+            key = {"rule": fingerprint(rule), "task": name, "steps": steps, "knows length": True, "seed": seed}
+            found = experiment.cached("long run", key, compute)
+            worst = max(found["intervals"][1:]) / found["first"]
+            numbers.setdefault(f"{label}: {WORST}", []).append(worst)
+            numbers.setdefault(f"{label}: last loss", []).append(found["intervals"][-1])
+            curves.setdefault(label, []).append(found["intervals"])
     return Measurement(numbers, {"intervals": curves})
 
 
@@ -209,12 +206,15 @@ CLAIMS = (
     Claim(
         id="dmd-table1",
         source=f"{DMD}, Table 1",
+        title="Table 1 on the paper's six tasks, 5 runs, rules meta-trained on a tenth of the paper's runs",
+        in_paper="L2O and L2O-DMD(1, 100) meta-trained on 1,000 runs of 100 steps, truncated to 20, of an MLP with 8 "
+        "hidden sigmoid units on MNIST, the best of the tests kept; 30 runs, the loss after 300 steps; Adam at 0.01.",
         statement="L2O-DMD(1, 100), meta-trained on a small MNIST net, ends far below the plain LSTM on all six tasks, "
         "and at or below Adam 0.01 on four of them.",
-        setup="The bundled lstm and lstm-dmd, meta-trained on 100 runs instead of 1,000, lstm-dmd with m = 20: at the "
-        "paper's m = 100 all eigenvalues are 0 in meta-training. lstm-dmd-robust is this package's own rule and knows "
-        "the run's length. Mean of the last 10 of 300 losses; 5 runs instead of 30. Adam's learning rate is tuned on "
-        "the same runs in quarter-decades, both constant and with a cosine.",
+        setup="The bundled lstm and lstm-dmd, meta-trained on 140 and 80 runs, one meta-seed each, lstm-dmd with m = "
+        "20: at the paper's m = 100 all eigenvalues are 0 in meta-training. lstm-dmd-robust is this package's own rule "
+        "and knows the run's length. Mean of the last 10 of 300 losses; 5 runs, a number each. Adam's learning rate is "
+        "tuned on the same runs in quarter-decades, both constant and with a cosine.",
         measure=_table,
         checks=(
             *(
@@ -222,13 +222,18 @@ CLAIMS = (
                 for label, row in PUBLISHED.items()
             ),
             *(
-                below(f"{label}: lstm-dmd", f"{label}: Adam 0.01", published="{1} against {2}".format(*row))
+                below(
+                    f"{label}: lstm-dmd",
+                    f"{label}: Adam 0.01",
+                    factor=1.1 if row[1] == row[2] else 1.0,  # level: not more than a tenth above
+                    published="{1} against {2}".format(*row),
+                )
                 for label, row in PUBLISHED.items()
                 if row[1] <= row[2]
             ),
-            *(below(f"{label}: {ROBUST}", f"{label}: lstm", factor=0.9) for label in TASKS),
-            _wins(ROBUST, "tuned Adam", 6),
-            _wins(ROBUST, "tuned Adam", 6, statistics.fmean),
+            *(below(f"{label}: {ROBUST}", f"{label}: lstm", factor=0.9, kind=OWN) for label in TASKS),
+            _wins(ROBUST, "tuned Adam", 1.0),
+            _wins(ROBUST, ALONE, 1.0),
         ),
         minutes=14,
         quick_minutes=1,
@@ -238,15 +243,15 @@ CLAIMS = (
     Claim(
         id="dmd-long",
         source="this package's own rule, stabilized as in Harrison et al. 2022 (STAR, arXiv 2209.11208)",
-        statement="lstm-dmd-robust does not diverge in 10,000 steps on any of L2O-DMD's six tasks.",
-        setup="One run each, of a rule whose network was meta-trained on runs of 80 steps and that knows the length. "
+        title="lstm-dmd-robust for 10,000 steps on L2O-DMD's six tasks",
+        in_paper="No paper claims this: L2O-DMD's rules were run for 300 steps.",
+        statement="lstm-dmd-robust brings the loss down and keeps it down for 10,000 steps on L2O-DMD's six tasks.",
+        setup="Three runs each, of a rule whose network was meta-trained on runs of 80 steps and knows the length. "
         "Losses are means over intervals of 1 % of the run, from the second interval on.",
         measure=_long,
-        checks=tuple(at_most(f"{label}: {WORST}", 1.0) for label in TASKS),
-        minutes=13,
-        quick_minutes=0.3,
-        seeds=1,
-        quick_seeds=1,
+        checks=tuple(at_most(f"{label}: {WORST}", 0.5, kind=OWN) for label in TASKS),
+        minutes=39,
+        quick_minutes=0.6,
         needs=DATA,
     ),
 )

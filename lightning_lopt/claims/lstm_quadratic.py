@@ -6,14 +6,13 @@ Losses are training losses before each update, clamped to twice the first.
 from __future__ import annotations
 
 import dataclasses
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_lopt.claims.claim import Check, Claim, Measurement, at_least, at_most, below
+from lightning_lopt.claims.claim import CONTROL, OWN, Check, Claim, Measurement, at_least, at_most, below
 from lightning_lopt.claims.experiment import Experiment
 from lightning_lopt.claims.learning_rate import at_rate
 from lightning_lopt.claims.loss_curves import Setting, losses
@@ -165,8 +164,11 @@ def _findings(experiment: Experiment) -> Measurement:
         }
         found = experiment.cached("findings", key, compute)
         numbers |= {f"{part}{name}": row for part, row in found.items()}
-        numbers[f"success rate, {name}"] = [statistics.fmean(value <= SUCCESS for value in found[FINAL])]
+        numbers[f"success, {name}"] = [float(value <= SUCCESS) for value in found[FINAL]]
     return Measurement(numbers)
+
+
+_WORKS = at_least("success, default", 0.8, kind=CONTROL)  # with the same budget of meta-training
 
 
 def _similar(one: str, other: str) -> tuple[Check, Check]:
@@ -178,6 +180,9 @@ CLAIMS = (
     Claim(
         id="l2l-quadratic",
         source=f"{L2O}, section 3.1",
+        title="the quadratics of section 3.1, 10 dimensions, as in the paper",
+        in_paper="The same quadratics; an LSTM of 2 x 20 units, 100 steps truncated to 20, meta-trained by Adam at a "
+        "searched rate, the best of several meta-seeds kept; curves without numbers.",
         statement="On 10-dimensional quadratics the LSTM ends below tuned Adam, RMSProp, SGD and NAG.",
         setup="Meta-trained for 3,000 steps of 20 inner steps on 64 problems at a time, with second-order gradients, "
         "meta-gradients scaled to norm 1, and Adam at 6e-3 with a cosine; the best of ten checkpoints on 1,000 "
@@ -186,17 +191,17 @@ CLAIMS = (
         "standard error of 7. Learning rates of the others are tuned in half-decades on the same problems.",
         measure=_quadratic,
         checks=(
-            at_most(f"{SUMMED} the LSTM", 55.0, published="49.67 (the port)"),
-            *(below(f"{SUMMED} the LSTM", f"{SUMMED} {name}") for name in HAND_DESIGNED),
+            *(below(f"{SUMMED} the LSTM", f"{SUMMED} {name}", published="below") for name in HAND_DESIGNED),
+            at_most(f"{SUMMED} the LSTM", 55.0, published="49.67 (a PyTorch port, not the paper)", kind=OWN),
         ),
-        minutes=6,
+        minutes=8,
         quick_minutes=0.3,
-        seeds=2,
-        quick_seeds=1,
     ),
     Claim(
         id="lstm-findings",
         source=f"{THESIS}, sections 5.2, 5.3, 5.5 and 5.6",
+        title="Figures 7a, 8a, 10a, 11a, 18a and 19a on the thesis's quadratic, ten meta-seeds",
+        in_paper="The same quadratic; the super epoch of 3,200 steps with ten times as much meta-training.",
         statement="On quadratics the LSTM learns nothing from preprocessed gradients, nor without normalized "
         "meta-gradients; truncations of 8 steps are worse than 16, and 32 are no better; trained on 320 steps its loss "
         "rises beyond them, trained on 3200 it is slower early and better late; growing weights change nothing.",
@@ -206,9 +211,10 @@ CLAIMS = (
         "succeeds if its loss is a quarter or less at step 320.",
         measure=_findings,
         checks=(
-            at_least("success rate, default", 0.8),
-            at_most("success rate, preprocessed", 0.5, published="fails"),
-            at_most("success rate, not normalized", 0.5, published="fails"),
+            *(
+                at_most(f"success, {name}", 0.5, published="fails", controls=(_WORKS,))
+                for name in ("preprocessed", "not normalized")
+            ),
             below(f"{FINAL}default", f"{FINAL}T = 8"),
             *_similar(f"{FINAL}default", f"{FINAL}T = 32"),
             *_similar(f"{FINAL}default", f"{FINAL}weights 1 + t"),

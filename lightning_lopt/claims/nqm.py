@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lightning_lopt.analysis import nqm
-from lightning_lopt.claims.claim import Check, Claim, Measurement, at_least, at_most, below
+from lightning_lopt.claims.claim import Claim, Measurement, at_least, at_most, below, each_at_most
 from lightning_lopt.claims.experiment import Experiment
 
 if TYPE_CHECKING:
@@ -41,6 +42,12 @@ def random_cases(
     return hessian, P, largest_step * uniform(cases, low=0, high=1)
 
 
+def stable(matrices: Tensor) -> Tensor:
+    """Whether each dynamics matrix (cases, n, n) has a spectral radius of at most 1, up to rounding."""
+    held: Tensor = torch.linalg.eigvals(matrices).abs().amax(1) <= 1 + 1e-9
+    return held
+
+
 def _diverging(cases: int, seed: int, *, symmetric: bool) -> tuple[int, int]:
     """Number of random cases that the theorem's bounds call stable, and how many of them diverge: a radius above 1."""
     generator = torch.Generator().manual_seed(seed)
@@ -50,9 +57,8 @@ def _diverging(cases: int, seed: int, *, symmetric: bool) -> tuple[int, int]:
         values = torch.linalg.eigvals(P).real  # real by construction, up to rounding
         sharpest = torch.linalg.eigvalsh(hessian)[:, -1]
         hold = (values.amin(1) + alpha >= 0) & (2 / sharpest - alpha - values.amax(1) >= 0)
-        radius = torch.linalg.eigvals(nqm.dynamics_matrix(hessian, P, alpha)).abs().amax(1)
         called += int(hold.sum())
-        wrong += int((radius[hold] > 1 + 1e-9).sum())
+        wrong += int((~stable(nqm.dynamics_matrix(hessian, P, alpha)[hold])).sum())
     return called, wrong
 
 
@@ -78,9 +84,6 @@ def _variance(experiment: Experiment) -> Measurement:
     fractions = torch.linspace(0, 1, experiment.pick(50, 11), dtype=F64)
     longest = experiment.pick(1000, 200)
     horizons = [horizon for horizon in nqm.HORIZONS if horizon <= longest]
-    numbers: dict[str, list[float]] = {
-        name: [] for name in ("lowest at T = 1", "lowest at the longest", "there at alpha 0")
-    }
     curves: list[Any] = []
     for seed in experiment.seeds:
 
@@ -95,11 +98,39 @@ def _variance(experiment: Experiment) -> Measurement:
 
         key = {"alphas": len(fractions), "horizons": horizons, "runs": 500, "seed": seed}
         curves.append(experiment.cached("nqm gradient variance", key, compute)["variances"])
-        variances = torch.tensor(curves[-1], dtype=F64)
-        numbers["lowest at T = 1"].append(float(variances[:, 0].min()))
-        numbers["lowest at the longest"].append(float(variances[:, -1].min()))
-        numbers["there at alpha 0"].append(float(variances[0, -1]))
+    shown = [*(horizon for horizon in SHOWN if horizon < longest), longest]
+    numbers = variance_ratios(torch.tensor(curves, dtype=F64), horizons, shown)
+    if longest != SHOWN[-1]:  # the quick scale
+        numbers[_ratio(SHOWN[-1])] = numbers[_ratio(longest)]
     return Measurement(numbers, {"fractions": fractions.tolist(), "horizons": horizons, "variances": curves})
+
+
+SHOWN = (1, 10, 100, 1000)
+
+
+def _ratio(horizon: int) -> str:
+    return f"log10 of variance at the best alpha / at alpha 0, T = {horizon}"
+
+
+def variance_ratios(curves: Tensor, horizons: Sequence[int], shown: Sequence[int]) -> dict[str, list[float]]:
+    """For each of some horizons, the variance that a nominal term leaves: a logarithm per seed.
+
+    Args:
+        curves: (seeds, alphas, horizons) variances; the first alpha is 0.
+        horizons: of the last axis.
+        shown: those to look at.
+    """
+    numbers = {}
+    for horizon in shown:
+        rows = curves[:, :, list(horizons).index(horizon)]
+        found = []
+        for seed in range(len(rows)):
+            # Choose alpha on another seed: the lowest of many noisy numbers is low even if alpha does nothing.
+            other = rows[(seed + 1) % len(rows)]
+            best = int(other[1:].argmin()) + 1
+            found.append(float((rows[seed, best] / rows[seed, 0]).log10()))
+        numbers[_ratio(horizon)] = found
+    return numbers
 
 
 def _draw_variance(found: Measurement) -> Figure:
@@ -114,19 +145,47 @@ def _draw_variance(found: Measurement) -> Figure:
 def _training(experiment: Experiment) -> Measurement:
     hessian, largest_step = _paper_hessian()
     steps = experiment.pick(1000, 100)
-    numbers: dict[str, list[float]] = {f"meta-loss with alpha {fraction:g}": [] for fraction in FRACTIONS}
+    numbers: dict[str, list[float]] = {}
+    curves: dict[str, list[list[float]]] = {}
     best = _best_loss(hessian)
     for seed in experiment.seeds:
         for fraction in FRACTIONS:
 
             def compute(fraction: float = fraction, seed: int = seed) -> dict[str, Any]:
-                losses = nqm.meta_train(hessian, fraction * largest_step, steps=steps, seed=seed).losses
-                return {"loss": float(losses[-max(steps // 20, 1) :].mean() / best)}
+                found = nqm.meta_train(hessian, fraction * largest_step, steps=steps, seed=seed)
+                last = found.losses[-max(steps // 20, 1) :].mean() / best
+                return {"loss": float(last), "largest": found.eigenvalues[:, 0].tolist()}
 
             key = {"fraction": fraction, "steps": steps, "seed": seed}
             found = experiment.cached(f"nqm meta-training, alpha {fraction:g}, seed {seed}", key, compute)
-            numbers[f"meta-loss with alpha {fraction:g}"].append(found["loss"])
-    return Measurement(numbers)
+            numbers.setdefault(_loss(fraction), []).append(found["loss"])
+            numbers.setdefault(_largest(fraction), []).append(sum(found["largest"]) / steps)
+            curves.setdefault(f"alpha {fraction:g}", []).append(found["largest"][:: max(steps // 100, 1)])
+    return Measurement(numbers, {"every": max(steps // 100, 1), "curves": curves})
+
+
+def _loss(fraction: float) -> str:
+    return f"meta-loss with alpha {fraction:g}"
+
+
+def _largest(fraction: float) -> str:
+    return f"largest |eigenvalue|, mean over meta-training, alpha {fraction:g}"
+
+
+def _draw_eigenvalues(found: Measurement) -> Figure:
+    from matplotlib.figure import Figure
+
+    from lightning_lopt.claims.plots import Curve, draw_curves
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    panel = figure.subplots()
+    curves = found.data["curves"]
+    steps = [found.data["every"] * i for i in range(len(next(iter(curves.values()))[0]))]
+    draw_curves(panel, [Curve(name, steps, rows) for name, rows in curves.items()])
+    panel.axhline(1.0, color="black", linewidth=0.8)
+    panel.set(xlabel="meta-training step", ylabel="largest |eigenvalue| of the dynamics")
+    panel.legend(frameon=False, fontsize=8)
+    return figure
 
 
 def _best_loss(hessian: Tensor) -> float:
@@ -145,22 +204,23 @@ def _best_loss(hessian: Tensor) -> float:
     return float(closure().detach())
 
 
-def _descending_means(*rows: list[float]) -> bool:
-    means = [sum(row) / len(row) for row in rows]
-    return means == sorted(means, reverse=True)
-
-
 _SOURCE = "Harrison et al. 2022 (STAR, arXiv 2209.11208)"
+_IN_PAPER = (
+    "The same Hessian; PES with one truncation of T = 50 steps (that is ES), std 0.01, AdamW with clipping at 1, five "
+    "seeds; the learning rate, the number of pairs and the initial P are not stated."
+)
 CLAIMS = (
     Claim(
         id="nqm-theorem-1",
         source=f"{_SOURCE}, theorem 1",
+        title="theorem 1 on 10,000 random cases of 1 to 5 dimensions a seed",
         statement="A diagonalizable P with real eigenvalues within the bounds (9) and (10) gives stable dynamics.",
         setup="Per seed, 10,000 random cases of 1 to 5 dimensions with symmetric P, and 10,000 with diagonalizable P.",
+        in_paper="A proof.",
         measure=_theorem,
         checks=(
-            at_most("symmetric P that diverge", 0, published="none"),
-            at_most("share of other P that diverge", 0, published="none"),
+            each_at_most("symmetric P that diverge", 0, published="none"),
+            each_at_most("share of other P that diverge", 0, published="none"),
         ),
         minutes=0.1,
         quick_minutes=0.1,
@@ -168,37 +228,56 @@ CLAIMS = (
     Claim(
         id="nqm-figure-2a",
         source=f"{_SOURCE}, figure 2a",
-        statement="A nominal term within the stability bounds lowers the meta-gradient's variance, most for long runs.",
-        setup="The paper's Hessian, P = 0, 500 runs for each of 50 alphas, T up to 1000; quick: 11 and 200.",
+        title="figure 2a as in the paper",
+        statement="A nominal term within the stability bounds lowers the meta-gradient's variance at all horizons, "
+        "most at long ones.",
+        setup="The paper's Hessian, P = 0, 500 runs for each of 50 alphas, T up to 1000; quick: 11 and 200. A seed's "
+        "alpha is the best one of another seed.",
+        in_paper="The same.",
         measure=_variance,
         checks=(
-            below("lowest at the longest", "lowest at T = 1", published="lower"),
-            below("lowest at the longest", "there at alpha 0", factor=0.1, published="dramatically lower"),
+            *(at_most(_ratio(horizon), 0.0, published="lower for all T") for horizon in SHOWN),
+            at_most(_ratio(SHOWN[-1]), -1.0, published="particularly dramatic reduction"),
         ),
         minutes=0.6,
         quick_minutes=0.1,
         plot=_draw_variance,
     ),
     Claim(
-        id="nqm-figure-2c",
-        source=f"{_SOURCE}, figure 2c",
-        statement="With a good nominal term meta-training is near-optimal after 1000 steps; without one it is not.",
-        setup="Meta-losses relative to the best constant P's. Antithetic ES with 8 pairs, Adam at 1e-2, P from "
-        "N(0, 0.1^2), none of which the paper states. Quick: 100 steps.",
+        id="nqm-figure-2b",
+        source=f"{_SOURCE}, figure 2b",
+        title="figure 2b's form, with a meta-learning rate of our choice",
+        statement="With a nominal term the dynamics are more stable in meta-training: the eigenvalues are smaller.",
+        setup="The larger |eigenvalue| of A, mean over 1,000 meta-steps, for five alphas. Antithetic ES with 8 pairs, "
+        "Adam at 1e-2, P from N(0, 0.1^2), none of which the paper states. Quick: 100 steps.",
+        in_paper=_IN_PAPER,
         measure=_training,
-        checks=(
-            at_most("meta-loss with alpha 0.4", 1.1, published="near-optimal"),
-            at_most("meta-loss with alpha 0.3", 1.1, published="near-optimal"),
-            at_least("meta-loss with alpha 0", 1.5, published="100 times as many steps, or failure"),
-            Check(
-                "meta-loss falls from alpha 0 to 0.2",
-                tuple(f"meta-loss with alpha {fraction:g}" for fraction in FRACTIONS[:3]),
-                _descending_means,
-                "ordered",
-            ),
+        checks=tuple(
+            below(_largest(more), _largest(less), published="more stable, smaller magnitude")
+            for less, more in zip(FRACTIONS, FRACTIONS[1:], strict=False)
         ),
         minutes=2.5,
-        quick_minutes=0.3,
+        quick_minutes=0.1,
         seeds=5,
+        plot=_draw_eigenvalues,
+    ),
+    Claim(
+        id="nqm-figure-2c",
+        source=f"{_SOURCE}, figure 2c",
+        title="figure 2c's form, with a meta-learning rate of our choice",
+        statement="With a good nominal term meta-training is near-optimal after 1000 steps; without one it is not.",
+        setup="Meta-losses, mean over the last 5 % of 1,000 meta-steps, relative to the best constant P's. Antithetic "
+        "ES with 8 pairs, Adam at 1e-2, P from N(0, 0.1^2), none of which the paper states. Quick: 100 steps.",
+        in_paper=_IN_PAPER,
+        measure=_training,
+        checks=(
+            *(at_most(_loss(fraction), 1.1, published="near-optimal") for fraction in (0.4, 0.3)),
+            at_least(_loss(0.0), 1.5, published="100 times as many steps, or failure"),
+            *(below(_loss(more), _loss(less), published="ordered") for less, more in ((0.0, 0.1), (0.1, 0.2))),
+        ),
+        minutes=2.5,
+        quick_minutes=0.1,
+        seeds=5,
+        plot=_draw_eigenvalues,
     ),
 )

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,8 @@ SEED = 0
 CURVE_POINTS = 100
 VALIDATIONS, VALIDATIONS_OF_LARGE = 20, 10
 """Looks at the validation data in a run that is compared with others; fewer where they are dear."""
+CHUNK = 50
+"""Steps between two reports of progress, at most."""
 FLOOR, CEILING = 1e-3, 2.0
 """Losses are clamped to these multiples of the task's initial loss before they are divided."""
 
@@ -125,7 +127,7 @@ def run(
         seeds: runs per setting. Their starting points and batches depend on this number too.
         tell_length: tell the rule how long the runs are.
         validations: looks at the validation data. Without any, the fields of `Runs` about validation stay empty.
-        on_step: called after each step with the number of steps done.
+        on_step: called from time to time with the number of steps done.
 
     Returns:
         A `Runs` per setting.
@@ -141,7 +143,14 @@ def run(
             on_step(done)
 
     losses, inner = run_population(
-        unroll, meta_params, generator, steps=steps, seeds=seeds, batched=len(meta_params) > 1, on_inner=look
+        unroll,
+        meta_params,
+        generator,
+        steps=steps,
+        seeds=seeds,
+        batched=len(meta_params) > 1,
+        on_inner=look,
+        stops=filter(judge.looks_at, range(1, steps + 1)),
     )
     verdicts = judge.verdicts(*(members_of(each, len(inner.done)) for each in (inner.params, inner.constants)))
     return [summarize(losses[:, i : i + seeds], verdicts[i : i + seeds]) for i in range(0, losses.shape[1], seeds)]
@@ -157,8 +166,9 @@ def run_population(
     batched: bool,
     on_step: Callable[[int], None] | None = None,
     on_inner: Callable[[int, Inner], None] | None = None,
+    stops: Iterable[int] = (),
 ) -> tuple[Tensor, Inner]:
-    """Run several sets of meta-parameters, each with several seeds, as one population.
+    """Run several sets of meta-parameters, each with several seeds, as one population, by the rule's kernel if any.
 
     Args:
         unroll: the rule on its task.
@@ -167,24 +177,28 @@ def run_population(
         steps: length of the runs.
         seeds: runs per set, with different starting points and batches.
         batched: give every run its own copy of its meta-parameters. With a single set, all runs can do without.
-        on_step: called after each step with the number of steps done.
-        on_inner: the same, with the runs as well.
+        on_step: called every `CHUNK` steps, and at the end, with the number of steps done.
+        on_inner: the same, with the runs as well; also called after the steps in `stops`.
+        stops: numbers of steps after which `on_inner` wants to be called.
 
     Returns:
         Training losses before each update, (steps, sets * seeds) float64, and the runs after the last update.
     """
     sides = len(meta_params)
     population = stack(meta_params, seeds, batched=batched)
+    unroll = dataclasses.replace(unroll, compiled="kernel")
     losses = torch.empty(steps, sides * seeds, dtype=torch.float64)
     with torch.no_grad():
         inner = unroll.start(generator, torch.full((seeds,), steps), sides=sides)
-        for step in range(steps):
-            inner, record, _ = unroll.slot(population, inner, generator, _no_reset, sides=sides, batched=batched)
-            losses[step] = record.losses
+        ends = sorted({*range(CHUNK, steps, CHUNK), *stops, steps} - {0})
+        for first, done in zip([0, *ends], ends, strict=False):
+            length = done - first
+            inner, record = unroll.run(population, inner, length, generator, _no_reset, sides=sides, batched=batched)
+            losses[first:done] = record.losses
             if on_step:
-                on_step(step + 1)
+                on_step(done)
             if on_inner:
-                on_inner(step + 1, inner)
+                on_inner(done, inner)
     return losses, inner
 
 

@@ -64,7 +64,8 @@ class Unroll:
         second_order: let gradients of the meta-loss flow through the task's gradient.
         tell_horizon: give the rule the length of the episode, as a Lightning run of known length does.
         compiled: run steps that need no gradient as compiled code. That is the rule's CPU kernel if there is one, else
-            `torch.compile`, which compiles once per task and pays off after some thousand steps.
+            `torch.compile`, which compiles once per task and pays off after some thousand steps. "kernel": the rule's
+            kernel if there is one, and nothing else.
         idle: after the end of an episode, wait for the next truncation instead of resetting at once.
         frozen: the meta-parameters that do not learn. With those that `run` gets they must be all of the rule's.
         compile_cache: functions that `torch.compile` made. Unrolls that `dataclasses.replace` derives from one another
@@ -76,7 +77,7 @@ class Unroll:
     objective: str = "clipped"
     second_order: bool = True
     tell_horizon: bool = True
-    compiled: bool = False
+    compiled: bool | str = False
     idle: bool = False
     frozen: MetaParams = dataclasses.field(default_factory=dict, compare=False)
     compile_cache: dict[Any, Callable[..., Any]] = dataclasses.field(default_factory=dict, compare=False, repr=False)
@@ -84,6 +85,8 @@ class Unroll:
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective={self.objective!r} is not allowed: use one of {list(OBJECTIVES)}.")
+        if self.compiled not in (False, True, "kernel"):
+            raise ValueError(f"compiled={self.compiled!r} is not allowed: use False, True or 'kernel'.")
 
     def start(self, generator: torch.Generator, horizon: Tensor, *, sides: int = 1) -> Inner:
         """Start fresh runs.
@@ -209,7 +212,7 @@ class Unroll:
         """`_member_step` for a population, compiled where that is asked for and no gradient is needed."""
         in_dims = (0 if batched else None, None, 0, 0, 0, 0, 0 if self.tell_horizon else None)
         step: Callable[..., Any] = vmap(self._member_step, in_dims=in_dims)
-        if not self.compiled or torch.is_grad_enabled():
+        if self.compiled in (False, "kernel") or torch.is_grad_enabled():
             return step
         key = (self, batched)
         if key not in self.compile_cache:

@@ -9,6 +9,7 @@ import sys
 import time
 import types
 
+import numpy
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -22,6 +23,8 @@ from lightning_lopt.claims import (
     at_least,
     at_most,
     below,
+    coverage,
+    each_at_most,
     find,
     find_all,
     near,
@@ -29,6 +32,7 @@ from lightning_lopt.claims import (
     report,
     training,
     verdict,
+    wins,
 )
 from lightning_lopt.claims import cli as claims_cli
 from lightning_lopt.claims.training import meta_train
@@ -41,23 +45,77 @@ from lightning_lopt.meta.schedules import Horizon
 @pytest.mark.parametrize(
     ("check", "numbers", "holds"),
     [
-        (below("a", "b"), {"a": [1, 2, 99], "b": [2, 2, 2]}, True),  # medians
-        (below("a", "b"), {"a": [1, 3, 3], "b": [2, 2, 2]}, False),
-        (below("a", "b", factor=0.5), {"a": [1.0], "b": [2.0]}, True),
-        (below("a", "b", factor=0.49), {"a": [1.0], "b": [2.0]}, False),
-        (at_most("a", 3), {"a": [3.0]}, True),
-        (at_most("a", 3), {"a": [3.1]}, False),
-        (at_least("a", 3), {"a": [2.9]}, False),
-        (at_least("a", 3), {"a": [3.0]}, True),
-        (near("a", 0.45, rtol=0.1), {"a": [0.494]}, True),
-        (near("a", 0.45, rtol=0.1), {"a": [0.404]}, False),
-        (near("a", -2.0, atol=0.5), {"a": [-2.5]}, True),
+        (below("a", "b"), {"a": [1.0, 1.1, 0.9], "b": [2.0, 2.1, 2.2]}, True),
+        (below("a", "b"), {"a": [1.0, 1.1, 9.0], "b": [2.0, 2.1, 2.2]}, False),  # one bad seed: within the noise
+        (
+            below("a", "b"),
+            {"a": [1.0, 5.0], "b": [1.1, 5.1]},
+            True,
+        ),  # paired: the seeds differ, the difference does not
+        (below("a", "b", paired=False), {"a": [1.0, 5.0], "b": [1.1, 5.1]}, False),
+        (below("a", "b"), {"a": [1.0, 1.0], "b": [1.0, 1.0]}, False),  # a tie is not below
+        (below("a", "b"), {"a": [1.0], "b": [2.0]}, False),  # one seed proves nothing
+        (below("a", "b", exact=True), {"a": [1.0], "b": [2.0]}, True),
+        (below("a", "b"), {"a": [1.0, 1.2], "b": [2.0]}, True),
+        (below("a", "b", factor=0.5), {"a": [0.9, 1.0], "b": [2.0, 2.2]}, True),
+        (below("a", "b", factor=0.4), {"a": [0.9, 1.0], "b": [2.0, 2.2]}, False),
+        (at_most("a", 3), {"a": [2.8, 2.9]}, True),
+        (at_most("a", 3), {"a": [2.5, 3.4]}, False),  # the mean is below, not by its noise
+        (at_most("a", 3), {"a": [3.0, 3.0]}, True),
+        (at_most("a", 3, exact=True), {"a": [3.0]}, True),
+        (at_most("a", 3, exact=True), {"a": [3.1]}, False),
+        (at_least("a", 3, exact=True), {"a": [2.9]}, False),
+        (at_least("a", 3), {"a": [3.1, 3.2]}, True),
+        (at_least("a", 3), {"a": [2.9, 3.9]}, False),
+        (each_at_most("a", 1), {"a": [0.1, 0.2, 1.0]}, True),
+        (each_at_most("a", 1), {"a": [0.1, 0.2, 1.1]}, False),  # where the median would pass
+        (near("a", 0.45, rtol=0.1), {"a": [0.46, 0.47]}, True),
+        (near("a", 0.45, rtol=0.1), {"a": [0.40, 0.41]}, False),
+        (near("a", 0.45, rtol=0.1), {"a": [0.41, 0.49]}, False),  # the noise is as large as the tolerance
+        (near("a", -2.0, atol=0.5, exact=True), {"a": [-2.5]}, True),
         (at_least("a", 0), {"a": [1.0, math.nan, 1.0]}, False),  # never holds with a NaN
         (Check("", ("a", "b"), lambda a, b: len(a) > len(b)), {"a": [1, 2], "b": [1]}, True),
     ],
 )
 def test_checks(check, numbers, holds):
     assert check(numbers) is holds
+
+
+def test_the_margin_is_twice_the_standard_error():
+    """Outside truth: numpy's standard errors, of the differences where seeds are shared, else of independent means."""
+    a, b = [1.0, 2.0, 4.0], [2.5, 2.0, 7.0]
+    paired = below("a", "b").assess({"a": a, "b": b})
+    difference = numpy.subtract(b, a)
+    assert paired.margin == pytest.approx(2 * difference.std(ddof=1) / 3**0.5)
+    assert (paired.value, paired.bound) == (pytest.approx(numpy.mean(a)), pytest.approx(numpy.mean(b)))
+    assert paired.spread == pytest.approx(numpy.std(a, ddof=1))
+    alone = below("a", "b", paired=False).assess({"a": a, "b": b})
+    assert alone.margin == pytest.approx(2 * (numpy.var(a, ddof=1) / 3 + numpy.var(b, ddof=1) / 3) ** 0.5)
+    assert at_most("a", 3).assess({"a": a}).margin == pytest.approx(2 * numpy.std(a, ddof=1) / 3**0.5)
+    assert math.isnan(below("a", "b").assess({"a": [1.0], "b": [2.0]}).margin)
+
+
+def test_wins_are_counted_beyond_the_noise():
+    pairs = [("a1", "b1"), ("a2", "b2")]
+    clear = {"a1": [1.0, 1.1], "b1": [2.0, 2.1]}
+    noisy = {"a2": [1.0, 3.0], "b2": [3.0, 1.5]}
+    lost = {"a2": [3.0, 3.1], "b2": [2.0, 2.1]}
+    won = {"a2": [1.0, 1.1], "b2": [2.0, 2.1]}
+    assert [wins("", pairs, least=1.0)({**clear, **other}) for other in (won, noisy, lost)] == [True, False, False]
+    assert [wins("", pairs, least=0.2, most=0.8)({**clear, **other}) for other in (won, noisy, lost)] == [
+        False,
+        True,
+        True,
+    ]
+
+
+def test_a_finding_counts_only_with_its_positive_control():
+    control = at_most("trained", 0.5, exact=True, kind="control")
+    check = at_least("loss", 1.0, exact=True, controls=(control,))
+    assert check({"loss": [2.0], "trained": [0.4]})
+    assert not check({"loss": [2.0], "trained": [0.6]})
+    claim = made(checks=(check, at_least("loss", 0.5, exact=True, controls=(control,))))
+    assert [row.text for row in claim.all_checks()] == ["loss >= 1", "trained <= 0.5", "loss >= 0.5"]
 
 
 def test_a_check_of_a_missing_quantity_is_an_error():
@@ -67,10 +125,11 @@ def test_a_check_of_a_missing_quantity_is_an_error():
 
 
 def test_verdict_and_claims_without_checks():
-    assert [verdict(held) for held in ([True], [True, False], [False, False])] == [
+    assert [verdict(held) for held in ([True], [True, False], [False, False], [])] == [
         "reproduced",
         "partly",
         "not reproduced",
+        "no paper's claim",
     ]
     with pytest.raises(ValueError, match="has no checks"):
         made("empty", checks=())
@@ -140,7 +199,8 @@ def made(name="toy", *, checks=None, values=(1.0, 2.0), **options):
             {"loss": [row["v"] for row in rows], "scale": [float(experiment.pick(10, 1))]}, {"curve": [1.0]}
         )
 
-    checks = (at_most("loss", 1.5), at_least("scale", 5, published="ten | more")) if checks is None else checks
+    default = (each_at_most("loss", 2), at_least("scale", 5, exact=True, published="ten | more"))
+    checks = default if checks is None else checks
     options = {"minutes": 1, "quick_minutes": 0.1, "seeds": 2, "quick_seeds": 1, **options}
     return Claim(name, "Some paper, figure 1", "It works.", "Smaller.", measure, checks, **options)
 
@@ -174,23 +234,19 @@ def rows_of(path):
 
 def test_reproduce_writes_the_verdict_everywhere(capsys, folder, toys):
     assert run("toy", "--out", "out") == 0
-    out = capsys.readouterr().out
-    assert "reproduced" in out
-    assert "1.5 [1, 2], n=2" in out
+    assert "reproduced, 2 of 2 checks" in capsys.readouterr().out
     found = json.loads((folder / "out" / "toy.json").read_text())
-    assert found["verdict"] == "reproduced"
     assert (found["scale"], found["seeds"], found["numbers"]["loss"]) == ("full", 2, [1.0, 2.0])
-    assert [check["holds"] for check in found["checks"]] == [True, True]
     assert found["data"] == {"curve": [1.0]}
     assert (folder / "out" / "toy.png").read_bytes().startswith(b"\x89PNG")
-    (row,) = rows_of(folder / "out" / "claims.csv")
-    assert (row["id"], row["verdict"], row["checks_that_hold"], row["checks"]) == ("toy", "reproduced", "2", "2")
-    assert [row["value"] for row in rows_of(folder / "out" / "numbers.csv")] == ["1", "2", "10"]
-    page = (folder / "out" / "report.md").read_text()
-    assert "**reproduced**" in page
-    assert "| scale >= 5 | ten \\| more | scale: 10, n=1 | yes |" in page
+    first, second = rows_of(folder / "out" / "checks.csv")
+    assert (first["claim"], first["check"], first["holds"]) == ("toy", "loss <= 2 with every seed", "True")
+    assert [second[name] for name in ("value", "bound", "margin", "n", "seeds")] == ["10", "5", "0", "1", "2"]
+    page = (folder / "out.md").read_text()
+    assert "**reproduced, 2 of 2 checks**" in page
+    assert "| scale >= 5 | ten \\| more | 10 | 5 | 0 | 1 | yes |" in page
     assert "lopt reproduce toy --out reproduction" in page
-    assert "![toy](toy.png)" in page
+    assert "![toy](out/toy.png)" in page
 
 
 def test_the_cost_counts_what_was_measured_now_and_what_was_cached(folder, monkeypatch):
@@ -207,31 +263,27 @@ def test_the_cost_counts_what_was_measured_now_and_what_was_cached(folder, monke
 
     claim = Claim("busy", "S", "s", "s", measure, (at_least("loss", 0.0),), 1, 1)
     monkeypatch.setattr(registry, "find_all", lambda: {"busy": claim})
+    monkeypatch.setattr(claims_cli, "find_all", lambda: {"busy": claim})
     for _ in range(2):  # the second time from the cache
-        assert run("busy") == 0
+        assert run("busy", "--fresh") == 0
         minutes = json.loads((folder / "reproduction" / "busy.json").read_text())["cpu_minutes"]
         assert 0.1 <= 60 * minutes < 1
 
 
 def test_the_quick_scale_and_failed_checks_are_shown(capsys, folder, toys):
     assert run("toy", "--quick") == 0
-    page = (folder / "reproduction" / "report.md").read_text()
-    assert "**partly, at the quick scale**" in page
-    assert "| scale >= 5 | ten \\| more | scale: 1, n=1 | **no** |" in page
+    page = (folder / "reproduction.md").read_text()
+    assert "**partly, 1 of 2 checks, at the quick scale**" in page
+    assert "| scale >= 5 | ten \\| more | 1 | 5 | 0 | 1 | **no** |" in page
     assert "lopt reproduce toy --quick --out" in page
-    assert "partly, at the quick scale" in re.sub(r"[│\s]+", " ", capsys.readouterr().out)
+    assert "1 of 2 checks, at the quick scale" in re.sub(r"[│\s]+", " ", capsys.readouterr().out)
 
 
 def test_claims_without_their_data_are_reported_as_not_run(capsys, folder, toys, monkeypatch):
     monkeypatch.setattr(claims_cli.datasets, "is_available", lambda name: False)
     assert run("--all", "--out", "out") == 0
-    assert [row["verdict"] for row in rows_of(folder / "out" / "claims.csv")] == ["reproduced", "not run"]
-    assert "set $LIGHTNING_LOPT_DATA" in (folder / "out" / "report.md").read_text()
-    # An earlier measurement is kept.
-    measured = {**json.loads((folder / "out" / "toy.json").read_text()), "id": "toy-text"}
-    (folder / "out" / "toy-text.json").write_text(json.dumps(measured))
-    assert run("--all", "--out", "out") == 0
-    assert [row["verdict"] for row in rows_of(folder / "out" / "claims.csv")] == ["reproduced"] * 2
+    assert "toy-text: not run. Data set 'tinyshakespeare' is not available; set $LIGHTNING" in capsys.readouterr().out
+    assert {row["claim"] for row in rows_of(folder / "out" / "checks.csv")} == {"toy"}
 
 
 def test_results_of_several_commands_are_merged(folder, toys, monkeypatch):
@@ -239,7 +291,7 @@ def test_results_of_several_commands_are_merged(folder, toys, monkeypatch):
     monkeypatch.setattr(claims_cli.datasets, "load", lambda name: None)
     assert run("toy", "--out", "out") == 0
     assert run("toy-text", "--out", "out") == 0
-    assert [row["id"] for row in rows_of(folder / "out" / "claims.csv")] == ["toy", "toy-text"]
+    assert [row["claim"] for row in rows_of(folder / "out" / "checks.csv")] == ["toy", "toy", "toy-text", "toy-text"]
 
 
 def test_an_interrupted_claim_resumes(folder, monkeypatch):
@@ -269,7 +321,7 @@ def test_an_interrupted_claim_resumes(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], r"Give either claims by name or path, or --all, or --list\. Known claims are toy, toy-text"),
+        ([], r"Give either claims by name or path, or --all, or --list, --check.* Known claims are toy, toy-text"),
         (["toy", "--all"], "Give either claims"),
         (["toi"], r"Unknown claim 'toi'; .* Did you mean toy\?"),
         (["toy-text"], r"tinyshakespeare.*LIGHTNING_LOPT_DATA"),
@@ -306,7 +358,8 @@ class Options:
 def measure(experiment):
     return Measurement({"loss": VALUES[: len(experiment.seeds)]})
 
-CLAIMS = (Claim("own", "Mine", "It works.", "Small.", measure, (at_most("loss", Options().bound),), 1, 1),)
+CHECKS = (at_most("loss", Options().bound),)
+CLAIMS = (Claim("own", "Mine", "It works.", "Small.", measure, CHECKS, 1, 1),)
 """
 
 
@@ -328,16 +381,17 @@ def test_claims_from_a_path(capsys, folder, own, path):
     assert run(path, "toy-like-nothing") == 2
     capsys.readouterr()
     assert run(path, "--quick") == 0
-    assert "0.375 [0.25, 0.5], n=2" in capsys.readouterr().out
+    assert "0.375" in capsys.readouterr().out
     found = json.loads((folder / "reproduction" / "own.json").read_text())
-    assert (found["verdict"], found["numbers"]) == ("reproduced", {"loss": [0.5, 0.25]})
+    assert found["numbers"] == {"loss": [0.5, 0.25]}
+    assert "## Other claims" in (folder / "reproduction.md").read_text()
     assert shlex.split(found["command"]) == ["lopt", "reproduce", path, "--quick", "--out", "reproduction"]
     assert sorted(find_all()) == before  # the package's registry is as it was
 
 
 def test_claims_from_a_path_beside_bundled_ones(folder, own, toys):
     assert run("toy", "mine") == 0
-    assert [row["id"] for row in rows_of(folder / "reproduction" / "claims.csv")] == ["own", "toy"]
+    assert {row["claim"] for row in rows_of(folder / "reproduction" / "checks.csv")} == {"own", "toy"}
 
 
 def test_a_path_is_listed_without_measuring_it(capsys, folder, own):
@@ -361,7 +415,7 @@ def test_a_path_is_listed_without_measuring_it(capsys, folder, own):
             OWN.replace('"own"', '"toy"'),
             r"The claim id 'toy' is taken: it is in lightning_lopt and in mine/own\.py\. Choose another",
         ),
-        (OWN.replace('"own"', '"a b"'), r"own\.py, line 16: ValueError: The claim id 'a b' is not allowed"),
+        (OWN.replace('"own"', '"a b"'), r"own\.py, line 17: ValueError: The claim id 'a b' is not allowed"),
         (f"{OWN}\nCLAIMS *= 2", r"The claim id 'own' is taken: it is in mine/own\.py and in mine/own\.py"),
         (OWN.replace("Measurement({", "dict({"), r"`measure` of the claim 'own' must return a Measurement, not dict"),
         (OWN.replace('at_most("loss"', 'at_most("los"'), r"needs 'los'; its claim measured \['loss'\]"),
@@ -424,6 +478,9 @@ def test_claims_are_well_formed(claim):
     assert set(claim.needs) <= set(tasks.datasets.list_datasets())
     texts = [check.text for check in claim.checks]
     assert len(set(texts)) == len(texts)
+    assert claim.title
+    assert claim.in_paper.endswith(".")
+    assert any(check.kind == "paper" for check in claim.checks) or claim.source.startswith("this package's own rule")
     assert find([claim.id, claim.id]) == [claim]
 
 
@@ -446,4 +503,11 @@ def test_the_plot_of_a_claim_without_one():
 
 def test_records_of_other_files_are_left_out(tmp_path):
     (tmp_path / "other.json").write_text("{}")
-    assert report.records(tmp_path) == []
+    assert report.read(tmp_path) == {}
+
+
+def test_every_claim_belongs_to_a_figure_and_every_figure_to_a_claim_or_a_cost():
+    items = [item for paper in coverage.PAPERS for item in paper.items]
+    assert {name for item in items for name in item.claims} == set(find_all())
+    for item in items:
+        assert item.claims or item.missing, item.label

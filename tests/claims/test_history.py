@@ -119,9 +119,9 @@ def heat_map(best: int) -> dict[str, list[float]]:
     """A table in which RNN-2 has the lowest loss in the first `best` schedules and the third lowest in the others."""
     table = {}
     for column, schedule in enumerate(multiscale.SCHEDULES):
-        table[f"RNN-2 at {schedule}"] = [0.1 if column < best else 0.35]
+        table[f"RNN-2 at {schedule}"] = [0.1 if column < best else 0.35] * 2
         table |= {
-            f"Adam {beta:g} at {schedule}": [0.2 + 0.1 * row] for row, (beta, _) in enumerate(multiscale.BETAS[6])
+            f"Adam {beta:g} at {schedule}": [0.2 + 0.1 * row] * 2 for row, (beta, _) in enumerate(multiscale.BETAS[6])
         }
     return table
 
@@ -138,6 +138,15 @@ def test_ranks_of_the_heat_map(best, holds):
     }
     (claim,) = find(["multiscale-heat"])
     assert claim.checks[0](found) == holds
+
+
+def test_a_schedule_within_the_noise_is_not_won():
+    table = {"RNN-2": [0.1, 0.2], "Adam": [0.21, 0.11], "slow": [0.5, 0.6]}
+    columns = {name: dict.fromkeys(multiscale.SCHEDULES, row) for name, row in table.items()}
+    assert multiscale._ranks("RNN-2", columns) == {
+        "schedules where RNN-2 is best": [0.0],
+        "schedules where RNN-2 is best or second": [float(len(multiscale.SCHEDULES))],
+    }
 
 
 def test_the_heat_map_is_drawn_with_the_best_of_a_column_darkest():
@@ -178,7 +187,7 @@ def test_one_weight_of_the_linear_mixer_is_one_adam():
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=0, msg=name)
 
 
-CURVES = {"history-ranges": 4, "history-cifar": 3, "multiscale-cifar": 8, "multiscale-floor": 8}
+CURVES = {"history-ranges": 4, "history-cifar": 3, "multiscale-cifar": 10, "multiscale-floor": 8}
 
 
 @pytest.mark.parametrize("name", [*CURVES, "multiscale-heat-rnn1"])

@@ -290,15 +290,15 @@ def test_the_bundled_rule_for_mnist_is_ahead_of_tuned_adam_from_the_start():
 def test_figure_17_of_a_dear_task_takes_its_fresh_problems_in_groups(monkeypatch):
     monkeypatch.setitem(claims_gru.BUDGETS, "linear-regression", Budget(rounds=(Round(2, 2, 2),), fresh=32))
     (claim,) = (claim for claim in claims_gru.CLAIMS if claim.id == "gru-quadratic-figure-17")
-    found = claim.measure(Experiment(seeds=1, cache_dir=None)).data["each"]["momentum in closed form"]
+    found = claim.measure(Experiment(seeds=1, cache_dir=None)).numbers["objective of momentum in closed form"]
     rule, task = SGDM(None, **BEST_MOMENTUM), make_task("linear-regression")
     groups = [mean_ratios(rule, [rule.meta_params()], task, problems=32, seed=seed)[0] for seed in (2_000, 3_000)]
     assert found == pytest.approx(torch.cat(groups).tolist(), rel=1e-5)
 
 
 def test_figure_17_has_the_mean_of_every_optimizer():
-    values = {"ours": [0.01, 0.03], "theirs": [0.1, 0.3]}
-    (panel,) = draw(Measurement({}, {"each": values})).axes
+    values = {"objective of ours": [0.01, 0.03], "objective of theirs": [0.1, 0.3], "settings at a grid's edge": [0.0]}
+    (panel,) = draw(Measurement(values)).axes
     (means,) = panel.lines
     assert means.get_ydata() == pytest.approx(np.log10([0.02, 0.2]))
     assert [text.get_text() for text in panel.get_xticklabels()] == ["ours\n0.0200", "theirs\n0.2000"]
