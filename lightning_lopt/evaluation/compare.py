@@ -276,7 +276,7 @@ class _CaseEvaluator:
 
     def _stepper(self, rule: UpdateRule) -> MakeStepper:
         tell = self.options.tell_length or not rule.kind  # hand-designed rules have no kind, and know the length
-        return lambda params, task, steps: RuleStepper(params, rule, steps if tell else None)
+        return lambda params, task, steps: RuleStepper(params, rule, steps if tell else None, task.roles)
 
     def _fixed(self, one_by_one: bool) -> dict[str, Any]:
         """What all keys of runs have."""

@@ -41,9 +41,16 @@ MakeStepper = Callable[[Parameters, Task, int], Stepper]
 class RuleStepper:
     """An update rule, as `RuleOptimizer` runs it for users."""
 
-    def __init__(self, params: Parameters, rule: UpdateRule, num_steps: int | None) -> None:
+    def __init__(
+        self, params: Parameters, rule: UpdateRule, num_steps: int | None, roles: Mapping[str, str] | None = None
+    ) -> None:
+        roles = roles or {}
+        groups = [
+            {"params": [(name, param)], **({"role": roles[name]} if name in roles else {})}
+            for name, param in params.items()
+        ]
         self.params = params
-        self.optimizer = RuleOptimizer(list(params.items()), rule, num_steps=num_steps)
+        self.optimizer = RuleOptimizer(groups, rule, num_steps=num_steps)
 
     def step(self, grads: Mapping[str, Tensor], loss: Tensor) -> None:
         """Take a step."""
@@ -77,7 +84,7 @@ def run(
     Example:
         >>> import lightning_lopt as lopt
         >>> rule = lopt.load_rule("star")
-        >>> make = lambda params, task, steps: RuleStepper(params, rule, steps)
+        >>> make = lambda params, task, steps: RuleStepper(params, rule, steps, task.roles)
         >>> found = run(make, lopt.tasks.make("synthetic-mlp"), steps=4, seeds=2, validations=2)
         >>> len(found.final), len(found.valid_curve[0])
         (2, 2)

@@ -160,12 +160,8 @@ class Task(ABC):
 
     @property
     def hidden_matrices(self) -> tuple[str, ...]:
-        """Names of the weights between hidden layers, which matrix methods such as Muon are for.
-
-        By default all parameters with two or more dims but the last of them, the output layer. Networks with embeddings
-        leave these out too.
-        """
-        return tuple(name for name, shape in self.param_shapes.items() if len(shape) >= 2)[:-1]
+        """Names of the hidden layers' weights, which matrix methods such as Muon are for."""
+        return tuple(name for name, role in self.roles.items() if role == "hidden")
 
     @property
     def num_params(self) -> int:

@@ -120,9 +120,9 @@ class LowRank(Wrapper):
         return self.adapted or self.task.hidden_matrices
 
     @property
-    def hidden_matrices(self) -> tuple[str, ...]:
-        """All parameters."""
-        return tuple(self.param_shapes)
+    def roles(self) -> dict[str, str]:
+        """All parameters are hidden matrices."""
+        return dict.fromkeys(self.param_shapes, "hidden")
 
     def init(self, generator: torch.Generator, population: int | None = None) -> Start:
         """Draw the adapters."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from lightning_lopt.tasks import draws
 from lightning_lopt.tasks.base import Params, Start, Task, check_choice, check_positive
-from lightning_lopt.tasks.layers import init_params
+from lightning_lopt.tasks.layers import init_params, roles_of
 from lightning_lopt.tasks.networks import MLP
 from lightning_lopt.tasks.sources import Examples
 
@@ -65,10 +66,9 @@ class Adversarial(Task):
         return self.source.device
 
     @property
-    def hidden_matrices(self) -> tuple[str, ...]:
-        """The weights of both networks but their output layers."""
-        nets = {"generator": self.generator, "discriminator": self.discriminator}
-        return tuple(f"{part}.layers.{i}.weight" for part, net in nets.items() for i in range(len(net.hidden)))
+    def roles(self) -> dict[str, str]:
+        """Roles in each of the networks, which has an output of its own."""
+        return _roles_of({"generator": self.generator, "discriminator": self.discriminator})
 
     def init(self, generator: torch.Generator, population: int | None = None) -> Start:
         """Draw both networks, like nn.Linear does."""
@@ -183,9 +183,9 @@ class PolicyGradient(Task):
         return {part: MLP(inputs=4, hidden=self.hidden, outputs=1, activation="tanh") for part in ("policy", "value")}
 
     @property
-    def hidden_matrices(self) -> tuple[str, ...]:
-        """The weights of both networks but their output layers."""
-        return tuple(f"{part}.layers.{i}.weight" for part in self.networks for i in range(len(self.hidden)))
+    def roles(self) -> dict[str, str]:
+        """Roles in each of the networks, which has an output of its own."""
+        return _roles_of(self.networks)
 
     def init(self, generator: torch.Generator, population: int | None = None) -> Start:
         """Draw both networks."""
@@ -291,3 +291,7 @@ def _distances(a: Tensor, b: Tensor) -> Tensor:
     """(n, d), (m, d) -> (n, m) Euclidean distances; written out, since `cdist` does not batch under vmap."""
     squares = a.square().sum(-1).unsqueeze(1) + b.square().sum(-1) - 2 * a @ b.T
     return squares.clamp(min=1e-12).sqrt()
+
+
+def _roles_of(nets: Mapping[str, MLP]) -> dict[str, str]:
+    return {f"{part}.{name}": role for part, net in nets.items() for name, role in roles_of(net.specs()).items()}

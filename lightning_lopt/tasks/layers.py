@@ -116,8 +116,8 @@ def _draw(spec: Spec, generator: torch.Generator, population: int | None, scheme
 def roles_of(specs: Mapping[str, Spec]) -> dict[str, str]:
     """Name -> role (`rules.matrix.ROLES`) of the parameters with two dims or more.
 
-    A layer's weight is named `weight`. Of those, a table of the kind "embedding" is an embedding, the last other one is
-    the output, and the rest are hidden. Position embeddings and tokens are parameters of their own: "other".
+    What is drawn as a weight, or is named `weight`, is a layer's: the last one is the output, the rest are hidden. A
+    table of the kind "embedding" is an embedding if it is named `weight`. Position embeddings and tokens are "other".
 
     Example:
         >>> roles_of({**linear_specs("first", 2, 3), **linear_specs("head", 3, 4)})
@@ -126,9 +126,9 @@ def roles_of(specs: Mapping[str, Spec]) -> dict[str, str]:
     weights = [name for name, spec in specs.items() if len(spec.shape) > 1]
     roles = {}
     for name in weights:
-        is_layer = name.rpartition(".")[2] == "weight"
-        kind = "embedding" if specs[name].kind == "embedding" else "hidden"
-        roles[name] = kind if is_layer else "other"
+        is_named, kind = name.rpartition(".")[2] == "weight", specs[name].kind
+        role = "embedding" if kind == "embedding" else "hidden"
+        roles[name] = role if is_named or kind == "weight" else "other"
     layers = [name for name, role in roles.items() if role == "hidden"]
     if layers:
         roles[layers[-1]] = "output"

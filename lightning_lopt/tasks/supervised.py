@@ -172,13 +172,6 @@ class Supervised(Task):
             x, y = self.transform(torch.Generator().manual_seed(0), x, y, lead=1)
         return Batch(*_shared(x, y, population))
 
-    @property
-    def hidden_matrices(self) -> tuple[str, ...]:
-        """The weights of two or more dims in forward order, but for embeddings and the last, the output layer."""
-        specs = {name: spec for name, spec in self.network.specs().items() if len(spec.shape) >= 2}
-        *others, _ = [name for name, spec in specs.items() if spec.kind in ("weight", "zeros")] or [""]
-        return tuple(name for name in others if specs[name].kind == "weight")
-
     def to(self, device: torch.device | str) -> Supervised:
         """Return the same task with its data on a device."""
         return dataclasses.replace(self, source=self.source.to(device))

@@ -75,11 +75,6 @@ class Wrapper(Task):
         """Compute the gradient, or its estimate, and the loss of the inner task."""
         return self.task.grad_and_value(params, batch)
 
-    @property
-    def hidden_matrices(self) -> tuple[str, ...]:
-        """Those of the inner task."""
-        return self.task.hidden_matrices
-
     def metrics(self, params: Params, batch: Any) -> dict[str, Tensor]:
         """Compute the metrics of the inner task."""
         return self.task.metrics(params, batch)

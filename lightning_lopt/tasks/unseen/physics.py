@@ -12,7 +12,7 @@ from torch.func import grad, vmap
 
 from lightning_lopt.tasks import draws
 from lightning_lopt.tasks.base import Params, Start, Task, check_choice, check_positive
-from lightning_lopt.tasks.layers import init_params
+from lightning_lopt.tasks.layers import init_params, roles_of
 from lightning_lopt.tasks.networks import MLP
 
 
@@ -37,6 +37,11 @@ class BoundaryValue(Task):
     def network(self) -> MLP:
         """The network."""
         return MLP(inputs=1, hidden=self.hidden, outputs=1, activation="tanh")
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """Roles of the network's matrices."""
+        return roles_of(self.network.specs())
 
     def init(self, generator: torch.Generator, population: int | None = None) -> Start:
         """Draw the network, like nn.Linear does."""
