@@ -20,7 +20,7 @@ from lightning_lopt.tasks.networks import MLP
 class BoundaryValue(Task):
     """u'' + 4 u = f on [0, 1] with u(0) = u(1) = 0, solved by u(x) = x (1 - x) net(x) (Raissi et al. 2019).
 
-    f is such that u = sin(pi x) + sin(3 pi x) / 2 - sin(6 pi x) / 4. The loss is the mean square of u'' + 4 u - f,
+    f is such that u = sin(pi x) + sin(2 pi x) / 2 - sin(3 pi x) / 4. The loss is the mean square of u'' + 4 u - f,
     divided by that of f, at points that are drawn anew at each step. It is judged by the relative error of u: the root
     mean square of the difference, divided by that of the solution.
 
@@ -86,5 +86,5 @@ class BoundaryValue(Task):
         return points if population is None else points.expand(population, -1)
 
 
-_TERMS = ((math.pi, 1.0), (3 * math.pi, 0.5), (6 * math.pi, -0.25))
+_TERMS = ((math.pi, 1.0), (2 * math.pi, 0.5), (3 * math.pi, -0.25))
 """(frequency, amplitude) of the solution's terms."""
