@@ -86,7 +86,7 @@ class KernelRun:
         self.items = []
         for param in params:
             counters = {name: torch.zeros((), dtype=torch.int64, device=param.device) for name in COUNTERS}
-            step = torch.zeros((), device=param.device)
+            step = torch.zeros((), dtype=torch.int64, device=param.device)
             state = {"step": step, **rule.init_state(param.detach().float())._asdict(), **counters}
             assert param.grad is not None
             self.items.append(kernels.WorkItem(param, param.grad, state, 1.0, 0.0, maximize=False))

@@ -44,14 +44,19 @@ class ToldLength:
     def correct(self, trainer: Any, *, stepping: bool = False) -> None:
         """Under manual optimization, give the length anew, except to those that somebody has told another.
 
+        It stays as long as it predicts the steps so far to within one, but at the end of an epoch it is exact.
+
         Args:
             trainer: a Trainer at the end of a batch,
             stepping: or before the first step of all.
         """
-        if trainer.lightning_module.automatic_optimization or 0 < trainer.global_step == self.seen:
+        taken, ends = trainer.global_step, trainer.is_last_batch
+        if trainer.lightning_module.automatic_optimization or 0 < taken == self.seen and not ends:
             return
-        self.seen = trainer.global_step
+        self.seen = taken
         steps = find_run_length(trainer, "auto", stepping=stepping).steps
+        if steps and self.steps and taken and not ends and abs(taken - taken * self.steps / steps) < 1:
+            return
         if steps is not None and steps != self.steps and not self.announced:
             self.announced = True
             rank_zero_info(f"LearnedOptimizer: the module does not step once a batch, so the run has {steps:,} steps.")

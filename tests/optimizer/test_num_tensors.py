@@ -170,7 +170,7 @@ class RecordingKernel:
 
 def test_a_kernel_is_called_once_for_each_number(monkeypatch, rule):
     kernel = RecordingKernel()
-    monkeypatch.setattr(kernels, "find", lambda rule, device_type: kernel)
+    monkeypatch.setattr(kernels, "find", lambda *_: kernel)
     params = parameters(SHAPES)
     freeze(params, range(2, 6))
     optimizer = RuleOptimizer(params, rule)

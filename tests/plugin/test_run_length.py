@@ -146,6 +146,7 @@ def test_a_rule_optimizer_of_the_modules_own_keeps_the_length_that_it_knows(tmp_
 BY_HAND = {
     "one a batch": ((1,), [24] * 24),
     "one in four batches": ((0, 0, 0, 1), [6] * 6),
+    "the first of two batches": ((1, 0), [24, 24, 16, 16, *[12] * 8]),
     "two a batch": ((2,), [24] * 2 + [48] * 46),
     "a batch with two": ((2, 1, 1, 1, 1, 1, 1, 1), None),
     "in the second half of an epoch": ((0, 0, 0, 0, 1, 1, 1, 1), None),
