@@ -1,7 +1,8 @@
 """The matrix products of the `scheduled` kernel: what `rules.matrix.newton_schulz` computes, and nothing but products.
 
-PyTorch's products take a sum along, alpha A B + beta C, so that each polynomial needs no operation of its own. Matrices
-of the same sides, of any number of tensors, go together.
+PyTorch's products take a sum along, alpha A B + beta C (on a GPU it copies C first), so that polynomials need no
+operations of their own but one. The identity is never added to a matrix, whose numbers it would hide in bfloat16.
+Matrices of the same sides, of any number of tensors, go together.
 """
 
 from __future__ import annotations
