@@ -41,8 +41,10 @@ if DEVICE.type == "cpu":
 class Run:
     """Tensors that the kernel of a rule moves, and their copies, which the rule itself moves."""
 
-    def __init__(self, rule, shapes, dtype=torch.float32, safeguard=False, make=torch.randn):
+    def __init__(self, rule, shapes, dtype=torch.float32, safeguard=False, make=torch.randn, roles=None):
         self.rule, self.kernel, self.safeguard = rule, kernels.find(rule, "cuda"), safeguard
+        self.kernel.product_dtype = torch.float32  # as in the rule
+        self.roles = [None] * len(shapes) if roles is None else list(roles)
         self.meta_params = {name: value.detach() for name, value in rule.meta_params().items()}
         self.params = [make(shape).to(DEVICE, dtype) for shape in shapes]
         self.copies = [param.clone() for param in self.params]
@@ -59,8 +61,9 @@ class Run:
         }
         return {name: value.to(DEVICE) for name, value in state.items()}
 
-    def add(self, param):
+    def add(self, param, role=None):
         self.params.append(param)
+        self.roles.append(role)
         self.copies.append(param.clone())
         self.states.append(self.new_state(param))
         self.copied.append(self.new_state(param))
@@ -71,28 +74,35 @@ class Run:
 
     def step(self, scale=0.5, decay=0.01, maximize=False, num_steps=None, measure=False):
         work_items = [
-            kernels.WorkItem(param, grad, state, scale, decay, maximize)
-            for param, grad, state in zip(self.params, self.grads, self.states, strict=True)
+            kernels.WorkItem(param, grad, state, scale, decay, maximize, role)
+            for param, grad, state, role in zip(self.params, self.grads, self.states, self.roles, strict=False)
         ]
         return self.kernel.step(work_items, self.meta_params, num_steps, 5, safeguard=self.safeguard, measure=measure)
 
     def reference_step(self, scale=0.5, decay=0.01, num_steps=None):
-        for param, grad, state in zip(self.copies, self.grads, self.copied, strict=True):
+        """The same by the rule. Returns the sums of squares of the change and of the rule's delta."""
+        change, nominal = 0.0, 0.0
+        for param, grad, state, role in zip(self.copies, self.grads, self.copied, self.roles, strict=False):
             if not param.numel():
                 continue
             fields = type(self.rule.init_state(param))
-            old, value = fields(*(state[name] for name in fields._fields)), param.float()
-            context = StepContext(state["step"].float(), None, num_steps, num_tensors=5)
+            old, value = fields(*(state[name] for name in fields._fields)), param.float().clone()
+            context = StepContext(state["step"].float(), None, num_steps, num_tensors=5, role=role)
             delta, new = self.rule.update(self.meta_params, grad.float(), old, value, context)
             param.copy_(value + scale * delta - decay * value)
             state.update(new._asdict(), step=state["step"] + 1)
+            change += float((param.float() - value).square().sum())
+            nominal += float(delta.square().sum())
+        return change, nominal
 
     def both(self, **options):
         """One step of each, with new gradients; what the kernel measured."""
         self.draw()
         squares = self.step(**options)
-        options.pop("measure", None)
-        self.reference_step(**options)
+        expected = self.reference_step(**{name: value for name, value in options.items() if name != "measure"})
+        if squares is not None:
+            found = [float(squares.change), *map(float, squares.terms.values())]
+            assert found == pytest.approx(expected, rel=1e-3)
         return squares
 
     def snapshot(self):
@@ -114,7 +124,7 @@ def make_rule(kind, **config):
     rule = lopt.rules.make(kind, **config).to(DEVICE)
     for name, value in rule.named_parameters():
         value.data.normal_(0, 0.1 if name.endswith("decays") else 0.3)
-        if name in ("centering", "caution"):  # fractions, which might be clamped to 0
+        if name in ("centering", "caution", "orthogonal"):  # fractions, which might be clamped to 0
             value.data.copy_(torch.tensor([0.9, 0.4]))
     return rule
 
@@ -127,14 +137,15 @@ def transposed(shape):
     return torch.randn(shape[::-1]).permute(*reversed(range(len(shape))))
 
 
-def check_safeguard(rule, large):
+def check_safeguard(rule, large, role=None):
     """Skip the tensors that would break, count that, and leave them and their state as they are.
 
     Args:
         rule: the rule.
         large: a gradient with which the state would not be finite.
+        role: of all tensors.
     """
-    run = Run(rule, [(3,), (5, 3), (5, 3), (5, 3), (4, 3), (2,)], safeguard=True)
+    run = Run(rule, [(3,), (5, 3), (5, 3), (5, 3), (4, 3), (2,)], safeguard=True, roles=[role] * 6)
     run.draw()
     run.grads[1][2, 1] = torch.nan
     run.grads[2][0, 0] = large

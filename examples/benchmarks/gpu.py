@@ -77,19 +77,19 @@ SMALL = ("mlp", "resnet20")  # whose LSTM state is not beyond reason: 320 bytes 
 class KernelRun:
     """A rule's kernel by itself, without the optimizer around it."""
 
-    def __init__(self, params: list[Tensor], rule: lopt.UpdateRule) -> None:
+    def __init__(self, params: list[Tensor], rule: lopt.UpdateRule, roles: list[str | None]) -> None:
         found = kernels.find(rule, "cuda")
         if isinstance(found, str):
             raise RuntimeError(found)
         self.kernel = found
         self.meta_params = {name: value.detach() for name, value in rule.meta_params().items()}
         self.items = []
-        for param in params:
+        for param, role in zip(params, roles, strict=True):
             counters = {name: torch.zeros((), dtype=torch.int64, device=param.device) for name in COUNTERS}
             step = torch.zeros((), dtype=torch.int64, device=param.device)
             state = {"step": step, **rule.init_state(param.detach().float())._asdict(), **counters}
             assert param.grad is not None
-            self.items.append(kernels.WorkItem(param, param.grad, state, 1.0, 0.0, maximize=False))
+            self.items.append(kernels.WorkItem(param, param.grad, state, 1.0, 0.0, False, role))
 
     def step(self, *, safeguard: bool = False, measure: bool = False) -> None:
         self.kernel.step(self.items, self.meta_params, 1000, len(self.items), safeguard=safeguard, measure=measure)
@@ -113,19 +113,25 @@ class Captured:
         self.graph.replay()
 
 
+def role_of(param: Tensor) -> str:
+    """The role of a tensor of `NETWORKS`: those with more than 10,000 rows are embeddings."""
+    return "embedding" if param.dim() > 1 and param.shape[0] > 10_000 else "hidden"
+
+
 def contenders(name: str, params: list[Tensor]) -> Iterator[tuple[str, Callable[[], Any]]]:
-    device = params[0].device
+    device, roles = params[0].device, list(map(role_of, params))
     yield "AdamW (fused)", lambda: torch.optim.AdamW(params, fused=True)
     yield "AdamW (foreach)", lambda: torch.optim.AdamW(params, foreach=True)
     yield "AdamW (for-loop)", lambda: torch.optim.AdamW(params, foreach=False)
     yield "SGD, momentum (fused)", lambda: torch.optim.SGD(params, 1e-3, momentum=0.9, fused=True)
     for label, rule in {"star": lopt.load_rule("star")}.items():
-        own = partial(lopt.RuleOptimizer, params, rule.to(device), num_steps=1000)
+        groups = [{"params": [p for p in params if role_of(p) == role], "role": role} for role in sorted(set(roles))]
+        own = partial(lopt.RuleOptimizer, groups, rule.to(device), num_steps=1000)
         yield f"{label}, reference", partial(own, backend="reference")
         yield f"{label}, fused", partial(own, backend="fused")
         yield f"{label}, fused, safeguard", partial(own, backend="fused", safeguard=True)
-        yield f"{label}, kernel", partial(KernelRun, params, rule)
-        yield f"{label}, kernel in a graph", partial(lambda rule: Captured(KernelRun(params, rule)), rule)
+        yield f"{label}, kernel", partial(KernelRun, params, rule, roles)
+        yield f"{label}, kernel in a graph", partial(lambda rule: Captured(KernelRun(params, rule, roles)), rule)
 
 
 def new_params(shapes: Shapes, seed: int) -> list[Tensor]:
@@ -187,12 +193,18 @@ def measure(name: str, rounds: int, seed: int) -> list[dict[str, Any]]:
     return [{"network": name, "parameters": size, "optimizer": label, **row} for label, row in rows.items()]
 
 
-# What `--compile` has steps taken of, by kernel: dtypes of the parameters, safeguard, measure.
+# What `--compile` has steps taken of: dtypes of the parameters, safeguard, measure, the parameters' role, and the dtype
+# of the products of hidden matrices.
+MIXED = [torch.float32, torch.bfloat16, torch.float16]
 COMPILED = [
-    ([torch.float32], True, False),
-    ([torch.float32], False, False),
-    ([torch.float32], True, True),
-    ([torch.float32, torch.bfloat16, torch.float16], True, False),
+    ([torch.float32], True, False, None, None),
+    ([torch.float32], False, False, None, None),
+    ([torch.float32], True, True, None, None),
+    (MIXED, True, False, None, None),
+    ([torch.float32], True, False, "hidden", torch.bfloat16),
+    ([torch.float32], False, False, "hidden", torch.bfloat16),
+    ([torch.float32], True, True, "hidden", torch.float32),
+    (MIXED, True, False, "hidden", torch.bfloat16),
 ]
 
 
@@ -257,12 +269,14 @@ def compiled(architecture: int, kinds: list[str]) -> Iterator[dict[str, Any]]:
     driver.set_active(NoDevice(architecture))
     KernelInterface.__getitem__ = lambda kernel, grid: partial(compile_launch, kernel, grid)
     for kind in kinds:
-        rule = lopt.load_rule("star") if kind == "scheduled" else lopt.rules.make(kind)
-        for dtypes, safeguard, measure in COMPILED:
+        rule = lopt.rules.make(kind, centering_start=1.0, orthogonal_start=1.0)  # nothing is left out
+        for dtypes, safeguard, measure, role, products in COMPILED:
             params = [torch.ones(64, 64, dtype=dtype) for dtype in dtypes]
             for param in params:
                 param.grad = torch.ones_like(param)
-            KernelRun(params, rule).step(safeguard=safeguard, measure=measure)
+            run = KernelRun(params, rule, [role] * len(params))
+            run.kernel.product_dtype = products
+            run.step(safeguard=safeguard, measure=measure)
             yield from found
             found.clear()
 

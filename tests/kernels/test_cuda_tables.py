@@ -14,8 +14,8 @@ CONFIGS = {"scheduled": {}}  # of every kind that has Triton kernels
 KINDS = pytest.mark.parametrize("kind", CONFIGS)
 
 
-def new_run(kind, shapes=((4, 3), (5,))):
-    run = Run(make_rule(kind, **CONFIGS[kind]), shapes, safeguard=True)
+def new_run(kind, shapes=((4, 3), (5,)), roles=None):
+    run = Run(make_rule(kind, **CONFIGS[kind]), shapes, safeguard=True, roles=roles)
     run.draw()
     return run
 
@@ -60,6 +60,50 @@ def test_sets_of_tensors_that_take_turns_keep_their_tables(kind, monkeypatch):
     assert len(made) == tables.PLANS_KEPT + 1
     step(1)
     assert len(made) == tables.PLANS_KEPT + 2
+
+
+@KINDS
+def test_calls_that_take_turns_are_told_apart_without_a_look(kind, monkeypatch):
+    monkeypatch.setattr(f"lightning_lopt.kernels.cuda.{kind}.launch", lambda *_, **__: None)
+    run = new_run(kind)
+    tensors = [run.params, run.states, run.grads]
+
+    def step(first, end):
+        run.params, run.states, run.grads = (each[first:end] for each in tensors)
+        run.step()
+
+    for first in (0, 1):
+        step(first, first + 1)
+    monkeypatch.setattr(run.kernel, "_look", lambda *_: pytest.fail("these tensors are known"))
+    for first in (0, 1):
+        run.draw()
+        step(first, first + 1)
+
+
+@KINDS
+@pytest.mark.parametrize("name", ["dtype", "layout", "device", "negative"])
+def test_gradients_of_another_kind_are_noticed(kind, name, monkeypatch):
+    run, looks = new_run(kind), []
+    run.step()
+    run.reference_step()
+    look = run.kernel._look
+    monkeypatch.setattr(run.kernel, "_look", lambda *arguments: looks.append(1) or look(*arguments))
+    changed = {
+        "dtype": lambda grad: grad.bfloat16(),
+        "layout": lambda grad: grad.t().contiguous().t(),
+        "device": lambda grad: grad.to("meta"),
+        "negative": torch._neg_view,
+    }[name]
+    run.draw()
+    run.grads[0] = changed(run.grads[0])
+    if name == "device":
+        with pytest.raises(RuntimeError, match="meta"):
+            run.step()
+    else:
+        run.step()
+        run.reference_step()
+        run.check(2e-2 if name == "dtype" else 2e-5)
+    assert looks == [1]
 
 
 @KINDS
@@ -234,12 +278,16 @@ def test_what_is_left_to_the_rule(param, why):
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="CUDA graphs need a GPU")
 @KINDS
-def test_a_captured_step_is_the_step(kind):
+@pytest.mark.parametrize("elsewhere", [False, True])  # where the graph has gradients of its own
+def test_a_captured_step_is_the_step(kind, elsewhere):
     ends = []
     for captured in (False, True):
         torch.manual_seed(0)
-        run = new_run(kind)
+        run = new_run(kind, [(4, 3), (24, 16), (5,)], ["hidden", "hidden", None])
         run.step()  # tables are sent, kernels compiled
+        if elsewhere:
+            kept = run.grads  # their memory is not given to the new ones
+            run.grads = [grad.clone() for grad in kept]
         if captured:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
@@ -254,7 +302,7 @@ def test_a_captured_step_is_the_step(kind):
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="only a GPU can be waited for")
 @KINDS
 def test_a_step_does_not_wait_for_the_device(kind):
-    run = new_run(kind)
+    run = new_run(kind, [(4, 3), (24, 16), (5,)], ["hidden", "hidden", None])
     run.step()
     run.draw()  # gradients elsewhere
     torch.cuda.set_sync_debug_mode("error")

@@ -123,22 +123,45 @@ def store(address, offsets, x, mask, code, CODE: tl.constexpr, ALIGN: tl.constex
 
 
 @triton.jit
+def load_number(pointers, mask, BITS: tl.constexpr):
+    """Numbers of a launch's own memory as float32, 0 where masked; if BITS, that of bfloat16 as int16, else float32."""
+    if BITS:
+        return _from_bfloat16_bits(tl.load(pointers, mask=mask, other=0))
+    else:
+        return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_number(pointers, x, mask, BITS: tl.constexpr):
+    """Write float32 numbers as `load_number` reads them."""
+    if BITS:
+        tl.store(pointers, _bfloat16_bits(x), mask=mask)
+    else:
+        tl.store(pointers, x, mask=mask)
+
+
+@triton.jit
 def average(old, new, decay):
     """One step of an exponential moving average."""
     return decay * old + (1 - decay) * new
 
 
 @triton.jit
-def new_moments(exp_avg, exp_avg_sq, numel, offsets, mask, grad, decays, ALIGN: tl.constexpr):
+def new_moments(exp_avg, exp_avg_sq, numel, offsets, mask, grad, stays, decays, ALIGN: tl.constexpr):
     """Three momenta and the second moment with one gradient more: rules.features.update_moments.
 
     `exp_avg` and `exp_avg_sq` are their addresses; `decays` points to three decays of momenta and one of the other.
+    Where `stays`, they are the old ones; gradients must be 0 there.
     """
-    m0 = average(load_float32(exp_avg, offsets, mask, ALIGN), grad, tl.load(decays))
-    m1 = average(load_float32(exp_avg, numel + offsets, mask, ALIGN), grad, tl.load(decays + 1))
-    m2 = average(load_float32(exp_avg, 2 * numel + offsets, mask, ALIGN), grad, tl.load(decays + 2))
+    m0 = load_float32(exp_avg, offsets, mask, ALIGN)
+    m1 = load_float32(exp_avg, numel + offsets, mask, ALIGN)
+    m2 = load_float32(exp_avg, 2 * numel + offsets, mask, ALIGN)
+    v = load_float32(exp_avg_sq, offsets, mask, ALIGN)
     rms = tl.load(decays + 3)
-    return m0, m1, m2, rms * load_float32(exp_avg_sq, offsets, mask, ALIGN) + (1 - rms) * grad * grad
+    m0 = tl.where(stays, m0, average(m0, grad, tl.load(decays)))
+    m1 = tl.where(stays, m1, average(m1, grad, tl.load(decays + 1)))
+    m2 = tl.where(stays, m2, average(m2, grad, tl.load(decays + 2)))
+    return m0, m1, m2, tl.where(stays, v, rms * v + (1 - rms) * grad * grad)
 
 
 @triton.jit
