@@ -7,9 +7,10 @@ by the rule itself, which `step` and `safeguard` take or skip.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -213,7 +214,7 @@ class RuleOptimizer(Optimizer):
         if moving:
             self._warn_of_unknown_roles(moving)
             try:
-                with constants.keeping(self._runtime.constants):
+                with constants.keeping(self._runtime.constants), _without_autocast(moving):
                     self._move(moving, self._loss(loss, value))
             except TensorMismatch as error:
                 raise RuntimeError(error.about(self._name(error.param))) from None
@@ -408,6 +409,16 @@ class RuleOptimizer(Optimizer):
                     name = group["param_names"][index] if "param_names" in group else f"{index} of group {number}"
                     return f"parameter {name} (shape {tuple(param.shape)})"
         raise KeyError(param)
+
+
+@contextlib.contextmanager
+def _without_autocast(moving: Iterable[MovingTensor]) -> Iterator[None]:
+    """Turn autocast off: under manual optimization a step is taken in its scope, and matrix products would obey it."""
+    with contextlib.ExitStack() as stack:
+        for device_type in {tensor.param.device.type for tensor in moving}:
+            if device_type != "meta" and torch.is_autocast_enabled(device_type):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+        yield
 
 
 # torch's schedulers wrap the step of the optimizer they are made with, to warn when they are stepped first, and warn of

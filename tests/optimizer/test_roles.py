@@ -184,3 +184,17 @@ def test_a_role_is_decided_at_the_first_step_and_comes_back_with_a_checkpoint():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         step(other)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_autocast_does_not_round_the_products(backend):
+    """As in manual optimization, whose step is taken within the training step's autocast."""
+    moved = []
+    for on in (False, True):
+        torch.manual_seed(0)
+        param = nn.Parameter(torch.randn(20, 30))
+        optimizer = optimizer_of([{"params": [param], "role": "hidden"}], backend=backend)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on):
+            step(optimizer)
+        moved.append(param.detach())
+    assert torch.equal(*moved)
