@@ -50,7 +50,7 @@ def meta_train(epochs: int, folder: str) -> None:
 def train(rule: lopt.UpdateRule, steps: int = 80) -> float:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
-    optimizer = lopt.RuleOptimizer(model.parameters(), rule, num_steps=steps)
+    optimizer = lopt.RuleOptimizer(model.named_parameters(), rule, num_steps=steps)
     digits = tasks.datasets.load("digits")
     for _ in range(steps):
         index = torch.randint(len(digits.train_x), (64,))

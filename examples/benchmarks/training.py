@@ -126,6 +126,7 @@ def measure(name, batch, rounds, repeats, clock):
             runs[label] = network, torch.optim.AdamW(parameters, foreach=True)
         else:
             optimizer = lopt.RuleOptimizer(parameters, rules[label], safeguard=True, num_steps=1000)
+            optimizer.set_roles(network)
             runs[label] = network, optimizer
 
     def step(network, optimizer):

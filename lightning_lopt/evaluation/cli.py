@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_lopt.evaluation import report
+from lightning_lopt.evaluation import cards, report
 from lightning_lopt.evaluation.compare import Options, evaluate
 from lightning_lopt.evaluation.console import open_console, progress_bar
 from lightning_lopt.evaluation.rivals import RIVALS
@@ -26,11 +26,11 @@ DEFAULTS = Options()
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to a parser."""
     add = parser.add_argument
-    add("--rule", nargs="+", required=True, metavar="NAME", help="bundled names, directories or Hub repos")
+    add("--rule", nargs="+", metavar="NAME", help="bundled names, directories or Hub repos")
     known = ", ".join([*BASELINES, *RIVALS, "all"])
     default = f"default: {' '.join(TUNED)}; with --suite real {' '.join(RIVALS)}"
     add("--baseline", nargs="+", metavar="NAME", help=f"from {known} ({default})")
-    where = parser.add_mutually_exclusive_group(required=True)
+    where = parser.add_mutually_exclusive_group()
     where.add_argument("--task", nargs="+", metavar="NAME", help="task names, see lightning_lopt.tasks.list_tasks()")
     where.add_argument("--suite", metavar="NAME", help=f"a named set of tasks with their steps: {', '.join(SUITES)}")
     add("--steps", type=int, help=f"steps per run on each --task (default: {DEFAULT_STEPS})")
@@ -42,6 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--hide-length", action="store_true", help="do not tell the rule how long the run is")
     add("--no-nominal", action="store_true", help="leave out the nominal term alone")
+    what = "run nothing: fill the blocks of these cards from the folders in --out, see evaluation.cards"
+    add("--insert", nargs="+", type=Path, metavar="FILE", help=what)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -53,6 +55,12 @@ def run(arguments: argparse.Namespace) -> None:
         ModuleNotFoundError: matplotlib or rich is not installed.
     """
     console = open_console(arguments.out)
+    if arguments.insert:
+        for path in arguments.insert:
+            path.write_text(cards.insert(path.read_text(encoding="utf-8"), arguments.out), encoding="utf-8")
+        return
+    if not arguments.rule or not (arguments.task or arguments.suite):
+        raise ValueError("Name rules by --rule, and tasks by --task or --suite. Or give --insert and files.")
     options = Options(
         seeds=arguments.seeds,
         tell_length=not arguments.hide_length,

@@ -317,8 +317,9 @@ class RuleOptimizer(Optimizer):
         """Tell the roles of parameters in the net from the types of a model's modules; `LearnedOptimizer` does it.
 
         Example:
+            >>> import lightning_lopt as lopt
             >>> model = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 1))
-            >>> optimizer = RuleOptimizer(model.parameters(), rules.make("scheduled"))
+            >>> optimizer = RuleOptimizer(model.parameters(), lopt.rules.make("scheduled"))
             >>> optimizer.set_roles(model)
         """
         self._runtime.roles.update(roles.by_module(module, self._parameters()))

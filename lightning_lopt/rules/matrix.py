@@ -102,14 +102,23 @@ def orthogonal(matrices: Tensor, share: Tensor | float = 1.0, iterations: int = 
         >>> orthogonal(given, iterations=8).norm(), given.norm()
         (tensor(0.3162), tensor(0.3162))
     """
-    size = norm(matrices)
-    given = matrices / _divisor(size)
-    found = _iterated(given, iterations, QUINTIC)
-    found_size = _divisor(norm(found))
-    if isinstance(share, float) and share == 1.0:
-        return found * (size / found_size)
-    mixed = torch.lerp(given, found / found_size, torch.as_tensor(share, dtype=given.dtype, device=given.device))
-    return mixed * (size / _divisor(norm(mixed)))
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    largest = x.abs().amax((-2, -1), keepdim=True)
+    x = x / _divisor(largest)  # or squares of very small and very large numbers are lost
+    gram = x @ x.mT
+    gram = gram / _divisor(_trace(gram))  # of x with norm 1
+    polynomial = _polynomial(gram, iterations, QUINTIC)
+    # The result is a mix of x and polynomial @ x, of norm 1 each. All norms follow from the Gram matrix, so that nothing
+    # of the matrices' size is computed but that matrix and the result.
+    product = polynomial @ gram
+    found_size = _divisor(feats.root((product * polynomial).sum((-2, -1), keepdim=True)))
+    cosine = _trace(product) / found_size
+    mixed_size = feats.root((1 - share) ** 2 + share**2 + 2 * share * (1 - share) * cosine)
+    identity = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
+    mixed = torch.add(identity * (1 - share), polynomial * (share / found_size)) * (largest / _divisor(mixed_size))
+    x = mixed @ x
+    return x.mT if tall else x
 
 
 def orthogonal_step(
@@ -131,7 +140,7 @@ def orthogonal_step(
 def norm(matrices: Tensor) -> Tensor:
     """Frobenius norms (..., 1, 1); also of numbers whose squares are too small or too large."""
     largest = matrices.abs().amax((-2, -1), keepdim=True)
-    return largest * feats.root((matrices / _divisor(largest)).square().sum((-2, -1), keepdim=True))
+    return largest * torch.linalg.vector_norm(matrices / _divisor(largest), dim=(-2, -1), keepdim=True)
 
 
 def _divisor(size: Tensor) -> Tensor:
@@ -157,8 +166,12 @@ def _iterated(matrices: Tensor, iterations: int, coefficients: tuple[float, floa
     else:
         for _ in range(iterations):
             gram = x @ x.mT
-            x = a * x + (b * gram + c * (gram @ gram)) @ x
+            x = torch.add(torch.add(b * gram, gram @ gram, alpha=c) @ x, x, alpha=a)
     return x.mT if tall else x
+
+
+def _trace(matrices: Tensor) -> Tensor:
+    return torch.diagonal(matrices, dim1=-2, dim2=-1).sum(-1)[..., None, None]
 
 
 def _polynomial(gram: Tensor, iterations: int, coefficients: tuple[float, float, float]) -> Tensor:
@@ -167,7 +180,7 @@ def _polynomial(gram: Tensor, iterations: int, coefficients: tuple[float, float,
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     product = identity
     for number in range(iterations):
-        factor = a * identity + b * gram + c * (gram @ gram)
+        factor = torch.add(torch.add(b * gram, gram @ gram, alpha=c), identity, alpha=a)
         product = factor @ product if number else factor
         if number + 1 < iterations:
             gram = gram @ (factor @ factor)

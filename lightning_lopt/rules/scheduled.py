@@ -399,7 +399,7 @@ def decay(meta_params: Mapping[str, Tensor], step: Tensor, num_steps: Tensor | i
     lost = meta_params["decay"].squeeze(0) * annealed(meta_params, step, num_steps)
     if num_steps is None:
         return lost / (step + 1).clamp(min=1000)
-    return lost / torch.as_tensor(num_steps, dtype=lost.dtype, device=lost.device).clamp(min=10)
+    return lost / scheduler.length_as_tensor(num_steps, lost).clamp(min=10)
 
 
 def centered(grad: Tensor, fraction: Tensor, shard: TensorShard | None = None) -> Tensor:

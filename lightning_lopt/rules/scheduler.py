@@ -184,7 +184,7 @@ def progress(step: Tensor, num_steps: Tensor | int | None) -> Tensor:
     """The fraction of the run that is done: 0.5 for a run of unknown length, 1 for one that goes on past its length."""
     if num_steps is None:
         return torch.full_like(step, 0.5)
-    length = _as_tensor(num_steps, step)
+    length = length_as_tensor(num_steps, step)
     return (step / (length - 1).clamp(min=1)).clamp(max=1)
 
 
@@ -199,7 +199,7 @@ def log_factor(meta_params: Mapping[str, Tensor], step: Tensor, num_steps: Tenso
     step = step.to(meta_params["schedule_step"].dtype)
     if num_steps is None:
         return interpolate(torch.log10(step + 1), LOG_STEPS, meta_params["schedule_step"])
-    length = _as_tensor(num_steps, step)
+    length = length_as_tensor(num_steps, step)
     log_length = (torch.log10(length) - 3).clamp(*LOG_LENGTHS)
     curve = meta_params["schedule_fraction"] + meta_params["schedule_length"] * log_length
     early = interpolate(torch.log10(step + 1), LOG_STEPS, meta_params["schedule_early"])
@@ -222,7 +222,8 @@ def interpolate(x: Tensor, knots: tuple[float, ...], values: Tensor) -> Tensor:
     return (hats * values).sum(-1)
 
 
-def _as_tensor(num_steps: Tensor | int, like: Tensor) -> Tensor:
+def length_as_tensor(num_steps: Tensor | int, like: Tensor) -> Tensor:
+    """A run's length () in the dtype and on the device of another tensor."""
     if isinstance(num_steps, Tensor):
         return num_steps.to(like.device, like.dtype)
     return constant(num_steps, like.dtype, like.device)
