@@ -19,6 +19,7 @@ from lightning_lopt.rules.shards import TensorShard, dtensor, local, means, whol
 
 TIMESCALES = (1, 3, 10, 30, 100, 300, 1000, 3000, 10000, 30000, 100000)
 NUM_CHANNELS = 28
+LAYOUTS = ("torch", "jax")
 EPS = 1e-6  # added to the second moment before its root, as in the authors' code
 NUM_FEATURES = NUM_CHANNELS + len(TIMESCALES)
 
@@ -55,20 +56,43 @@ class Features(NamedTuple):
     col: Tensor  # (6, *shape with dim d1 = 1), or (6, *shape)
 
 
-def factored_dims(shape: torch.Size | tuple[int, ...]) -> tuple[int, int] | None:
+def factored_dims(shape: torch.Size | tuple[int, ...], layout: str = "torch") -> tuple[int, int] | None:
     """The dims (d1, d0) of second-largest and largest size; None below two dims.
 
-    Ties go to the later dim (a stable sort). The reference uses numpy's unstable sort, which agrees except on some
-    rank-4 shapes with small trailing dims, where it depends on the platform.
+    Of two equal dims the later one counts as the larger (a stable sort), so of a square matrix the last dim is d0: the
+    columns in torch, which stores (out, in), but the outputs in JAX, which stores (in, out). A network that was trained
+    on one layout must not see rows in place of columns on the other, so the layout that it was trained on decides. The
+    reference uses numpy's unstable sort, which agrees except on some rank-4 shapes with small trailing dims, where it
+    depends on the platform.
+
+    Args:
+        shape: in torch's layout: (out, in, *spatial).
+        layout: one of `LAYOUTS`, where the later dim is looked for. For "jax" the dims are read in the order of
+            `jax_order`.
 
     Example:
         >>> factored_dims((3, 3, 64, 64)), factored_dims((7,))
         ((2, 3), None)
+        >>> factored_dims((64, 64, 3, 3)), factored_dims((64, 64, 3, 3), "jax")
+        ((0, 1), (1, 0))
     """
     if len(shape) < 2:
         return None
-    order = sorted(range(len(shape)), key=lambda dim: shape[dim])
+    dims = jax_order(len(shape)) if layout == "jax" else range(len(shape))
+    order = sorted(dims, key=lambda dim: shape[dim])
     return order[-2], order[-1]
+
+
+def jax_order(ndim: int) -> tuple[int, ...]:
+    """The dims of torch's (out, in, *spatial) in the order in which JAX stores them: (*spatial, in, out).
+
+    So `tensor.permute(jax_order(tensor.dim()))` is the tensor as JAX has it. Vectors and scalars are the same in both.
+
+    Example:
+        >>> jax_order(4), jax_order(2), jax_order(1)
+        ((2, 3, 1, 0), (1, 0), (0,))
+    """
+    return (*range(2, ndim), *reversed(range(min(ndim, 2))))
 
 
 def effective_decay(initial: tuple[float, ...], offset: Tensor) -> Tensor:
@@ -86,9 +110,9 @@ def _effective_decay(initial: tuple[float, ...], offset: Tensor) -> Tensor:
     return 1 - torch.exp(10 * (start + offset))
 
 
-def init_accumulators(param: Tensor) -> Accumulators:
-    """Zero accumulators in the dtype and on the device of `param`."""
-    dims = factored_dims(param.shape)
+def init_accumulators(param: Tensor, layout: str = "torch") -> Accumulators:
+    """Zero accumulators in the dtype and on the device of `param`; `layout` as for `factored_dims`."""
+    dims = factored_dims(param.shape, layout)
     empty = param.new_zeros((3, 0))
     row, col, diag = empty, empty, empty
     if dims is None:
@@ -100,11 +124,11 @@ def init_accumulators(param: Tensor) -> Accumulators:
 
 
 def update_accumulators(
-    state: Accumulators, grad: Tensor, decays: Decays, shard: TensorShard | None = None
+    state: Accumulators, grad: Tensor, decays: Decays, shard: TensorShard | None = None, layout: str = "torch"
 ) -> Accumulators:
     """Update the averages with one gradient: a <- b a + (1 - b) x. As in the reference, no bias correction."""
     shape = whole_shape(shard, grad)
-    dims = factored_dims(shape)
+    dims = factored_dims(shape, layout)
     square = bounded(grad, shape.numel()).square() + 1e-30
     row, col, diag = state.row, state.col, state.diag
     if dims is None:
@@ -142,7 +166,12 @@ def inverse_root(exp_avg_sq: Tensor, eps: float = EPS) -> Tensor:
 
 
 def input_features(
-    state: Accumulators, grad: Tensor, param: Tensor, shard: TensorShard | None = None, eps: float = EPS
+    state: Accumulators,
+    grad: Tensor,
+    param: Tensor,
+    shard: TensorShard | None = None,
+    eps: float = EPS,
+    layout: str = "torch",
 ) -> Features:
     """The 28 input channels, from accumulators that include `grad`; also of a shard, with whole rows and columns.
 
@@ -152,7 +181,7 @@ def input_features(
     replace both rows and columns.
     """
     inv_root = inverse_root(state.exp_avg_sq, eps)
-    dims = factored_dims(whole_shape(shard, grad))
+    dims = factored_dims(whole_shape(shard, grad), layout)
     if dims is None:
         row = col = torch.cat([state.diag, torch.rsqrt(state.diag + 1e-8)])
         grad_factor = _clamped_rsqrt(state.diag + 1e-9)
