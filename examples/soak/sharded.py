@@ -51,6 +51,7 @@ RULES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("multiscale_adam", {"mixer": "la_b"}),
     ("multiscale_adam", {"mixer": "rnn2"}),
     ("multiscale_adam", {"mixer": "gru"}),
+    ("velo", {"lstm_hidden_size": 8, "param_inits": 4, "weight_decay": 1e-2}),
 )
 # name -> processes, and the run whose checkpoint it resumes
 RUNS: dict[str, tuple[int, str | None]] = {

@@ -29,13 +29,19 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lightning_lopt.hub import importers
+from lightning_lopt.hub import importers, velo_files
 from lightning_lopt.hub.errors import clip, refusal, show
 from lightning_lopt.rules import REGISTRY, Source, UpdateRule
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-MAX_BYTES = {CONFIG: 64 << 10, WEIGHTS: 16 << 20, importers.THETA: 4 << 20}  # loading needs about 5x the file size
+MAX_BYTES = {  # loading needs about 5x the file size
+    CONFIG: 64 << 10,
+    WEIGHTS: 16 << 20,
+    importers.THETA: velo_files.MAX_TREE_BYTES,  # `importers` has a lower limit for all but VeLO
+    importers.PARAMS: velo_files.MAX_TREE_BYTES,
+    velo_files.GIN: 64 << 10,
+}
 MAX_HEADER_BYTES = 1 << 20
 DTYPES = ("F16", "BF16", "F32", "F64")
 _STAGING = ".saving-"  # prefix of the temporary folder in which save_rule prepares its files
@@ -47,6 +53,7 @@ class Template(NamedTuple):
     rule: UpdateRule  # on the meta device: shapes without memory
     sha256: str | None  # of the weights file that belongs to it; None if the file does not say
     names: dict[str, str] | None = None  # meta-parameter -> tensor name in a PyLO file, see `importers`
+    part: velo_files.Part | None = None  # of PyLO's VeLO, which has two files; the rule is empty then
 
 
 @functools.cache
@@ -82,6 +89,8 @@ def read_config(path: Path, file: str) -> Template:
 
 def _parse_config(data: bytes, file: str) -> Template:
     spec = _parse_json(data, file)
+    if "format_version" not in spec and (part := velo_files.part_of(spec, file)) is not None:
+        return Template(UpdateRule(kind="velo"), None, part=part)
     if "format_version" not in spec and (sizes := importers.pylo_values(spec, file)) is not None:
         rule = _described("blackbox", sizes, file)
         return Template(rule, None, importers.pylo_names(rule))
@@ -146,9 +155,7 @@ def _parse_json(data: bytes, file: str) -> dict[str, Any]:
 
 def build(template: Template, weights: Path, file: str, source: Source) -> UpdateRule:
     """Build the rule that a template describes, with weights from a file that must contain exactly its tensors."""
-    with _open(weights, file, WEIGHTS) as stream:
-        data = stream.read(MAX_BYTES[WEIGHTS] + 1)  # bounded even if the file grows meanwhile
-    check_size(len(data), WEIGHTS, file)
+    data = _read_weights(weights, file)
     mixed = template.sha256 is not None and hashlib.sha256(data).hexdigest() != template.sha256
     what = f"is not the file that {CONFIG} was saved with: its sha256 differs"
     if mixed and (previous := _previous_files(weights.parent)):
@@ -165,6 +172,20 @@ def build(template: Template, weights: Path, file: str, source: Source) -> Updat
     return rule
 
 
+def read_part(template: Template, weights: Path, file: str) -> dict[str, Tensor]:
+    """Read the tensors of one part of PyLO's VeLO."""
+    assert template.part is not None
+    tensors = _parse_weights(_read_weights(weights, file), template, file)
+    return {name: tensors[name] for name in template.part.shapes}
+
+
+def _read_weights(weights: Path, file: str) -> bytes:
+    with _open(weights, file, WEIGHTS) as stream:
+        data = stream.read(MAX_BYTES[WEIGHTS] + 1)  # bounded even if the file grows meanwhile
+    check_size(len(data), WEIGHTS, file)
+    return data
+
+
 def _previous_files(directory: Path) -> str | None:
     """The folder in which a killed `replace_files` left the files that it was about to replace."""
     left = sorted(path.parent for path in directory.glob(f"{_STAGING}*/old/{CONFIG}"))
@@ -172,9 +193,17 @@ def _previous_files(directory: Path) -> str | None:
 
 
 def read_theta(path: Path, file: str) -> dict[str, Tensor]:
-    """Read the arrays of learned_optimization's theta.state."""
+    """Read the arrays of learned_optimization's theta.state, or of its `params`."""
     with _open(path, file, importers.THETA) as stream:
         return importers.parse_theta(stream.read(MAX_BYTES[importers.THETA]), file)
+
+
+def read_gin(path: Path, file: str) -> dict[str, Any] | None:
+    """Read the constructor's arguments from VeLO's config.gin; None if there is no such file."""
+    if not path.exists():
+        return None
+    with _open(path, file, velo_files.GIN) as stream:
+        return velo_files.parse_gin(stream.read(MAX_BYTES[velo_files.GIN]), file)
 
 
 def _parse_weights(data: bytes, template: Template, file: str) -> dict[str, Tensor]:
@@ -188,8 +217,9 @@ def _parse_weights(data: bytes, template: Template, file: str) -> dict[str, Tens
     except Exception as error:  # SafetensorError or one of torch's; they share no base class
         what = f"is not a valid safetensors file ({error})"
         raise refusal(file, what, "It is damaged; get another copy.") from error
+    ignored = frozenset() if template.part is None else template.part.ignored
     for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
+        if name not in ignored and not tensor.isfinite().all():
             what = f"tensor {name!r} contains NaN or infinity"
             raise refusal(file, what, "Its meta-training diverged; use another rule.")
     return tensors
@@ -204,6 +234,9 @@ def _check_header(header: dict[str, Any], template: Template, file: str) -> None
         what = f"is of kind {show(found_kind)}, but {CONFIG} is of kind {kind!r}"
         raise refusal(file, what, "Take both files from the same rule.")
     expected = {name: list(tensor.shape) for name, tensor in template.rule.state_dict().items()}
+    if template.part is not None:
+        expected = template.part.shapes
+        header = {name: entry for name, entry in header.items() if name not in template.part.ignored}
     if template.names is not None:
         expected = {theirs: expected[name][::-1] for name, theirs in template.names.items()}
     for problem, names in (

@@ -1,4 +1,4 @@
-"""Import small_fc_lopt networks from other packages: PyLO's files on the Hub, and the authors' own JAX files.
+"""Import learned optimizers from other packages: PyLO's files on the Hub, and the authors' own JAX files.
 
 PyLO (github.com/Belilovsky-Lab/pylo) publishes `config.json`, which has three numbers, and `model.safetensors`, the
 layers of a torch MLP. The files leave out the decays and multipliers, which are arguments of PyLO's optimizers. We use
@@ -6,7 +6,7 @@ those of its AdafacLO, for which btherien/mulo was trained.
 
 learned_optimization (Metz et al. 2022, and STAR's authors) writes `theta.state`: a tree of arrays that flax encodes as
 msgpack. This module decodes only the part of msgpack that such a tree uses: maps with string keys, and arrays as
-extension type 1.
+extension type 1. For VeLO, of both, see `velo_files`.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_lopt.hub import velo_files
 from lightning_lopt.hub.errors import clip, refusal, show
 from lightning_lopt.rules import UpdateRule, make
 
-THETA = "theta.state"
+THETA, PARAMS = "theta.state", "params"
+MAX_TREE_BYTES = 4 << 20  # of all but VeLO's
 
 # --- PyLO ---
 
 _KEYS = {"hidden_layers", "hidden_size", "input_size"}
-_OTHERS = {"lstm_hidden_size": "VeLO_RNN", "param_inits": "VeLO_MLP", "feature_dims": "CELO2MLP"}
+_OTHERS = {"feature_dims": "CELO2MLP"}
 # Stored as offsets, as in our own files; an offset of 0 means the decays 0.9, 0.99, 0.999 and 0.999.
 _ADAFAC_LO = {
     "momentum_decays": (0.15216392, 0.14245212, 0.06812963),
@@ -43,7 +45,9 @@ def pylo_values(spec: Mapping[str, Any], file: str) -> dict[str, Any] | None:
     """Translate PyLO's config.json to a configuration of kind "blackbox"; None if the file is not PyLO's."""
     for key, name in _OTHERS.items():
         if key in spec:
-            raise refusal(file, f"describes PyLO's {name}", "Only its MetaMLP (AdafacLO, MuLO, ELO) can be read.")
+            raise refusal(
+                file, f"describes PyLO's {name}", "Only its MetaMLP (AdafacLO, MuLO, ELO) and VeLO can be read."
+            )
     if not _KEYS & set(spec):
         return None
     sizes = {key: spec.get(key) for key in sorted(_KEYS)}
@@ -82,14 +86,33 @@ CONSTRUCTOR = (
 )
 
 
-def from_theta(theta: Mapping[str, Tensor], file: str) -> UpdateRule:
-    """Build the rule of a theta.state. Its kind is "blackbox" with two network outputs, and "star" with four."""
+def from_theta(
+    theta: Mapping[str, Tensor], file: str, arguments: Mapping[str, Any] | None = None
+) -> tuple[UpdateRule, str | None]:
+    """Build the rule of a theta.state, and say what the file left open.
+
+    Its kind is "velo" where the modules are VeLO's; else "blackbox" with two network outputs, and "star" with four.
+
+    Args:
+        theta: as `parse_theta` gives it.
+        file: its name in error messages.
+        arguments: of the constructor, where they are known; for VeLO.
+    """
+    if velo_files.is_tree(theta):
+        rule = velo_files.from_theta(theta, file, arguments or {})
+        return rule, velo_files.CONSTRUCTOR if arguments is None else None
+    return _small_network(theta, file), CONSTRUCTOR
+
+
+def _small_network(theta: Mapping[str, Tensor], file: str) -> UpdateRule:
     layers = [name for name in theta if name.startswith("w")]
     first = theta.get("w0", torch.zeros(0))
     last = theta.get(f"w{len(layers) - 1}", torch.zeros(0))
     if first.dim() != 2 or last.dim() != 2 or last.shape[1] not in (2, 4):
         what = f"has no layers w0, w1, ... with 2 or 4 outputs; it has {clip(', '.join(sorted(theta)), 60)}"
-        raise refusal(file, what, "Only small_fc_lopt (AdafacMLPLOpt) and STAR (MLPNomLOpt) can be read.")
+        raise refusal(
+            file, what, "Only small_fc_lopt (AdafacMLPLOpt), STAR (MLPNomLOpt) and VeLO (HyperV2) can be read."
+        )
     kind = "blackbox" if last.shape[1] == 2 else "star"
     try:
         rule = make(kind, hidden_size=first.shape[1], hidden_layers=len(layers) - 1)
@@ -106,7 +129,12 @@ def from_theta(theta: Mapping[str, Tensor], file: str) -> UpdateRule:
 
 
 def parse_theta(data: bytes, file: str) -> dict[str, Tensor]:
-    """Decode the arrays of a theta.state, by name; the names of the haiku modules around them are dropped."""
+    """Decode the arrays of a theta.state, or of a checkpoint of meta-training (`params`), by name.
+
+    The names of the haiku modules around the arrays are dropped, but for VeLO's, which has arrays of the same name.
+    """
+    if not velo_files.may_be_tree(data):
+        _check_size(data, file)
     try:
         tree = _Tree(data).read()
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # torch raises these for bad shapes
@@ -114,8 +142,11 @@ def parse_theta(data: bytes, file: str) -> dict[str, Tensor]:
         raise refusal(file, what, "It is damaged; get another copy.") from None
     # Checkpoints of meta-training have the arrays under "params".
     tree = tree["params"] if isinstance(tree.get("params"), dict) else tree
+    is_velo = velo_files.is_tree(tree)
+    if not is_velo:
+        _check_size(data, file)
     leaves: dict[str, Tensor] = {}
-    for name, tensor in _leaves(tree):
+    for name, tensor in velo_files.paths(tree) if is_velo else _leaves(tree):
         if name in leaves:
             raise refusal(file, f"contains {show(name)} twice", "It must have the arrays of one network.")
         if not (tensor.is_floating_point() and tensor.isfinite().all()):
@@ -123,6 +154,11 @@ def parse_theta(data: bytes, file: str) -> dict[str, Tensor]:
             raise refusal(file, what, "Use another file.")
         leaves[name] = tensor
     return leaves
+
+
+def _check_size(data: bytes, file: str) -> None:
+    if len(data) > MAX_TREE_BYTES:
+        raise refusal(file, f"has {len(data)} bytes; at most {MAX_TREE_BYTES} are allowed", "This is not a rule file.")
 
 
 def _leaves(tree: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:

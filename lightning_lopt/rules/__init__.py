@@ -18,6 +18,7 @@ from lightning_lopt.rules.lstm import LSTMConfig, LSTMRule
 from lightning_lopt.rules.multiscale_adam import MultiscaleAdam, MultiscaleAdamConfig
 from lightning_lopt.rules.scheduled import Scheduled, ScheduledConfig
 from lightning_lopt.rules.star import STAR, STARConfig
+from lightning_lopt.rules.velo import VeLO, VeLOConfig
 
 __all__ = [
     "REGISTRY",
@@ -37,6 +38,8 @@ __all__ = [
     "Source",
     "StepContext",
     "UpdateRule",
+    "VeLO",
+    "VeLOConfig",
     "WaitingTensor",
     "compute_dtype",
     "dmd",

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import pickle
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from lightning_lopt import RuleOptimizer
 from lightning_lopt.meta.estimators import FullUnroll
 from lightning_lopt.meta.unroll import Unroll
-from lightning_lopt.rules import StepContext, UpdateRule, WaitingTensor
+from lightning_lopt.rules import StepContext, UpdateRule, WaitingTensor, make
 from lightning_lopt.tasks import make as make_task
 
 
@@ -60,7 +61,21 @@ class LossAverage(UpdateRule):
         return -1e-4 * context.run.average.to(grad) * grad, state
 
 
-RULES = {"average": LossAverage}
+def velo(**config: Any) -> UpdateRule:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        rule = make("velo", **{"lstm_hidden_size": 4, "param_inits": 2, "step_mult": 1e-3, **config})
+        for value in rule.parameters():
+            nn.init.normal_(value, std=0.3)
+    return rule
+
+
+RULES = {
+    "average": LossAverage,
+    "velo": velo,
+    "velo, long": lambda: velo(max_training_steps=40),
+    "velo, old": lambda: velo(use_bugged_next_lstm_state=True, use_bugged_loss_features=True),
+}
 
 
 def averages(losses: list[float]) -> list[float]:
@@ -182,25 +197,40 @@ def test_a_checkpoint_without_it_is_refused(broken):
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["copy", "pickle"])
 def test_a_copy_goes_its_own_way_from_the_same_place(duplicate):
-    optimizer = RuleOptimizer(parameters(), LossAverage(), num_steps=40)
+    optimizer = RuleOptimizer(parameters(), velo(), num_steps=40)
     run(optimizer, 4, loss=0.5)
     other = duplicate(optimizer)
     run(other, 5, start=50, loss=7.0)
     run(optimizer, 4, start=4, loss=0.25)
-    reference = RuleOptimizer(parameters(), LossAverage(), num_steps=40)
+    reference = RuleOptimizer(parameters(), velo(), num_steps=40)
     run(reference, 4, loss=0.5)
     run(reference, 4, start=4, loss=0.25)
     assert_equal(snapshot(optimizer), snapshot(reference))
 
 
 def test_a_measured_step_is_the_same_step():
-    optimizers = [RuleOptimizer(parameters(), LossAverage(), num_steps=40) for _ in range(2)]
+    optimizers = [RuleOptimizer(parameters(), velo(), num_steps=40) for _ in range(2)]
     for step in range(5):
         optimizers[0].measure_next_step()
         for optimizer in optimizers:
             run(optimizer, 1, start=step, loss=0.5)
         assert optimizers[0].take_metrics().update_rms > 0
     assert_equal(*(snapshot(optimizer) for optimizer in optimizers))
+
+
+def test_a_tensor_that_is_skipped_is_as_it_was_and_the_run_goes_on():
+    params = parameters([(4, 3), (3,)])
+    optimizer = RuleOptimizer(params, velo(), num_steps=40, safeguard=True)
+    run(optimizer, 2, loss=0.5)
+    kept = {name: value.clone() for name, value in optimizer.state[params[1]].items()}
+    before = params[1].detach().clone()
+    set_gradients(params, 2)
+    params[1].grad[0] = math.nan
+    optimizer.step(loss=0.25)
+    assert torch.equal(params[1], before)
+    state = optimizer.state[params[1]]
+    changed = {name for name, value in kept.items() if not torch.equal(state[name], value)}
+    assert changed == {"skipped", "skipped_in_row", "run_means", "run_lows", "run_steps", "run_seen"}
 
 
 # --- meta-training
@@ -248,7 +278,7 @@ def test_a_new_episode_begins_with_a_new_run():
     assert seen == [[1, 1], [2, 2], [0, 3], [1, 4]]
 
 
-@pytest.mark.parametrize("name", ["average"])
+@pytest.mark.parametrize("name", ["average", "velo"])
 def test_meta_gradients_flow_through_it(name):
     rule = RULES[name]()
     unroll = Unroll(rule, make_task("linear-regression"), objective="raw")
@@ -258,6 +288,7 @@ def test_meta_gradients_flow_through_it(name):
     assert estimate.finite
     assert all(grad.isfinite().all() for grad in estimate.meta_grad.values())
     assert all(estimate.meta_grad[name].any() for name in ("decay",) if name in meta_params)
+    assert all(estimate.meta_grad[name].any() for name in ("gates_w", "w0", "initial_hidden") if name in meta_params)
 
 
 # --- sharded
