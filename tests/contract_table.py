@@ -30,6 +30,20 @@ def step_against_the_mean(rule: UpdateRule) -> None:
             rule.w1[unit, 10:] = torch.tensor([-sign, sign])  # the signs
 
 
+def mix_a_momentum_through(rule: UpdateRule) -> None:
+    """Meta-parameters that make each network's direction the normalized fastest momentum, of any net at any time."""
+    with torch.no_grad():
+        for name, value in rule.named_parameters():
+            if not name.startswith(("mix", "input", "gates")):  # the LSTM runs on, and its outputs are ignored
+                value.zero_()
+        rule.controls_b.fill_(1.0)
+        rule.step_b.fill_(1.0)
+        for unit, sign in ((0, 1.0), (1, -1.0)):
+            rule.w0[:, 3, unit] = sign / rule.config.ff_mult
+            rule.w1[:, unit, unit] = 1.0 / rule.config.ff_mult
+            rule.w2[:, unit, 0] = sign / rule.config.ff_mult
+
+
 class RuleCase(NamedTuple):
     """A rule, and with what it descends."""
 
@@ -75,4 +89,5 @@ RULES_UNDER_TEST = [
     RuleCase("multiscale_adam", {"mixer": "gru"}),
     RuleCase("muon", {"adam_stepsize": 1e-2}),
     RuleCase("soap", {"stepsize": 1e-2, "betas": (0.9, 0.99)}),
+    RuleCase("velo", {"lstm_hidden_size": 8, "param_inits": 4, "step_mult": 2e-2}, mix_a_momentum_through),
 ]

@@ -272,6 +272,7 @@ class LearnedOptimizer(Callback, *_pytorch_lightnings_callback()):  # type: igno
         disk_errors.check_writable(trainer)
         fit = self._fits[trainer]
         length = self._tell_num_steps(trainer)
+        run_length.check_known(self.rule, length)
         if not fit.replacement.replaced:
             return
         options = {"lr": self.lr, "weight_decay": self.weight_decay}
@@ -339,7 +340,7 @@ class LearnedOptimizer(Callback, *_pytorch_lightnings_callback()):  # type: igno
         self._restores = trainer.state.fn == "fit"
 
     def state_dict(self) -> dict[str, Any]:
-        """Which rule this is, where it came from, and its weights (kilobytes), as tensors and plain types."""
+        """Which rule this is, where it came from, and its weights, as tensors and plain types."""
         return rule_record.save_record(self.rule, self._group_options())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

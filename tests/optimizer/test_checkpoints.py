@@ -47,7 +47,7 @@ def test_resume_is_equal_to_the_bit_for_every_kind(kind):
     rule = lopt.rules.make(kind)
 
     def make(params):
-        return RuleOptimizer(params, rule)
+        return RuleOptimizer(params, rule, num_steps=8)
 
     optimizer = make(parameters(dtype=torch.bfloat16))
     run(optimizer, 4, loss=1.5)
