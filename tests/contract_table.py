@@ -73,8 +73,8 @@ RULES_UNDER_TEST = [
     ),
     RuleCase("hyperparam", {"nominal_stepsize": 1e-2}),
     RuleCase("blackbox", {"step_mult": 1e-2}, pass_gradient_through),
-    RuleCase("celo2", {"step_size": 1e-2}, pass_gradient_through),
-    RuleCase("celo2_base", {"step_size": 1e-2}, pass_gradient_through),
+    RuleCase("celo2", {"lr": 1e-2}, pass_gradient_through),
+    RuleCase("celo2_base", {"lr": 1e-2}, pass_gradient_through),
     RuleCase("lstm", {"nominal_stepsize": 1e-2, "nominal_controller": True, "out_scale": 1e-6}),
     RuleCase(
         "lstm_dmd", {"nominal_stepsize": 1e-2, "out_scale": 1e-6, "rank": 2, "num_snapshots": 2, "scope": "tensor"}

@@ -32,7 +32,7 @@ class VeLOGolden(NamedTuple):
         """The rule in float64, for tensors that lie as the record has them: ties are decided on their own dims."""
         theta = {name: value.double() for name, value in read_theta(goldens.FIXTURES / "velo_params").items()}
         given = {k.split("/")[1]: v.item() for k, v in self.data.items() if k.startswith("config/")}
-        return VeLO.from_jax(theta, **{**given, "layout": "torch", **config})
+        return VeLO.from_jax(theta, **{**given, "layout": "jax", **config})
 
     def recorded(self, key: str) -> Tensor:
         return tensor(self.data[key])

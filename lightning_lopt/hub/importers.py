@@ -9,7 +9,8 @@ msgpack. This module decodes only the part of msgpack that such a tree uses: map
 extension type 1. Celo2's authors publish such a file, with the arguments of their meta-training as `config.json`. For
 VeLO, of both, see `velo_files`.
 
-All of these were meta-trained in JAX, also those that PyLO publishes, so their rules have the layout "jax".
+All of these were meta-trained in JAX, also those that PyLO publishes. Their rules have the layout "torch": they read
+the dims of torch's tensors in the order of JAX.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def _pylo_meta_mlp(spec: Mapping[str, Any], file: str, repo_id: str) -> Foreign:
     layers = spec["hidden_layers"] + 1  # PyLO counts the matrices between hidden layers
     is_elo = repo_id == _ELO_REPO
     offsets, step_mult = (_ELO, 0.001) if is_elo else (_ADAFAC_LO, 0.01)
-    values = {"hidden_size": spec["hidden_size"], "hidden_layers": layers, "layout": "jax"}
+    values = {"hidden_size": spec["hidden_size"], "hidden_layers": layers, "layout": "torch"}
     values |= {"step_mult": step_mult, "exp_mult": 0.001}
 
     def convert(tensors: Mapping[str, Tensor], rule: UpdateRule) -> dict[str, Tensor]:
@@ -120,8 +121,9 @@ def _meta_mlp_shapes(rule: UpdateRule) -> dict[str, list[int]]:
 
 _CELO2_MLP = {"activation": "relu", "feature_dims": list(celo2.WIDTHS), "hidden_layers": 2, "output_size": 3}
 _CELO2_OPTIMIZERS = {"celo2": "celo2", "celo2base": "celo2_base"}  # in the authors' code -> our kind
+_CELO2_IN_USE = {"adam_bias_correction": True}  # the authors use optax.adamw with the published weights
 _PYLO_CELO2_LEAVES_OUT = (
-    "PyLO's format leaves out everything but the network, so the published celo2's options are used. Tune step_size "
+    "PyLO's format leaves out everything but the network, so the published celo2's options are used. Tune lr "
     "and weight_decay"
 )
 _THETA_CELO2_LEAVES_OUT = (
@@ -137,7 +139,7 @@ def _pylo_celo2(spec: Mapping[str, Any], file: str) -> Foreign:
         what = f"{key}={show(spec.get(key))} is not that of PyLO's CELO2MLP"
         allowed = f"be {_CELO2_MLP[key]}" if key in _CELO2_MLP else f"have hidden_size, {', '.join(_CELO2_MLP)}"
         raise refusal(file, what, f"It must {allowed}.")
-    values = {"hidden_size": spec["hidden_size"]}
+    values = {"hidden_size": spec["hidden_size"], **_CELO2_IN_USE}
     return Foreign("celo2", values, SAFETENSORS, _pylo_celo2_shapes, _from_pylo_celo2, _PYLO_CELO2_LEAVES_OUT)
 
 
@@ -147,7 +149,7 @@ def _celo2_training(spec: Mapping[str, Any], file: str) -> Foreign:
     if not isinstance(optimizer, str) or optimizer not in _CELO2_OPTIMIZERS:
         what = f"describes the meta-training of optimizer {show(optimizer)}"
         raise refusal(file, what, f"Only {' and '.join(_CELO2_OPTIMIZERS)} can be read.")
-    values = {"step_size": spec.get("step_mult", 0.001), "weight_decay": spec.get("weight_decay", 0.0)}
+    values = {"lr": spec.get("step_mult", 0.001), "weight_decay": spec.get("weight_decay", 0.0)} | _CELO2_IN_USE
     return Foreign(_CELO2_OPTIMIZERS[optimizer], values, THETA, _celo2_shapes, _from_celo2, None)
 
 
@@ -182,7 +184,7 @@ def _from_pylo_celo2(tensors: Mapping[str, Tensor], rule: UpdateRule) -> dict[st
 
 _THETA_LEAVES_OUT = (
     "theta.state leaves out the constructor's arguments, so the paper's (STAR) or learned_optimization's defaults "
-    "(small_fc_lopt) are used. For others: rules.STAR.from_jax(hub.read_theta(path), **arguments)"
+    "(small_fc_lopt) are used. For others: rules.STAR.from_jax(hub.read_theta(path), layout='torch', **arguments)"
 )
 
 
@@ -203,7 +205,7 @@ def from_theta(
         velo = velo_files.from_theta(theta, file, arguments or {})
         return velo, velo_files.CONSTRUCTOR if arguments is None else None
     if any(name.startswith("w0__") for name in theta):
-        rule = _made("celo2", {"hidden_size": theta.get("b0", torch.zeros(0)).numel() or 8}, file)
+        rule = _made("celo2", {"hidden_size": theta.get("b0", torch.zeros(0)).numel() or 8, **_CELO2_IN_USE}, file)
         check_arrays(theta, _celo2_shapes(rule), file)
         rule.load_state_dict(_from_celo2(theta, rule), assign=True)
         return rule, _THETA_CELO2_LEAVES_OUT
@@ -219,7 +221,7 @@ def _small_network(theta: Mapping[str, Tensor], file: str) -> UpdateRule:
         allowed = "small_fc_lopt (AdafacMLPLOpt), STAR (MLPNomLOpt), Celo2 and VeLO (HyperV2)"
         raise refusal(file, what, f"Only {allowed} can be read.")
     kind = "blackbox" if last.shape[1] == 2 else "star"
-    values = {"hidden_size": first.shape[1], "hidden_layers": len(layers) - 1, "layout": "jax"}
+    values = {"hidden_size": first.shape[1], "hidden_layers": len(layers) - 1, "layout": "torch"}
     rule = _made(kind, values, file)
     check_arrays(theta, {name: list(tensor.shape) for name, tensor in rule.state_dict().items()}, file)
     rule.load_state_dict(dict(theta), assign=True)

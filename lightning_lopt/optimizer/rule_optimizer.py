@@ -366,7 +366,7 @@ class RuleOptimizer(Optimizer):
         if unknown:
             warnings.warn(
                 f"The roles of {len(unknown)} matrices in the net are unknown, such as {self._name(unknown[0])}'s. "
-                f"Rule {self.rule.kind!r} moves them coordinate by coordinate, which is worse for hidden layers. Make "
+                f"Rule {self.rule.kind!r} moves hidden layers in another way than embeddings, and has to guess. Make "
                 "the optimizer from model.named_parameters(), call set_roles(model), or give groups a 'role'.",
                 stacklevel=4,
             )

@@ -15,8 +15,8 @@ This follows the authors' code. Its parts around the network (their `prefab.Lear
 length must be known; runs longer than 150,000 steps average gradients and losses over n = ceil(length / 150,000) steps
 and move once in n; weight decay is L2, in the gradient and in the loss. Deviations, each with its reason:
 
-* of equal dims, over which second moments are factored, the later one in the authors' layout (`layout`) counts as
-  larger, see `features.factored_dims`. Numpy's unstable sort, which the authors use, gives several answers;
+* of equal dims, over which second moments are factored, the later one in the authors' order counts as larger, see
+  `features.factored_dims`. Numpy's unstable sort, which the authors use, gives several answers;
 * the LSTM's maximum runs over all tensors, and in JAX all have gradients. Here one that has moved before and has no
   gradient now still takes part, by its last state: the others' steps do not jump when it freezes. The L2 term of the
   loss still has it, too;
@@ -68,11 +68,11 @@ class VeLOConfig(RuleConfig):
     """Multiplier of the magnitude."""
     ff_mult: float = 100.0
     """Multiplier of the mixed network. Celo's small VeLO has 1."""
-    clip_param_scale_amount: float = 0.0
-    """a > 0: a tensor's scale is at most a sqrt(number of its coordinates); 0 for no such limit."""
-    use_bugged_loss_features: bool = False
+    clip_param_scale_amount: float | None = None
+    """a: a tensor's scale is at most a sqrt(number of its coordinates); None for no such limit."""
+    bugged_loss_features: bool = False
     """All averages of the loss have the half-life 10, as old checkpoints were trained."""
-    use_bugged_next_lstm_state: bool = False
+    bugged_lstm_state: bool = False
     """The LSTM starts anew at each step, as six old checkpoints were trained."""
     max_training_steps: int = 150_000
     """Longer runs average gradients and losses over several steps; 0 for never, which saves 4 bytes per parameter."""
@@ -80,15 +80,17 @@ class VeLOConfig(RuleConfig):
     """L2: added to the gradient, times the parameter, and to the loss, times its square. The authors suggest 1e-6."""
     decoupled_weight_decay: bool = False
     """Subtract weight_decay times the parameter at each update instead, with no other effect."""
-    layout: str = "jax"
-    """Whose order of dims decides between equal ones: "jax", which the weights were trained on, or "torch"."""
+    layout: str = "torch"
+    """How dims are read: as torch's (out, in, *spatial), or as "jax", the authors' (*spatial, in, out)."""
 
     def __post_init__(self) -> None:
         self.check_integer("lstm_hidden_size", 1, 4096)
         self.check_integer("param_inits", 1, 4096)
-        for name in ("step_mult", "exp_mult", "ff_mult", "clip_param_scale_amount", "weight_decay"):
+        for name in ("step_mult", "exp_mult", "ff_mult", "weight_decay"):
             self.check_number(name, 0.0)
-        self.check_flags("use_bugged_loss_features", "use_bugged_next_lstm_state", "decoupled_weight_decay")
+        if self.clip_param_scale_amount is not None:
+            self.check_number("clip_param_scale_amount", 0.0)
+        self.check_flags("bugged_loss_features", "bugged_lstm_state", "decoupled_weight_decay")
         self.check_integer("max_training_steps", 0, 2**62)
         self.check(self.layout in list(feats.LAYOUTS), "layout", f"one of {list(feats.LAYOUTS)}")
 
@@ -232,7 +234,7 @@ class VeLO(UpdateRule):
 
     def _loss_decays(self, pace: Pace, dtype: torch.dtype) -> Tensor:
         length = pace.num_updates.to(dtype)
-        return parts.loss_decays(torch.full_like(length, 10.0) if self.config.use_bugged_loss_features else length)
+        return parts.loss_decays(torch.full_like(length, 10.0) if self.config.bugged_loss_features else length)
 
     # --- the step
 
@@ -310,7 +312,7 @@ class VeLO(UpdateRule):
             terms = {name: _where(pace.due, term, torch.zeros_like(term)) for name, term in terms.items()}
             fields = (a if a is b else _where(pace.due, a, b) for a, b in zip(new, state, strict=True))
             new = VeLOState(*fields)._replace(grad_sum=_where(pace.due, torch.zeros_like(grad_sum), grad_sum))
-        if self.config.use_bugged_next_lstm_state:
+        if self.config.bugged_lstm_state:
             new = new._replace(hidden=torch.zeros_like(new.hidden), cell=torch.zeros_like(new.cell))
         return terms, new
 
@@ -335,7 +337,7 @@ class VeLO(UpdateRule):
         network = mlp.mixed_network(meta_params, controls, c.ff_mult)
         direction, magnitude, _ = mlp.outputs(network, features, mean_squares, shard)
         scale = (mean_squares[0][1] + 1e-9).sqrt()  # of the second dense channel, which is the parameter
-        if c.clip_param_scale_amount:
+        if c.clip_param_scale_amount is not None:
             scale = scale.clamp(max=c.clip_param_scale_amount * math.sqrt(math.prod(whole_shape(shard, param))))
         step = c.step_mult * factor * scale * (direction * torch.exp(c.exp_mult * magnitude))
         terms["blackbox"] = -step
@@ -346,9 +348,9 @@ class VeLO(UpdateRule):
         """A rule from the authors' meta-parameters.
 
         Args:
-            theta: path -> array, with the names of `velo_theta.NAMES` and `velo_theta.BLOCKS`. The arrays' dtype is
-                kept; sizes are those of the arrays.
-            arguments: of `VeLOConfig`. The authors' constructor has the same names; beware of its default
+            theta: path -> array, with the names of `velo_theta.NAMES` and `velo_theta.BLOCKS`, or in the form of
+                `velo_theta.path`. The arrays' dtype is kept; sizes are those of the arrays.
+            arguments: of `VeLOConfig`; the names of the authors' constructor are taken, too. Beware of its default
                 use_bugged_loss_features=True, which its published default weights do not use.
 
         Raises:
@@ -358,8 +360,9 @@ class VeLO(UpdateRule):
             >>> import lightning_lopt as lopt
             >>> lopt.rules.VeLO.from_jax(lopt.hub.read_theta("theta.state"), weight_decay=1e-6)  # doctest: +SKIP
         """
-        tensors = {name: velo_theta.as_tensor(name, value) for name, value in theta.items()}
-        config = VeLOConfig.from_dict({**velo_theta.sizes(tensors), **arguments})
+        tensors = {velo_theta.path(name): velo_theta.as_tensor(name, value) for name, value in theta.items()}
+        own = {velo_theta.ARGUMENTS.get(name, name): value for name, value in arguments.items()}
+        config = VeLOConfig.from_dict({**velo_theta.sizes(tensors), **own})
         with torch.random.fork_rng(devices=[]), torch.device("meta"):  # shapes without memory or random numbers
             rule = cls(config, kind="velo")
         rule.load_state_dict(velo_theta.converted(tensors, rule.meta_params()), assign=True)

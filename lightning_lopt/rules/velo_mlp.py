@@ -41,7 +41,7 @@ def decays(like: Tensor) -> feats.Decays:
 
 
 def input_features(
-    state: feats.Accumulators, grad: Tensor, param: Tensor, shard: TensorShard | None = None, layout: str = "jax"
+    state: feats.Accumulators, grad: Tensor, param: Tensor, shard: TensorShard | None = None, layout: str = "torch"
 ) -> feats.Features:
     """The channels of `features.input_features`, and two more dense ones: the gradient at most .1, and over its rms.
 

@@ -28,6 +28,23 @@ NAMES = {  # ours -> theirs, for all but w0
     **{f"{ours}_{leaf}": f"rnn_params/{theirs}/{leaf}" for ours, theirs in _MODULES.items() for leaf in "wb"},
     **{name: f"ff_mod_stack/~/{name}" for name in ("b0", "w1", "b1", "w2", "b2")},
 }
+ARGUMENTS = {  # of the authors' constructor -> ours, where they differ
+    "use_bugged_loss_features": "bugged_loss_features",
+    "use_bugged_next_lstm_state": "bugged_lstm_state",
+}
+
+
+def path(name: str) -> str:
+    """A path in the form that npz files have: parts joined by "|", with "~" for the "/" of a module's name.
+
+    Example:
+        >>> path("theta|rnn_params|rnn~linear|w"), path("ff_mod_stack|~|b0"), path("rnn_params/rnn/linear/w")
+        ('rnn_params/rnn/linear/w', 'ff_mod_stack/~/b0', 'rnn_params/rnn/linear/w')
+    """
+    if "|" not in name:
+        return name
+    parts = name.removeprefix("theta|").split("|")
+    return "/".join(part if part == "~" else part.replace("~", "/") for part in parts)
 
 
 def sizes(theta: Mapping[str, Tensor]) -> dict[str, int]:

@@ -65,7 +65,7 @@ def test_our_files_of_their_format_are_theirs(formats):
 def test_a_network_of_pylos_moves_parameters_as_their_optimizer(formats, tmp_path, hidden_size, hidden_layers):
     torch.manual_seed(0)
     rule = load(write(tmp_path, formats.pylo_files(hidden_size, hidden_layers)))
-    assert (rule.kind, rule.source.name, rule.config.layout) == ("blackbox", str(tmp_path), "jax")
+    assert (rule.kind, rule.source.name, rule.config.layout) == ("blackbox", str(tmp_path), "torch")
     for name, decays in DECAYS.items():
         assert getattr(rule.decays(rule.meta_params()), name).tolist() == pytest.approx(decays, abs=6e-6)
     # PyLO's network in torch, on features that an independent reference computes.
@@ -237,7 +237,8 @@ def test_a_wrong_or_partial_theta_is_refused_by_name(formats, tmp_path, make, me
 
 
 def celo2_rule(**config):
-    return Celo2.from_jax({name: value.float() for name, value in field.theta("celo2").items()}, **config)
+    theta = {name: value.float() for name, value in field.theta("celo2").items()}
+    return Celo2.from_jax(theta, adam_bias_correction=True, **config)
 
 
 def assert_same(found, expected):

@@ -67,7 +67,7 @@ def test_the_authors_params_with_their_configuration_take_the_authors_steps(tmp_
     assert (rule.config.lstm_hidden_size, rule.config.param_inits) == (16, 6)
     assert rule.config == type(rule.config)(lstm_hidden_size=16, param_inits=6)
     golden = GOLDENS["velo_f64"]
-    config = {**rule.config.to_dict(), "layout": "torch"}
+    config = {**rule.config.to_dict(), "layout": "jax"}
     authors = lopt.rules.make("velo", **config).double()
     authors.load_state_dict(rule.double().state_dict())
     for step in replay(authors, golden, "mixed", 11):
@@ -79,11 +79,11 @@ def test_the_authors_params_with_their_configuration_take_the_authors_steps(tmp_
 def test_theta_state_alone_leaves_the_constructor_open(tmp_path):
     rule = load(directory(tmp_path / "theta", theta_dot_state=THETA), "leaves out the constructor's arguments")
     assert same(rule, load(directory(tmp_path / "params", params=PARAMS), "leaves out the constructor's arguments"))
-    assert (rule.config.use_bugged_loss_features, rule.config.use_bugged_next_lstm_state) == (False, False)
+    assert (rule.config.bugged_loss_features, rule.config.bugged_lstm_state) == (False, False)
     theta = read_theta(tmp_path / "theta" / "theta.state")
     assert theta.keys() == {*velo_theta.NAMES.values(), *velo_theta.BLOCKS, *velo_theta.UNUSED}
     old = lopt.rules.VeLO.from_jax(theta, use_bugged_loss_features=True, use_bugged_next_lstm_state=True, ff_mult=1.0)
-    assert old.config.use_bugged_next_lstm_state
+    assert old.config.bugged_lstm_state
     assert same(rule, old)
     assert old.config.ff_mult == 1.0
 
@@ -154,11 +154,11 @@ def test_a_wrong_or_partial_tree_is_refused_by_name(formats, tmp_path, make, mes
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", {"use_bugged_loss_features": True}),  # the authors' own default
-        ("HyperV2.exp_mult = 0.02", {"use_bugged_loss_features": True, "exp_mult": 0.02}),
+        ("", {"bugged_loss_features": True}),  # the authors' own default
+        ("HyperV2.exp_mult = 0.02", {"bugged_loss_features": True, "exp_mult": 0.02}),
         ("a/b.HyperV2.step_mult = 1e-3\nHyperV2.mix_layers = True", {"step_mult": 1e-3}),
-        ("hyper_v2.HyperV2.use_bugged_next_lstm_state = True", {"use_bugged_next_lstm_state": True}),
-        ("HyperV2.clip_param_scale_amount = None", {"clip_param_scale_amount": 0.0}),
+        ("hyper_v2.HyperV2.use_bugged_next_lstm_state = True", {"bugged_lstm_state": True}),
+        ("HyperV2.clip_param_scale_amount = None", {"clip_param_scale_amount": None}),
     ],
 )
 def test_arguments_in_config_gin(tmp_path, text, expected):
@@ -223,7 +223,7 @@ def test_pylos_pair_by_either_name(tmp_path):
     write(tmp_path, pair)
     rule = load(tmp_path / "VeLO_RNN", "leaves out which of VeLO's checkpoints")
     assert same(rule, load(f"{tmp_path}/VeLO_MLP/", "leaves out"))
-    assert (rule.config.lstm_hidden_size, rule.config.param_inits, rule.config.layout) == (16, 6, "jax")
+    assert (rule.config.lstm_hidden_size, rule.config.param_inits, rule.config.layout) == (16, 6, "torch")
     rnn, mlp = pair["VeLO_RNN"][1], pair["VeLO_MLP"][1]
     # Their forward pass in torch's own layers, on random inputs of two tensors.
     inputs, hidden, cell = torch.randn(2, 30), torch.randn(2, 16), torch.randn(2, 16)

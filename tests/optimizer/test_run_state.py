@@ -74,7 +74,7 @@ RULES = {
     "average": LossAverage,
     "velo": velo,
     "velo, long": lambda: velo(max_training_steps=40),
-    "velo, old": lambda: velo(use_bugged_next_lstm_state=True, use_bugged_loss_features=True),
+    "velo, old": lambda: velo(bugged_lstm_state=True, bugged_loss_features=True),
 }
 
 

@@ -24,7 +24,7 @@ CASES = (
     ("star", {**NETWORK, "aggregate_magnitude": True}, 3),
     ("hyperparam", {"nominal_controller": False}, 1),
     ("blackbox", {}, 2),
-    ("celo2", {"embedding_names": ()}, 3),
+    ("celo2", {}, 3),
     ("celo2_base", {}, 3),
     ("lstm", {"nominal_stepsize": 1e-2}, 0),
     ("lstm_dmd", {"num_snapshots": 3, "rank": 2}, 1),

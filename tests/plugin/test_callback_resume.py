@@ -92,7 +92,7 @@ def test_lstms_resume_to_the_bit(tmp_path, name, safeguard):
 
 
 class Embedded(Module):
-    """The same behind a table, whose rows a rule may treat by its name."""
+    """The same behind a table, which a rule may treat by its role."""
 
     def __init__(self):
         super().__init__()
@@ -105,9 +105,9 @@ class Embedded(Module):
 
 
 @pytest.mark.parametrize("kind", ["celo2", "celo2_base"])
-def test_celo2_takes_names_from_lightning_and_resumes_to_the_bit(tmp_path, kind):
+def test_celo2_takes_roles_from_lightning_and_resumes_to_the_bit(tmp_path, kind):
     torch.manual_seed(0)
-    rule = lopt.rules.make(kind, step_size=1e-3)
+    rule = lopt.rules.make(kind, lr=1e-3)
     start = Embedded()
     before = [value.detach().clone() for value in (start.embed.weight, start.net[0].weight)]
     whole, resumed = (

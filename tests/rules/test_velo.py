@@ -87,7 +87,7 @@ def test_the_optimizer_takes_the_authors_steps_on_torchs_layout(tree):
     golden = GOLDENS["velo_f64"]
     names = leaves(tree)
     params = [nn.Parameter(to_torch(tensor(INPUTS[f"{tree}/params0/{leaf}"])).contiguous()) for leaf in names]
-    optimizer = RuleOptimizer(params, golden.rule(layout="jax"), num_steps=golden.num_steps)
+    optimizer = RuleOptimizer(params, golden.rule(layout="torch"), num_steps=golden.num_steps)
     for number in range(11):
         for leaf, param in zip(names, params, strict=True):
             param.grad = to_torch(tensor(INPUTS[f"{tree}/grads/{leaf}"][number])).contiguous()
@@ -262,7 +262,7 @@ def test_a_loss_that_is_not_finite_is_left_out():
 
 
 def test_each_step_is_bounded_by_the_tensors_scale():
-    rules = [small(clip_param_scale_amount=amount) for amount in (0.0, 1e-3)]
+    rules = [small(clip_param_scale_amount=amount) for amount in (None, 1e-3)]
     param, grad = torch.full((3, 2), 2.0), torch.randn(3, 2)
     deltas = [
         rule.update(rule.meta_params(), grad, rule.init_state(param), param, StepContext(torch.tensor(0.0)))[0]
@@ -277,7 +277,7 @@ def test_each_step_is_bounded_by_the_tensors_scale():
         ({"lstm_hidden_size": 0}, "lstm_hidden_size=0 is not allowed"),
         ({"param_inits": 2.0}, "param_inits=2.0 is not allowed"),
         ({"step_mult": -1.0}, "step_mult=-1.0"),
-        ({"use_bugged_loss_features": 1}, "use_bugged_loss_features=1"),
+        ({"bugged_loss_features": 1}, "bugged_loss_features=1"),
         ({"max_training_steps": -1}, "max_training_steps=-1"),
         ({"layout": "tf"}, r"layout='tf' is not allowed: it must be one of \['torch', 'jax'\]"),
         ({"num_steps": 3}, "Unknown config key 'num_steps'"),
