@@ -87,7 +87,7 @@ RULES_UNDER_TEST = [
     RuleCase("multiscale_adam", {"mixer": "la_b"}),
     RuleCase("multiscale_adam", {"mixer": "rnn2"}),
     RuleCase("multiscale_adam", {"mixer": "gru"}),
-    RuleCase("muon", {"adam_stepsize": 1e-2}),
-    RuleCase("soap", {"stepsize": 1e-2, "betas": (0.9, 0.99)}),
+    RuleCase("muon", {"adam_lr": 1e-2}),
+    RuleCase("soap", {"lr": 1e-2, "betas": (0.9, 0.99)}),
     RuleCase("velo", {"lstm_hidden_size": 8, "param_inits": 4, "step_mult": 2e-2}, mix_a_momentum_through),
 ]

@@ -156,8 +156,11 @@ class UpdateRule(nn.Module):
         return False
 
     def without_decay(self) -> UpdateRule:
-        """The same rule without a weight decay of its own, if it has one; a copy."""
-        return copy.deepcopy(self)
+        """The same rule without a weight decay of its own, if it has one; a copy. `weight_decay` is the key of it."""
+        rule = copy.deepcopy(self)
+        if getattr(rule.config, "weight_decay", 0.0):
+            rule.config = dataclasses.replace(rule.config, **{"weight_decay": 0.0})
+        return rule
 
     def init_state(self, param: Tensor) -> Any:
         """The state of a parameter before its first step: a NamedTuple of tensors of its dtype and on its device."""
