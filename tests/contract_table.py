@@ -30,6 +30,20 @@ def step_against_the_mean(rule: UpdateRule) -> None:
             rule.w1[unit, 10:] = torch.tensor([-sign, sign])  # the signs
 
 
+def mix_a_momentum_through(rule: UpdateRule) -> None:
+    """Meta-parameters that make each network's direction the normalized fastest momentum, of any net at any time."""
+    with torch.no_grad():
+        for name, value in rule.named_parameters():
+            if not name.startswith(("mix", "input", "gates")):  # the LSTM runs on, and its outputs are ignored
+                value.zero_()
+        rule.controls_b.fill_(1.0)
+        rule.step_b.fill_(1.0)
+        for unit, sign in ((0, 1.0), (1, -1.0)):
+            rule.w0[:, 3, unit] = sign / rule.config.ff_mult
+            rule.w1[:, unit, unit] = 1.0 / rule.config.ff_mult
+            rule.w2[:, unit, 0] = sign / rule.config.ff_mult
+
+
 class RuleCase(NamedTuple):
     """A rule, and with what it descends."""
 
@@ -59,8 +73,8 @@ RULES_UNDER_TEST = [
     ),
     RuleCase("hyperparam", {"nominal_stepsize": 1e-2}),
     RuleCase("blackbox", {"step_mult": 1e-2}, pass_gradient_through),
-    RuleCase("celo2", {"step_size": 1e-2}, pass_gradient_through),
-    RuleCase("celo2_base", {"step_size": 1e-2}, pass_gradient_through),
+    RuleCase("celo2", {"lr": 1e-2}, pass_gradient_through),
+    RuleCase("celo2_base", {"lr": 1e-2}, pass_gradient_through),
     RuleCase("lstm", {"nominal_stepsize": 1e-2, "nominal_controller": True, "out_scale": 1e-6}),
     RuleCase(
         "lstm_dmd", {"nominal_stepsize": 1e-2, "out_scale": 1e-6, "rank": 2, "num_snapshots": 2, "scope": "tensor"}
@@ -73,6 +87,7 @@ RULES_UNDER_TEST = [
     RuleCase("multiscale_adam", {"mixer": "la_b"}),
     RuleCase("multiscale_adam", {"mixer": "rnn2"}),
     RuleCase("multiscale_adam", {"mixer": "gru"}),
-    RuleCase("muon", {"adam_stepsize": 1e-2}),
-    RuleCase("soap", {"stepsize": 1e-2, "betas": (0.9, 0.99)}),
+    RuleCase("muon", {"adam_lr": 1e-2}),
+    RuleCase("soap", {"lr": 1e-2, "betas": (0.9, 0.99)}),
+    RuleCase("velo", {"lstm_hidden_size": 8, "param_inits": 4, "step_mult": 2e-2}, mix_a_momentum_through),
 ]

@@ -1,4 +1,4 @@
-"""The recorded trajectories of small_fc_lopt and Celo2 in `fixtures/` (see its README.md), in torch's layout."""
+"""The recorded trajectories of small_fc_lopt and Celo2 in `fixtures/` (see its README.md), in either layout."""
 
 from __future__ import annotations
 
@@ -40,14 +40,20 @@ def recorded(data: dict[str, np.ndarray], what: str, leaf: str) -> np.ndarray:
     return data[f"{tree}/{what}/{name}"]
 
 
+def laid(rule: UpdateRule, array: np.ndarray) -> Tensor:
+    """A recorded array as the layout of our rule has it: as it lies, or transposed."""
+    return torch.tensor(array) if rule.config.layout == "jax" else goldens.to_torch(array)
+
+
 def replay(rule: UpdateRule, leaf: str, dtype: torch.dtype = torch.float64) -> Iterator[tuple[int, Tensor, Any]]:
-    """(step, parameter after it, state after it) of our rule on a leaf, whose name it is told without the tree."""
+    """(step, parameter after it, state after it) of our rule on a leaf; those named "g_wide" are embeddings."""
     meta_params = {name: value.detach().to(dtype) for name, value in rule.meta_params().items()}
-    param = goldens.to_torch(inputs("params0", leaf)).to(dtype)
+    param = laid(rule, inputs("params0", leaf)).to(dtype)
+    role = "embedding" if leaf.endswith("/g_wide") else "hidden"
     state = rule.init_state(param)
     for step, array in enumerate(inputs("grads", leaf)):
-        context = StepContext(torch.tensor(float(step), dtype=dtype), name=leaf.split("/")[1])
-        delta, state = rule.update(meta_params, goldens.to_torch(array).to(dtype), state, param, context)
+        context = StepContext(torch.tensor(float(step), dtype=dtype), role=role)
+        delta, state = rule.update(meta_params, laid(rule, array).to(dtype), state, param, context)
         param = param + delta
         yield step, param, state
 
@@ -57,5 +63,5 @@ def assert_replays(rule: UpdateRule, data: dict[str, np.ndarray], leaf: str) -> 
     expected = dict(zip(data["steps"].tolist(), recorded(data, "params", leaf), strict=True))
     for step, param, _ in replay(rule, leaf):
         if step in expected:
-            torch.testing.assert_close(param, goldens.to_torch(expected.pop(step)), **TOLERANCE)
+            torch.testing.assert_close(param, laid(rule, expected.pop(step)), **TOLERANCE)
     assert not expected

@@ -32,8 +32,8 @@ import torch
 from torch import Tensor
 
 import lightning_lopt as lopt
-from lightning_lopt.hub import files, importers
-from lightning_lopt.rules import REGISTRY, RuleConfig, celo2
+from lightning_lopt.hub import files, importers, velo_files
+from lightning_lopt.rules import REGISTRY, RuleConfig, celo2, velo_theta
 
 
 def packed(value: Any) -> bytes:
@@ -46,13 +46,17 @@ def packed(value: Any) -> bytes:
         return bytes([0xA0 + len(value)]) + value.encode()
     if isinstance(value, Tensor):
         data = value.detach().reshape(-1).view(torch.uint8).numpy().tobytes()  # numpy has no bfloat16
-        array = bytes([0x93, 0x90 + value.dim(), *value.shape]) + packed(str(value.dtype).removeprefix("torch."))
-        array += (
-            b"\xc4" + struct.pack("B", len(data)) if len(data) < 256 else b"\xc5" + struct.pack(">H", len(data))
-        ) + data
-        head = b"\xc7" + struct.pack("B", len(array)) if len(array) < 256 else b"\xc8" + struct.pack(">H", len(array))
-        return head + b"\x01" + array
+        sizes = b"".join(bytes([n]) if n < 128 else b"\xcd" + struct.pack(">H", n) for n in value.shape)
+        array = bytes([0x93, 0x90 + value.dim()]) + sizes + packed(str(value.dtype).removeprefix("torch."))
+        array += sized(len(data), b"\xc4\xc5\xc6") + data
+        return sized(len(array), b"\xc7\xc8\xc9") + b"\x01" + array
     return bytes([value])  # a small number
+
+
+def sized(length: int, kinds: bytes) -> bytes:
+    """The head of binary data: its kind, by the width of its length, and the length."""
+    width = 0 if length < 1 << 8 else 1 if length < 1 << 16 else 2
+    return kinds[width : width + 1] + struct.pack((">B", ">H", ">I")[width], length)
 
 
 def theta_of(rule: Any) -> dict[str, Any]:
@@ -64,6 +68,22 @@ def theta_of(rule: Any) -> dict[str, Any]:
         return {"ff_mod_stack": {"~": {name: values[name] for name in sorted(values)}}}
     decays = {name: values[name] for name in ("momentum_decays", "rms_decays", "adafactor_decays")}
     return {**decays, "nn": {"~": {name: values[name] for name in sorted(values) if name not in decays}}}
+
+
+def velo_tree(rule: Any) -> dict[str, Any]:
+    """The tree that VeLO's authors save, without the layer that their code never uses."""
+    values = dict(rule.named_parameters())
+    found = {theirs: values[ours] for ours, theirs in velo_theta.NAMES.items()}
+    found |= {name: array.unsqueeze(0) for name, array in found.items() if name.startswith("lstm_init_state")}
+    found |= {name: array.unsqueeze(-1) for name, array in found.items() if "/step_size/" in name}
+    blocks = values["w0"].split((1, 1, 1, 3, 1, 3, 1, 3, 1, 3, 3, 3, 3, 3), dim=1)
+    found |= dict(zip(velo_theta.BLOCKS, blocks, strict=True))
+    tree: dict[str, Any] = {}
+    for path, array in found.items():
+        root, *module, leaf = path.split("/")
+        place = tree.setdefault(root, {})
+        (place.setdefault("/".join(module), {}) if module else place)[leaf] = array
+    return tree
 
 
 def pylo_files(hidden_size: int = 32, hidden_layers: int = 1) -> dict[str, bytes]:
@@ -99,10 +119,12 @@ def celo2_repo(rule: Any, optimizer: str = "celo2") -> dict[str, bytes]:
 
 
 KINDS = sorted(REGISTRY)
-SOUND = {kind: files.serialize(lopt.rules.make(kind)) for kind in KINDS}
+SMALL = {"velo": {"lstm_hidden_size": 4, "param_inits": 2}}  # its published size is 9 MB
+SOUND = {kind: files.serialize(lopt.rules.make(kind, **SMALL.get(kind, {}))) for kind in KINDS}
 SOUND["PyLO"] = pylo_files()
 SOUND["PyLO's Celo2"] = pylo_celo2_files(lopt.rules.make("celo2"))
 THETAS = [packed(theta_of(lopt.rules.make(kind))) for kind in ("star", "blackbox", "celo2")]
+THETAS += [packed(velo_tree(lopt.rules.make("velo", **SMALL["velo"])))]
 CELO2 = celo2_repo(lopt.rules.make("celo2"))
 PIECES = (
     b'"',
@@ -319,7 +341,14 @@ def run_atheris(cases: int, seed: int, folder: Path, counts: Counter[str]) -> No
     """Run cases from libFuzzer, which looks for new branches in the code that reads the files; ends the process."""
     import atheris
 
-    for place in (files, importers, importers._Tree, RuleConfig, *{kind.rule.Config for kind in REGISTRY.values()}):
+    for place in (
+        files,
+        importers,
+        importers._Tree,
+        velo_files,
+        RuleConfig,
+        *{kind.rule.Config for kind in REGISTRY.values()},
+    ):
         for value in list(vars(place).values()):
             function = getattr(value, "__func__", value)
             if inspect.isfunction(function) and function.__code__.co_filename == inspect.getfile(place):

@@ -33,6 +33,7 @@ from torch.utils.data import DataLoader
 import lightning_lopt as lopt
 
 TOLERANCE = 1e-5
+TOLERANCES = {"velo": 1e-3}  # it divides differences of nearly equal averages of the loss, and so their rounding errors
 NETWORK = {"nominal_stepsize": 1e-2, "step_mult": 1e-4}
 RULES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("star", NETWORK),
@@ -53,6 +54,7 @@ RULES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("multiscale_adam", {"mixer": "la_b"}),
     ("multiscale_adam", {"mixer": "rnn2"}),
     ("multiscale_adam", {"mixer": "gru"}),
+    ("velo", {"lstm_hidden_size": 8, "param_inits": 4, "weight_decay": 1e-2}),
 )
 # name -> processes, and the run whose checkpoint it resumes
 RUNS: dict[str, tuple[int, str | None]] = {
@@ -200,7 +202,7 @@ def soak(number: int, scratch: Path) -> int:
         one, whole = ends["one"], ends.get("FSDP2 2")
         far = distance(ranks[0], one[0]) if one else float("nan")
         bits = name != "2 -> 2" or (whole is not None and distance(ranks[0], whole[0]) == 0)
-        failures += not (alike and far <= TOLERANCE and bits)
+        failures += not (alike and far <= TOLERANCES.get(RULES[number][0], TOLERANCE) and bits)
         words.append(f"{name} {far:.0e}" + ("" if alike else " RANKS DIFFER") + ("" if bits else " BITS DIFFER"))
     kind, config = RULES[number]
     print(f"{kind} {config}: {', '.join(words)}", flush=True)

@@ -7,19 +7,22 @@ raises a built-in `OSError`: `FileNotFoundError`, `PermissionError` or `Connecti
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
 
-from lightning_lopt.hub import files, importers
+from lightning_lopt.hub import files, importers, velo_files
 from lightning_lopt.hub.bundle import bundled_dir, find_dir, list_pretrained
 from lightning_lopt.hub.errors import clip, show
 from lightning_lopt.hub.files import (
     CARD,
     CONFIG,
+    WEIGHTS,
     build,
     library_version,
     model_card,
@@ -44,9 +47,11 @@ def load_rule(
 ) -> UpdateRule:
     """Load a rule by name; `rule.source` records where it came from.
 
-    Foreign formats are read as well: PyLO's networks of small_fc_lopt (MetaMLP) and Celo2 (CELO2MLP), directories with
-    a `theta.state` of learned_optimization (small_fc_lopt, STAR, Celo2), and the repos of Celo2's authors. Values that
-    these formats leave out are set as their authors use them, with a warning; `save_rule` then stores them.
+    Foreign formats are read as well: PyLO's networks of small_fc_lopt (MetaMLP) and Celo2 (CELO2MLP), and its VeLO,
+    whose two repos or directories "VeLO_RNN" and "VeLO_MLP" are loaded by the name of either; directories with a
+    `theta.state` of learned_optimization (small_fc_lopt, STAR, Celo2, VeLO), or with the `params` and `config.gin` of
+    its published VeLO; and the repos of Celo2's authors. Values that these formats leave out are set as their authors
+    use them, with a warning; `save_rule` then stores them.
 
     Args:
         name_or_path: a bundled name ("star"), a directory ("./star"), or a Hub repo id ("owner/name"); tried in this
@@ -89,13 +94,12 @@ def load_rule(
             f"{name!r} is the bundled rule, not the directory of that name. For the directory write {f'./{name}'!r}.",
             stacklevel=2,
         )
-    if not (directory / CONFIG).exists() and (directory / importers.THETA).is_file():
-        file = f"{name}/{importers.THETA}"
-        rule, left_out = importers.from_theta(files.read_theta(directory / importers.THETA, file), file)
-        warnings.warn(f"{clip(file, 80)}: {left_out}.", stacklevel=2)
-        rule.source = Source(name, None)
-        return rule
+    for tree in (importers.THETA, importers.PARAMS):
+        if not (directory / CONFIG).exists() and (directory / tree).is_file():
+            return _load_theta(directory / tree, name)
     template = read_config(directory / CONFIG, f"{name}/{CONFIG}")
+    if template.part is not None:
+        return _load_velo_pair(name, template, lambda other, file: Path(other, file), None)
     return build(template, directory / template.weights, f"{name}/{template.weights}", Source(name, None))
 
 
@@ -200,9 +204,65 @@ def push_to_hub(
 
 
 def _load_from_hub(repo_id: str, revision: str | None, access: Access) -> UpdateRule:
-    path = fetch(repo_id, CONFIG, revision, access)
+    try:
+        path = fetch(repo_id, CONFIG, revision, access)
+    except FileNotFoundError:
+        with contextlib.suppress(FileNotFoundError):
+            return _load_theta(fetch(repo_id, importers.THETA, revision, access), repo_id)
+        raise
     sha = path.parent.name  # the cache keeps the files of a commit in a folder named by its sha
     label = f"{repo_id}@{sha[:12]}"
     template = read_config(path, f"{label}/{CONFIG}", repo_id)
+    if template.part is not None:
+        commits = {repo_id: sha}
+
+        def find(repo: str, file: str) -> Path:
+            found = fetch(repo, file, commits.get(repo), access)
+            commits[repo] = found.parent.name
+            return found
+
+        return _load_velo_pair(repo_id, template, find, sha)
     weights = fetch(repo_id, template.weights, sha, access)  # from the same commit, even if the branch has moved since
     return build(template, weights, f"{label}/{template.weights}", Source(repo_id, sha))
+
+
+def _load_theta(path: Path, name: str) -> UpdateRule:
+    """Load a tree of learned_optimization's, with the constructor's arguments from a config.gin beside it.
+
+    Args:
+        path: of the tree; in the Hub's cache, its folder is named by the commit.
+        name: of the directory or Hub repo.
+    """
+    is_repo = not os.path.isdir(name)
+    label = f"{name}@{path.parent.name[:12]}" if is_repo else name
+    file = f"{label}/{path.name}"
+    arguments = files.read_gin(path.parent / velo_files.GIN, f"{label}/{velo_files.GIN}")
+    rule, left_out = importers.from_theta(files.read_theta(path, file), file, arguments)
+    if left_out is not None:
+        warnings.warn(f"{clip(file, 80)}: {left_out}.", stacklevel=4 if is_repo else 3)
+    rule.source = Source(name, path.parent.name if is_repo else None)
+    return rule
+
+
+def _load_velo_pair(
+    name: str, template: files.Template, find: Callable[[str, str], Path], revision: str | None
+) -> UpdateRule:
+    """Load PyLO's VeLO from the part that was named and its partner beside it.
+
+    Args:
+        name: of the directory or Hub repo.
+        template: what its config.json describes.
+        find: (directory or repo, file) -> the path of a file.
+        revision: of the Hub repo.
+    """
+    assert template.part is not None
+    other = velo_files.partner_name(name, template.part, f"{name}/{CONFIG}")
+    parts = {template.part.name: (template.part, files.read_part(template, find(name, WEIGHTS), f"{name}/{WEIGHTS}"))}
+    partner = read_config(find(other, CONFIG), f"{other}/{CONFIG}")
+    if partner.part is None:
+        raise ValueError(f"{clip(other, 80)}/{CONFIG} is not PyLO's {template.part.partner}. Get another copy.")
+    parts[partner.part.name] = (partner.part, files.read_part(partner, find(other, WEIGHTS), f"{other}/{WEIGHTS}"))
+    rule = velo_files.joined(parts, f"{name}/{CONFIG}")
+    warnings.warn(f"{clip(name, 80)}: {velo_files.LEFT_OUT}.", stacklevel=4)
+    rule.source = Source(name, revision)
+    return rule

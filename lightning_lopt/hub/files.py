@@ -29,13 +29,19 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lightning_lopt.hub import importers
+from lightning_lopt.hub import importers, velo_files
 from lightning_lopt.hub.errors import clip, refusal, show
 from lightning_lopt.rules import REGISTRY, Source, UpdateRule
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, CARD = "config.json", importers.SAFETENSORS, "README.md"
-MAX_BYTES = {CONFIG: 64 << 10, WEIGHTS: 16 << 20, importers.THETA: 4 << 20}  # loading needs about 5x the file size
+MAX_BYTES = {  # loading needs about 5x the file size
+    CONFIG: 64 << 10,
+    WEIGHTS: 16 << 20,
+    importers.THETA: velo_files.MAX_TREE_BYTES,  # `importers` has a lower limit for all but VeLO
+    importers.PARAMS: velo_files.MAX_TREE_BYTES,
+    velo_files.GIN: 64 << 10,
+}
 MAX_HEADER_BYTES = 1 << 20
 DTYPES = ("F16", "BF16", "F32", "F64")
 _STAGING = ".saving-"  # prefix of the temporary folder in which save_rule prepares its files
@@ -47,6 +53,7 @@ class Template(NamedTuple):
     rule: UpdateRule  # on the meta device: shapes without memory
     sha256: str | None  # of the weights file that belongs to it; None if the file does not say
     foreign: importers.Foreign | None = None  # for another package's file
+    part: velo_files.Part | None = None  # of PyLO's VeLO, which has two files; the rule is empty then
 
     @property
     def weights(self) -> str:
@@ -87,6 +94,8 @@ def read_config(path: Path, file: str, repo_id: str = "") -> Template:
 
 def _parse_config(data: bytes, file: str, repo_id: str = "") -> Template:
     spec = _parse_json(data, file)
+    if "format_version" not in spec and (part := velo_files.part_of(spec, file)) is not None:
+        return Template(UpdateRule(kind="velo"), None, part=part)
     if (foreign := importers.foreign_format(spec, file, repo_id)) is not None:
         return Template(_described(foreign.kind, foreign.values, file), None, foreign)
     version, kind, values, sha256 = (spec.get(key) for key in ("format_version", "kind", "config", "sha256"))
@@ -150,9 +159,7 @@ def _parse_json(data: bytes, file: str) -> dict[str, Any]:
 
 def build(template: Template, weights: Path, file: str, source: Source) -> UpdateRule:
     """Build the rule that a template describes, with weights from a file that must contain exactly its tensors."""
-    with _open(weights, file, template.weights) as stream:
-        data = stream.read(MAX_BYTES[template.weights] + 1)  # bounded even if the file grows meanwhile
-    check_size(len(data), template.weights, file)
+    data = _read_weights(template, weights, file)
     mixed = template.sha256 is not None and hashlib.sha256(data).hexdigest() != template.sha256
     what = f"is not the file that {CONFIG} was saved with: its sha256 differs"
     if mixed and (previous := _previous_files(weights.parent)):
@@ -170,6 +177,20 @@ def build(template: Template, weights: Path, file: str, source: Source) -> Updat
     return rule
 
 
+def read_part(template: Template, weights: Path, file: str) -> dict[str, Tensor]:
+    """Read the tensors of one part of PyLO's VeLO."""
+    assert template.part is not None
+    tensors = _parse_weights(_read_weights(template, weights, file), template, file)
+    return {name: tensors[name] for name in template.part.shapes}
+
+
+def _read_weights(template: Template, weights: Path, file: str) -> bytes:
+    with _open(weights, file, template.weights) as stream:
+        data = stream.read(MAX_BYTES[template.weights] + 1)  # bounded even if the file grows meanwhile
+    check_size(len(data), template.weights, file)
+    return data
+
+
 def _previous_files(directory: Path) -> str | None:
     """The folder in which a killed `replace_files` left the files that it was about to replace."""
     left = sorted(path.parent for path in directory.glob(f"{_STAGING}*/old/{CONFIG}"))
@@ -177,9 +198,17 @@ def _previous_files(directory: Path) -> str | None:
 
 
 def read_theta(path: Path, file: str) -> dict[str, Tensor]:
-    """Read the arrays of learned_optimization's theta.state."""
+    """Read the arrays of learned_optimization's theta.state, or of its `params`."""
     with _open(path, file, importers.THETA) as stream:
         return importers.parse_theta(stream.read(MAX_BYTES[importers.THETA]), file)
+
+
+def read_gin(path: Path, file: str) -> dict[str, Any] | None:
+    """Read the constructor's arguments from VeLO's config.gin; None if there is no such file."""
+    if not path.exists():
+        return None
+    with _open(path, file, velo_files.GIN) as stream:
+        return velo_files.parse_gin(stream.read(MAX_BYTES[velo_files.GIN]), file)
 
 
 def _parse_weights(data: bytes, template: Template, file: str) -> dict[str, Tensor]:
@@ -197,8 +226,9 @@ def _parse_weights(data: bytes, template: Template, file: str) -> dict[str, Tens
     except Exception as error:  # SafetensorError or one of torch's; they share no base class
         what = f"is not a valid safetensors file ({error})"
         raise refusal(file, what, "It is damaged; get another copy.") from error
+    ignored = frozenset() if template.part is None else template.part.ignored
     for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
+        if name not in ignored and not tensor.isfinite().all():
             what = f"tensor {name!r} contains NaN or infinity"
             raise refusal(file, what, "Its meta-training diverged; use another rule.")
     return tensors
@@ -213,6 +243,8 @@ def _check_header(header: dict[str, Any], template: Template, file: str) -> None
         what = f"is of kind {show(found_kind)}, but {CONFIG} is of kind {kind!r}"
         raise refusal(file, what, "Take both files from the same rule.")
     expected = _expected_shapes(template)
+    if template.part is not None:
+        header = {name: entry for name, entry in header.items() if name not in template.part.ignored}
     for problem, names in (
         ("missing", expected.keys() - header.keys()),
         ("unexpected", header.keys() - expected.keys()),
@@ -231,6 +263,8 @@ def _check_header(header: dict[str, Any], template: Template, file: str) -> None
 
 
 def _expected_shapes(template: Template) -> dict[str, list[int]]:
+    if template.part is not None:
+        return template.part.shapes
     if template.foreign is not None:
         return template.foreign.shapes(template.rule)
     return {name: list(tensor.shape) for name, tensor in template.rule.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Import networks of other packages: PyLO's files on the Hub, and the authors' own JAX files.
+"""Import learned optimizers from other packages: PyLO's files on the Hub, and the authors' own JAX files.
 
 PyLO (github.com/Belilovsky-Lab/pylo) publishes `config.json`, which has a few sizes, and `model.safetensors`, the
 layers of small_fc_lopt's network (MetaMLP) or Celo2's (CELO2MLP). The files leave out the decays and multipliers, which
@@ -6,9 +6,11 @@ are arguments of PyLO's optimizers. We use those of its AdafacLO, for which bthe
 
 learned_optimization (Metz et al. 2022, and STAR's authors) writes `theta.state`: a tree of arrays that flax encodes as
 msgpack. This module decodes only the part of msgpack that such a tree uses: maps with string keys, and arrays as
-extension type 1. Celo2's authors publish such a file, with the arguments of their meta-training as `config.json`.
+extension type 1. Celo2's authors publish such a file, with the arguments of their meta-training as `config.json`. For
+VeLO, of both, see `velo_files`.
 
-All of these were meta-trained in JAX, also those that PyLO publishes, so their rules have the layout "jax".
+All of these were meta-trained in JAX, also those that PyLO publishes. Their rules have the layout "torch": they read
+the dims of torch's tensors in the order of JAX.
 """
 
 from __future__ import annotations
@@ -20,11 +22,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_lopt.hub import velo_files
 from lightning_lopt.hub.errors import clip, refusal, show
 from lightning_lopt.rules import UpdateRule, celo2, make
 
-THETA = "theta.state"
+THETA, PARAMS = "theta.state", "params"
 SAFETENSORS = "model.safetensors"
+MAX_TREE_BYTES = 4 << 20  # of all but VeLO's
 
 
 class Foreign(NamedTuple):
@@ -48,9 +52,6 @@ def foreign_format(spec: Mapping[str, Any], file: str, repo_id: str) -> Foreign 
     """
     if "format_version" in spec:
         return None
-    for key, name in _OTHERS.items():
-        if key in spec:
-            raise refusal(file, f"describes PyLO's {name}", "Only its MetaMLP and its CELO2MLP can be read.")
     if "feature_dims" in spec:
         return _pylo_celo2(spec, file)
     if _META_MLP & set(spec):
@@ -61,7 +62,6 @@ def foreign_format(spec: Mapping[str, Any], file: str, repo_id: str) -> Foreign 
 # --- PyLO's small_fc_lopt ---
 
 _META_MLP = {"hidden_layers", "hidden_size", "input_size"}
-_OTHERS = {"lstm_hidden_size": "VeLO_RNN", "param_inits": "VeLO_MLP"}
 # Stored as offsets, as in our own files; an offset of 0 means the decays 0.9, 0.99, 0.999 and 0.999.
 _ADAFAC_LO = {
     "momentum_decays": (0.15216392, 0.14245212, 0.06812963),
@@ -85,7 +85,7 @@ def _pylo_meta_mlp(spec: Mapping[str, Any], file: str, repo_id: str) -> Foreign:
     layers = spec["hidden_layers"] + 1  # PyLO counts the matrices between hidden layers
     is_elo = repo_id == _ELO_REPO
     offsets, step_mult = (_ELO, 0.001) if is_elo else (_ADAFAC_LO, 0.01)
-    values = {"hidden_size": spec["hidden_size"], "hidden_layers": layers, "layout": "jax"}
+    values = {"hidden_size": spec["hidden_size"], "hidden_layers": layers, "layout": "torch"}
     values |= {"step_mult": step_mult, "exp_mult": 0.001}
 
     def convert(tensors: Mapping[str, Tensor], rule: UpdateRule) -> dict[str, Tensor]:
@@ -121,8 +121,9 @@ def _meta_mlp_shapes(rule: UpdateRule) -> dict[str, list[int]]:
 
 _CELO2_MLP = {"activation": "relu", "feature_dims": list(celo2.WIDTHS), "hidden_layers": 2, "output_size": 3}
 _CELO2_OPTIMIZERS = {"celo2": "celo2", "celo2base": "celo2_base"}  # in the authors' code -> our kind
+_CELO2_IN_USE = {"adam_bias_correction": True}  # the authors use optax.adamw with the published weights
 _PYLO_CELO2_LEAVES_OUT = (
-    "PyLO's format leaves out everything but the network, so the published celo2's options are used. Tune step_size "
+    "PyLO's format leaves out everything but the network, so the published celo2's options are used. Tune lr "
     "and weight_decay"
 )
 _THETA_CELO2_LEAVES_OUT = (
@@ -136,8 +137,9 @@ def _pylo_celo2(spec: Mapping[str, Any], file: str) -> Foreign:
     if wrong or set(spec) != {*_CELO2_MLP, "hidden_size"}:
         key = (wrong or sorted(set(spec) ^ {*_CELO2_MLP, "hidden_size"}))[0]
         what = f"{key}={show(spec.get(key))} is not that of PyLO's CELO2MLP"
-        raise refusal(file, what, f"Besides hidden_size, it must have {_CELO2_MLP}.")
-    values = {"hidden_size": spec["hidden_size"]}
+        allowed = f"be {_CELO2_MLP[key]}" if key in _CELO2_MLP else f"have hidden_size, {', '.join(_CELO2_MLP)}"
+        raise refusal(file, what, f"It must {allowed}.")
+    values = {"hidden_size": spec["hidden_size"], **_CELO2_IN_USE}
     return Foreign("celo2", values, SAFETENSORS, _pylo_celo2_shapes, _from_pylo_celo2, _PYLO_CELO2_LEAVES_OUT)
 
 
@@ -147,7 +149,7 @@ def _celo2_training(spec: Mapping[str, Any], file: str) -> Foreign:
     if not isinstance(optimizer, str) or optimizer not in _CELO2_OPTIMIZERS:
         what = f"describes the meta-training of optimizer {show(optimizer)}"
         raise refusal(file, what, f"Only {' and '.join(_CELO2_OPTIMIZERS)} can be read.")
-    values = {"step_size": spec.get("step_mult", 0.001), "weight_decay": spec.get("weight_decay", 0.0)}
+    values = {"lr": spec.get("step_mult", 0.001), "weight_decay": spec.get("weight_decay", 0.0)} | _CELO2_IN_USE
     return Foreign(_CELO2_OPTIMIZERS[optimizer], values, THETA, _celo2_shapes, _from_celo2, None)
 
 
@@ -182,32 +184,48 @@ def _from_pylo_celo2(tensors: Mapping[str, Tensor], rule: UpdateRule) -> dict[st
 
 _THETA_LEAVES_OUT = (
     "theta.state leaves out the constructor's arguments, so the paper's (STAR) or learned_optimization's defaults "
-    "(small_fc_lopt) are used. For others: rules.STAR.from_jax(hub.read_theta(path), **arguments)"
+    "(small_fc_lopt) are used. For others: rules.STAR.from_jax(hub.read_theta(path), layout='torch', **arguments)"
 )
 
 
-def from_theta(theta: Mapping[str, Tensor], file: str) -> tuple[UpdateRule, str]:
-    """Build the rule of a theta.state without a config.json; also what a warning says.
+def from_theta(
+    theta: Mapping[str, Tensor], file: str, arguments: Mapping[str, Any] | None = None
+) -> tuple[UpdateRule, str | None]:
+    """Build the rule of a theta.state without a config.json; also what a warning says, None if nothing is left out.
 
-    Celo2 has its first layer in blocks. Else the kind is "blackbox" with two network outputs, and "star" with four.
+    VeLO is known by its modules, and Celo2 by its first layer in blocks. Else the kind is "blackbox" with two network
+    outputs, and "star" with four.
+
+    Args:
+        theta: as `parse_theta` gives it.
+        file: its name in error messages.
+        arguments: of the constructor, where they are known; for VeLO.
     """
+    if velo_files.is_tree(theta):
+        velo = velo_files.from_theta(theta, file, arguments or {})
+        return velo, velo_files.CONSTRUCTOR if arguments is None else None
     if any(name.startswith("w0__") for name in theta):
-        rule = _made("celo2", {"hidden_size": theta.get("b0", torch.zeros(0)).numel() or 8}, file)
+        rule = _made("celo2", {"hidden_size": theta.get("b0", torch.zeros(0)).numel() or 8, **_CELO2_IN_USE}, file)
         check_arrays(theta, _celo2_shapes(rule), file)
         rule.load_state_dict(_from_celo2(theta, rule), assign=True)
         return rule, _THETA_CELO2_LEAVES_OUT
+    return _small_network(theta, file), _THETA_LEAVES_OUT
+
+
+def _small_network(theta: Mapping[str, Tensor], file: str) -> UpdateRule:
     layers = [name for name in theta if name.startswith("w")]
     first = theta.get("w0", torch.zeros(0))
     last = theta.get(f"w{len(layers) - 1}", torch.zeros(0))
     if first.dim() != 2 or last.dim() != 2 or last.shape[1] not in (2, 4):
         what = f"has no layers w0, w1, ... with 2 or 4 outputs; it has {clip(', '.join(sorted(theta)), 60)}"
-        raise refusal(file, what, "Only small_fc_lopt (AdafacMLPLOpt), STAR (MLPNomLOpt) and Celo2 can be read.")
+        allowed = "small_fc_lopt (AdafacMLPLOpt), STAR (MLPNomLOpt), Celo2 and VeLO (HyperV2)"
+        raise refusal(file, what, f"Only {allowed} can be read.")
     kind = "blackbox" if last.shape[1] == 2 else "star"
-    values = {"hidden_size": first.shape[1], "hidden_layers": len(layers) - 1, "layout": "jax"}
+    values = {"hidden_size": first.shape[1], "hidden_layers": len(layers) - 1, "layout": "torch"}
     rule = _made(kind, values, file)
     check_arrays(theta, {name: list(tensor.shape) for name, tensor in rule.state_dict().items()}, file)
     rule.load_state_dict(dict(theta), assign=True)
-    return rule, _THETA_LEAVES_OUT
+    return rule
 
 
 def check_arrays(theta: Mapping[str, Tensor], expected: Mapping[str, list[int]], file: str) -> None:
@@ -228,7 +246,12 @@ def _made(kind: str, values: dict[str, Any], file: str) -> UpdateRule:
 
 
 def parse_theta(data: bytes, file: str) -> dict[str, Tensor]:
-    """Decode the arrays of a theta.state, by name; the names of the haiku modules around them are dropped."""
+    """Decode the arrays of a theta.state, or of a checkpoint of meta-training (`params`), by name.
+
+    The names of the haiku modules around the arrays are dropped, but for VeLO's, which has arrays of the same name.
+    """
+    if not velo_files.may_be_tree(data):
+        _check_size(data, file)
     try:
         tree = _Tree(data).read()
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # torch raises these for bad shapes
@@ -236,8 +259,11 @@ def parse_theta(data: bytes, file: str) -> dict[str, Tensor]:
         raise refusal(file, what, "It is damaged; get another copy.") from None
     # Checkpoints of meta-training have the arrays under "params".
     tree = tree["params"] if isinstance(tree.get("params"), dict) else tree
+    is_velo = velo_files.is_tree(tree)
+    if not is_velo:
+        _check_size(data, file)
     leaves: dict[str, Tensor] = {}
-    for name, tensor in _leaves(tree):
+    for name, tensor in velo_files.paths(tree) if is_velo else _leaves(tree):
         if name in leaves:
             raise refusal(file, f"contains {show(name)} twice", "It must have the arrays of one network.")
         if not (tensor.is_floating_point() and tensor.isfinite().all()):
@@ -245,6 +271,11 @@ def parse_theta(data: bytes, file: str) -> dict[str, Tensor]:
             raise refusal(file, what, "Use another file.")
         leaves[name] = tensor
     return leaves
+
+
+def _check_size(data: bytes, file: str) -> None:
+    if len(data) > MAX_TREE_BYTES:
+        raise refusal(file, f"has {len(data)} bytes; at most {MAX_TREE_BYTES} are allowed", "This is not a rule file.")
 
 
 def _leaves(tree: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:

@@ -73,7 +73,8 @@ class Imitation(Estimator):
 
     def __post_init__(self) -> None:
         check_choice("distance", self.distance, DISTANCES)
-        if self._imitating(UpdateRule()).teacher.needs_shared_context:
+        teacher = self._imitating(UpdateRule()).teacher
+        if teacher.needs_shared_context or teacher.needs_run_state:
             raise ValueError(
                 f"teacher={self.teacher!r} is not allowed: its steps need a context that all tensors share. "
                 "Use a teacher without one, such as kind 'star' or 'lstm'."
@@ -127,9 +128,19 @@ class _ImitatingRule(UpdateRule):
         self.distance = DISTANCES[distance]
         self.needs_shared_context = student.needs_shared_context
         self.needs_loss = student.needs_loss
+        self.needs_run_state = student.needs_run_state
+        self.needs_num_steps = student.needs_num_steps
 
     def init_state(self, param: Tensor) -> _ImitationState:
         return _ImitationState(self.teacher.init_state(param), self.student.init_state(param), param.new_zeros(()))
+
+    def init_run_state(self, like: Tensor) -> Any:
+        return self.student.init_run_state(like)
+
+    def update_run_state(
+        self, meta_params: Mapping[str, Tensor], run: Any, params: Mapping[str, Tensor], context: StepContext
+    ) -> Any:
+        return self.student.update_run_state(meta_params, run, params, context)
 
     def shared_context(
         self,
@@ -149,7 +160,9 @@ class _ImitatingRule(UpdateRule):
         self, meta_params: Mapping[str, Tensor], grad: Tensor, state: Any, param: Tensor, context: StepContext
     ) -> tuple[Tensor, Any]:
         fixed = {name: value.detach() for name, value in self.teacher.named_parameters()}
-        target, teacher = self.teacher.update(fixed, grad, state.teacher, param, context._replace(shared=None))
+        target, teacher = self.teacher.update(
+            fixed, grad, state.teacher, param, context._replace(shared=None, run=None)
+        )
         step, student = self.student.update(meta_params, grad, state.student, param, context)
         distance = self.distance(step, target.detach()).sum()
         return target.detach(), _ImitationState(teacher, student, distance)

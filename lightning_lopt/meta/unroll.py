@@ -37,6 +37,7 @@ class Inner(NamedTuple):
     params: dict[str, Tensor]  # name -> (P, *shape)
     constants: Any  # drawn by the task at the start, see tasks.base
     states: dict[str, Any]  # name -> the rule's state
+    run: Any  # the run's state, () for rules without
     first_loss: Tensor  # (P,) loss before the first update, the scale of relative objectives
     step: Tensor  # (P,) updates since the start; the rule sees this number
     clock: Tensor  # (P,) int64 steps of the episode; a staggered start sets it ahead
@@ -104,6 +105,7 @@ class Unroll:
             params=fresh.params,
             constants=fresh.constants,
             states={name: vmap(self.rule.init_state)(param) for name, param in fresh.params.items()},
+            run=self._run_states(fresh.params),
             first_loss=torch.ones(len(horizon), device=device, dtype=torch.float32),
             step=torch.zeros(len(horizon), device=device, dtype=torch.float32),
             clock=clock,
@@ -181,16 +183,25 @@ class Unroll:
         if fused_update is not None:
             grads, losses = vmap(self.task.grad_and_value)(inner.params, batch)
             params, states = fused_update(inner.params, inner.states, inner.step, grads, num_steps)
+            run = inner.run
         else:
             update = self._population_step(batched)
-            params, states, losses = update(
-                dict(meta_params), dict(self.frozen), inner.params, inner.states, inner.step, batch, num_steps
+            params, states, run, losses = update(
+                dict(meta_params),
+                dict(self.frozen),
+                inner.params,
+                inner.states,
+                inner.run,
+                inner.step,
+                batch,
+                num_steps,
             )
         first_loss = torch.where(inner.step == 0, losses.detach(), inner.first_loss)
         clock = inner.clock + 1
         stepped = inner._replace(
             params=params,
             states=states,
+            run=run,
             first_loss=first_loss,
             step=inner.step + 1,
             clock=clock,
@@ -208,9 +219,17 @@ class Unroll:
         losses = vmap(self.task.loss)(inner.params, batch)
         return OBJECTIVES[self.objective](self.task, losses, inner.first_loss)
 
+    def _run_states(self, params: dict[str, Tensor]) -> Any:
+        """The state of each fresh run; () for rules without."""
+        if not self.rule.needs_run_state:
+            return ()
+        first = next(iter(params.values()))
+        return vmap(self.rule.init_run_state)(first.reshape(len(first), -1)[:, 0])
+
     def _population_step(self, batched: bool) -> Callable[..., Any]:
         """`_member_step` for a population, compiled where that is asked for and no gradient is needed."""
-        in_dims = (0 if batched else None, None, 0, 0, 0, 0, 0 if self.tell_horizon else None)
+        of_run = 0 if self.rule.needs_run_state else None
+        in_dims = (0 if batched else None, None, 0, 0, of_run, 0, 0, 0 if self.tell_horizon else None)
         step: Callable[..., Any] = vmap(self._member_step, in_dims=in_dims)
         if self.compiled in (False, "kernel") or torch.is_grad_enabled():
             return step
@@ -225,16 +244,20 @@ class Unroll:
         frozen: dict[str, Tensor],
         params: dict[str, Tensor],
         states: dict[str, Any],
+        run: Any,
         step: Tensor,
         batch: Any,
         num_steps: Tensor | None,
-    ) -> tuple[dict[str, Tensor], dict[str, Any], Tensor]:
+    ) -> tuple[dict[str, Tensor], dict[str, Any], Any, Tensor]:
         """One training step of one run. The loss is that of the parameters before the update."""
         grads, loss = self.task.grad_and_value(params, batch)
         if not self.second_order:
             grads = {name: grad.detach() for name, grad in grads.items()}
         context = StepContext(step, loss.detach(), num_steps, num_tensors=len(params))
         meta_params = {**frozen, **meta_params}
+        if self.rule.needs_run_state:
+            run = self.rule.update_run_state(meta_params, run, params, context)
+            context = context._replace(run=run)
         if self.rule.needs_shared_context:
             shared, states = self.rule.shared_context(meta_params, grads, states, params, context)
             context = context._replace(shared=shared)
@@ -243,7 +266,7 @@ class Unroll:
             own = context._replace(name=name, role=roles.get(name))
             delta, new_states[name] = self.rule.update(meta_params, grads[name], states[name], param, own)
             new_params[name] = param + delta
-        return new_params, new_states, loss
+        return new_params, new_states, run, loss
 
 
 # By default torch compiles at most 8 variants of a function and then silently runs it eagerly. Every task is a variant

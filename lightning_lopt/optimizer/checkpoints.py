@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_lopt.optimizer import run_state
 from lightning_lopt.rules import UpdateRule, compute_dtype
 
 
@@ -34,8 +35,10 @@ def check_shapes(
     loaded: dict[str, Any], rule: UpdateRule, params: Iterable[Tensor], name: Callable[[Tensor], str]
 ) -> None:
     """Raise a ValueError if a saved state tensor is missing, or its shape is not the one that the rule gives it."""
+    of_run = rule.init_run_state(torch.empty(()))._asdict() if rule.needs_run_state else {}
     for param, raw in _saved(loaded, params):
         expected = {"step": torch.empty(()), **rule.init_state(torch.empty_like(param, device="meta"))._asdict()}
+        expected |= {run_state.PREFIX + name: tensor for name, tensor in of_run.items()}
         for field, tensor in expected.items():
             if getattr(raw.get(field), "shape", None) != tensor.shape:
                 came = f"of shape {tuple(raw[field].shape)}" if isinstance(raw.get(field), Tensor) else "missing"
@@ -46,10 +49,14 @@ def check_shapes(
 
 
 def restored(loaded: dict[str, Any], params: Iterable[Tensor]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """Copies of each parameter's saved state, in the dtype of the arithmetic and on the parameter's device."""
+    """Copies of each parameter's saved state, in the dtype of the arithmetic and on the parameter's device.
+
+    The run's state keeps its dtype, which is the same for all parameters.
+    """
     for param, raw in _saved(loaded, params):
         dtype = compute_dtype(param.dtype)
-        dtypes = {name: dtype for name, tensor in raw.items() if name != "step" and tensor.is_floating_point()}
+        own = {name: tensor for name, tensor in raw.items() if not name.startswith(("step", run_state.PREFIX))}
+        dtypes = {name: dtype for name, tensor in own.items() if tensor.is_floating_point()}
         yield param, {name: t.to(param.device, dtypes.get(name, t.dtype), copy=True) for name, t in raw.items()}
 
 

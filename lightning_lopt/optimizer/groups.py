@@ -82,6 +82,14 @@ def check_role(group: Group) -> None:
         raise ValueError(f"role={role!r} of a parameter group is not allowed: use one of {list(matrix.ROLES)}.")
 
 
+def waiting_tensors(
+    groups: Iterable[Group], states: Mapping[Tensor, dict[str, Tensor]]
+) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    """The parameters that have moved before and have no gradient now, each with its state."""
+    params = (param for group in groups for param in group["params"] if param.grad is None)
+    return [(param, states[param]) for param in params if param in states and states[param]]
+
+
 def count_trainable(groups: Iterable[Group]) -> int:
     """How many tensors train: those that require a gradient, or were given one by hand, and are not empty."""
     return sum(_is_trainable(param) for group in groups for param in group["params"])
@@ -96,7 +104,7 @@ def lr_and_decay(group: Group) -> tuple[float | Tensor, float | Tensor, float | 
     if isinstance(lr, Tensor):
         lr = lr.squeeze()  # torch's own optimizers take an lr of shape (1,), too
     base = group["lopt_base_lr"]
-    scale = group.get("strength", 1.0) * (1.0 if base is None else lr / base)
+    scale = group["lopt_strength"] * group.get("strength", 1.0) * (1.0 if base is None else lr / base)
     decay = lr * group["weight_decay"] if group["lopt_decay"] and group["weight_decay"] else 0.0
     return lr, scale, decay
 

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_lopt.kernels.mismatch import TensorMismatch
-from lightning_lopt.optimizer import checkpoints, kernel_step, roles
+from lightning_lopt.optimizer import checkpoints, kernel_step, roles, run_state
 from lightning_lopt.optimizer import safeguard as guard
 from lightning_lopt.optimizer.gradients import check_real
 from lightning_lopt.optimizer.groups import (
@@ -31,6 +31,7 @@ from lightning_lopt.optimizer.groups import (
     kept_keys,
     largest_lr,
     moving_tensors,
+    waiting_tensors,
 )
 from lightning_lopt.optimizer.kernel_step import KernelChoice
 from lightning_lopt.optimizer.metrics import StepMetrics, Totals
@@ -39,7 +40,7 @@ from lightning_lopt.optimizer.runtime import LossSource, Runtime, checked_num_st
 from lightning_lopt.optimizer.sharding import placed_like
 from lightning_lopt.optimizer.states import TensorStates
 from lightning_lopt.optimizer.trust_band import TrustBand
-from lightning_lopt.rules import UpdateRule, constants
+from lightning_lopt.rules import UpdateRule, compute_dtype, constants
 
 BACKENDS = ("auto", "reference", "fused")
 
@@ -72,8 +73,8 @@ class RuleOptimizer(Optimizer):
         lr: multiplier of the update.
         weight_decay: decoupled decay, multiplied by `lr` as in `torch.optim.AdamW`; besides the rule's own decay, which
             `rule.without_decay()` leaves out.
-        num_steps: the run's length in optimizer steps, None if it is unknown; rules may use it and must work without.
-            May be set later: `optimizer.num_steps = 1000`.
+        num_steps: the run's length in optimizer steps, None if it is unknown; rules may use it, and work without it
+            unless they have `needs_num_steps`. May be set later: `optimizer.num_steps = 1000`.
         safeguard: skip a tensor's step when its gradient, new value or new state is not finite; count it; stop with a
             RuntimeError after 20 such steps of one tensor in a row. Synchronizes with the device every 10 steps.
             "fallback": also take the rule's nominal term alone while the loss is outside the trust band (see
@@ -86,8 +87,8 @@ class RuleOptimizer(Optimizer):
     Raises:
         ValueError: for a negative `lr` or `weight_decay`, a `num_steps` that is not a positive integer, an unknown or
             missing backend, or complex parameters.
-        RuntimeError: in `step`, for sparse gradients, a missing loss, a parameter whose gradient or state does not fit
-            it, or non-finite steps in a row.
+        RuntimeError: in `step`, for sparse gradients, a missing loss or length of the run, a parameter whose gradient
+            or state does not fit it, or non-finite steps in a row.
 
     Example:
         >>> import torch, lightning_lopt as lopt
@@ -123,7 +124,7 @@ class RuleOptimizer(Optimizer):
         self.num_steps = num_steps
         defaults: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
         # The marker tells our checkpoints from others'; base_lr None makes lr a number that is only logged.
-        defaults |= {"lopt_kind": rule.kind, "lopt_base_lr": 1.0, "lopt_decay": True}
+        defaults |= {"lopt_kind": rule.kind, "lopt_base_lr": 1.0, "lopt_decay": True, "lopt_strength": 1.0}
         super().__init__(params, defaults)
 
     @classmethod
@@ -158,10 +159,11 @@ class RuleOptimizer(Optimizer):
         groups = [{"params": group["params"], **kept_keys(group)} for group in optimizer.param_groups]
         new = cls(groups, rule, **arguments)
         reference = reference_lr or largest_lr(optimizer.param_groups)
-        own = {"lopt_base_lr": reference if lr == "scale" else None, "lopt_decay": weight_decay == "decoupled"}
+        own: dict[str, Any] = {"lopt_base_lr": reference if lr == "scale" else None}
+        own |= {"lopt_decay": weight_decay == "decoupled", "lopt_strength": strength}
         new.defaults.update({**kept_keys(optimizer.defaults), **own})
         for group in new.param_groups:
-            group.update(own, lopt_kind=rule.kind, strength=strength * group.get("strength", 1.0))
+            group.update(own, lopt_kind=rule.kind)
         for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
             getattr(new, hooks).update(getattr(optimizer, hooks))
         return new
@@ -215,7 +217,7 @@ class RuleOptimizer(Optimizer):
             self._warn_of_unknown_roles(moving)
             try:
                 with constants.keeping(self._runtime.constants), _without_autocast(moving):
-                    self._move(moving, self._loss(loss, value))
+                    self._move(moving, loss, value)
             except TensorMismatch as error:
                 raise RuntimeError(error.about(self._name(error.param))) from None
         self._runtime.steps += 1
@@ -223,29 +225,36 @@ class RuleOptimizer(Optimizer):
             self.check_skipped()
         return value
 
-    def _move(self, moving: list[MovingTensor], loss: Tensor | None) -> None:
+    def _move(self, moving: list[MovingTensor], given_loss: Any, closure_value: Any) -> None:
         """Move tensors: those that have a kernel by it, the others by the rule."""
         runtime = self._runtime
         runtime.read_meta_params(self.rule)
         totals = Totals() if runtime.measure_next else None
-        trust = self._trust().observe(loss) if self.safeguard == "fallback" and loss is not None else None
         states = TensorStates(self.rule, runtime, safeguard=bool(self.safeguard))
         ready = states.prepare(moving)
+        loss = self._loss(given_loss, closure_value) if ready else None
+        run = self._run_state(moving)
+        trust = self._trust().observe(loss) if self.safeguard == "fallback" and loss is not None else None
         calls: kernel_step.Calls = {}
         by_rule = ready
         if trust is None and self._backend != "reference" and not self.rule.needs_shared_context:
             calls, by_rule = kernel_step.split(ready, self._kernels())
         for param, grad, state, *_ in by_rule:  # before anything is written; kernels check theirs on their own
             states.check(param, grad, state)
-        RuleStep(
+        step = RuleStep(
             self.rule,
             states,
-            num_steps=self.num_steps,
+            num_steps=self._known_num_steps() if ready else None,
             loss=loss,
             trust=trust,
             totals=totals,
             name=lambda param: runtime.name(param, self.param_groups),
-        ).move(by_rule)
+            waiting=waiting_tensors(self.param_groups, self.state),
+            run=run,
+        )
+        step.move(by_rule)
+        if run is not None:
+            run_state.write(step.run, self.state.items())
         kernel_step.run(calls, states, totals)
         if totals is not None:
             fallback = None if trust is None else trust.fallback
@@ -360,7 +369,7 @@ class RuleOptimizer(Optimizer):
         if unknown:
             warnings.warn(
                 f"The roles of {len(unknown)} matrices in the net are unknown, such as {self._name(unknown[0])}'s. "
-                f"Rule {self.rule.kind!r} moves them coordinate by coordinate, which is worse for hidden layers. Make "
+                f"Rule {self.rule.kind!r} moves hidden layers in another way than embeddings, and has to guess. Make "
                 "the optimizer from model.named_parameters(), call set_roles(model), or give groups a 'role'.",
                 stacklevel=4,
             )
@@ -387,6 +396,22 @@ class RuleOptimizer(Optimizer):
         is_tensor = isinstance(given, Tensor)
         value: Tensor = given.detach() if is_tensor else torch.tensor(given, dtype=torch.float32, device="cpu")
         return value.reshape(())
+
+    def _run_state(self, moving: list[MovingTensor]) -> Any:
+        """The run's state, None for rules without; on the device and in the arithmetic of the first tensor."""
+        if not self.rule.needs_run_state:
+            return None
+        first = moving[0].param
+        like = torch.empty((), dtype=compute_dtype(first.dtype), device=first.device)
+        return run_state.read(self.rule, self.state.values(), like)
+
+    def _known_num_steps(self) -> int | None:
+        if self.rule.needs_num_steps and self.num_steps is None:
+            raise RuntimeError(
+                f"Rule {self.rule.kind!r} must know the length of the run. Pass num_steps=, the number of optimizer "
+                "steps, to RuleOptimizer or LearnedOptimizer, or set optimizer.num_steps."
+            )
+        return self.num_steps
 
     def _parameters(self) -> Iterable[Tensor]:
         return (param for group in self.param_groups for param in group["params"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from lightning_lopt.optimizer.sharding import DTensorShard, tensor_scope
 from lightning_lopt.optimizer.states import TensorStates, with_step
 from lightning_lopt.optimizer.step import ProposedStep, take, take_together
 from lightning_lopt.optimizer.trust_band import TrustBand
-from lightning_lopt.rules import StepContext, UpdateRule
+from lightning_lopt.rules import StepContext, UpdateRule, WaitingTensor, compute_dtype
 
 
 class RuleStep:
@@ -31,6 +31,9 @@ class RuleStep:
         trust: the trust band after this loss, with safeguard="fallback".
         totals: sums of what the tensors do, in a step that is measured.
         name: parameter -> its name, for rules with `needs_names`.
+        waiting: tensors that have moved before and have no gradient now, for rules with `needs_shared_context` or
+            `needs_run_state`.
+        run: the run's state before this step, None for rules without one; after `move`, that with this step in it.
     """
 
     def __init__(
@@ -43,6 +46,8 @@ class RuleStep:
         trust: TrustBand | None,
         totals: Totals | None,
         name: Callable[[Tensor], str],
+        waiting: Iterable[tuple[Tensor, dict[str, Tensor]]] = (),
+        run: Any = None,
     ) -> None:
         self.rule = rule
         self.states = states
@@ -51,6 +56,8 @@ class RuleStep:
         self.trust = trust
         self.totals = totals
         self.name = name
+        self.waiting = waiting
+        self.run = run
         self.shared: Any = None  # what `UpdateRule.shared_context` gave,
         self.shared_states: dict[Tensor, Any] = {}  # and the states that updates start from where it was called
         self._losses = {} if loss is None else {(loss.device, loss.dtype): loss}
@@ -58,7 +65,7 @@ class RuleStep:
 
     def move(self, tensors: list[MovingTensor]) -> None:
         """Move tensors, and their states with them."""
-        if tensors and self.rule.needs_shared_context:
+        if tensors and (self.rule.needs_shared_context or self.rule.needs_run_state):
             self._look_at_all(tensors)
         attempts = []
         for tensor in tensors:
@@ -85,15 +92,28 @@ class RuleStep:
             params[key] = tensor.param
             with tensor_scope(tensor.param):
                 values[key], grads[key] = descent(tensor.param, tensor.grad, maximize=tensor.group["maximize"])
-            states[key] = self.states.typed(tensor)
+            states[key] = self.states.typed(tensor.param, tensor.state)
             counts.append(with_step(tensor)["step"].to(first.device))
         dtype = values["0"].dtype
         meta_params = self.states.runtime.meta_params(first.device, dtype)
         step = torch.stack(counts).max().to(dtype)
-        context = StepContext(step, self._loss(first.device, None), self.num_steps)
+        context = StepContext(step, self._loss(first.device, None), self.num_steps, waiting=self._waiting())
         with tensor_scope(next((param for param in params.values() if hasattr(param, "placements")), first)):
-            self.shared, states = self.rule.shared_context(meta_params, grads, states, values, context, in_place=True)
+            if self.rule.needs_run_state:
+                self.run = self.rule.update_run_state(meta_params, self.run, values, context)
+                context = context._replace(run=self.run)
+            if self.rule.needs_shared_context:
+                self.shared, states = self.rule.shared_context(
+                    meta_params, grads, states, values, context, in_place=True
+                )
         self.shared_states = {params[key]: state for key, state in states.items()}
+
+    def _waiting(self) -> list[WaitingTensor]:
+        found = []
+        for param, state in self.waiting:
+            value = param.detach().to(compute_dtype(param.dtype))
+            found.append(WaitingTensor(self.states.typed(param, state), value))
+        return found
 
     def _propose(self, tensor: MovingTensor, shard: DTensorShard | None = None) -> ProposedStep:
         """What the rule would do with a tensor, or with this process's shard of it."""
@@ -101,7 +121,7 @@ class RuleStep:
         value, grad = descent(param, grad, maximize=group["maximize"])
         dtype = value.dtype
         flat = with_step(tensor)
-        old = self.states.typed(tensor)
+        old = self.states.typed(param, flat)
         start = self.shared_states.get(param, old)
         if shard is not None:
             value = sharding.local_of(value)
@@ -121,6 +141,7 @@ class RuleStep:
             name=self.name(param) if self.rule.needs_names else None,
             role=role,
             known_step=None if param.is_cpu else known_step,  # a CPU is asked at no cost, and knows what was skipped
+            run=self.run,
         )
         meta_params = self.states.runtime.meta_params(param.device, dtype)
         delta, new = self.rule.update(meta_params, grad, start, value, context)

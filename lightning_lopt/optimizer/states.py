@@ -32,10 +32,10 @@ class TensorStates:
         """Make the states that are missing. Returns the tensors that take a step."""
         return [tensor for tensor in moving if tensor.state or self._make(tensor)]
 
-    def typed(self, tensor: MovingTensor) -> Any:
+    def typed(self, param: Tensor, state: dict[str, Tensor]) -> Any:
         """A tensor's state as its rule gave it."""
-        state_class = self.runtime.layout(self.rule, tensor.param).state_class
-        return state_class(*(tensor.state[name] for name in state_class._fields))
+        state_class = self.runtime.layout(self.rule, param).state_class
+        return state_class(*(state[name] for name in state_class._fields))
 
     def _make(self, tensor: MovingTensor) -> bool:
         """Make a state, and tell whether the tensor moves, too."""

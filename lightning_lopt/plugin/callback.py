@@ -83,7 +83,7 @@ class LearnedOptimizer(Callback, *_pytorch_lightnings_callback()):  # type: igno
             multiplied by lr / reference_lr, so schedules take effect.
         reference_lr: for lr="scale": the learning rate at which the update has its full size. Default: the largest
             initial lr of the groups (max_lr under OneCycleLR and CyclicLR). For a schedule that climbs, pass its peak.
-        weight_decay: "rule" (default): the decay that the rule has learned, if any; the module's own is ignored.
+        weight_decay: "rule" (default): the decay that the rule has, if any; the module's own is ignored.
             "decoupled": the groups' own weight decay, as AdamW applies it, in place of the rule's. "ignore": none.
         strength: multiplier of every step. The first thing to try (0.3, 0.1) where a run is too bold, or must forget
             little. A parameter group may have a `strength` of its own, which multiplies this one.
@@ -272,6 +272,7 @@ class LearnedOptimizer(Callback, *_pytorch_lightnings_callback()):  # type: igno
         disk_errors.check_writable(trainer)
         fit = self._fits[trainer]
         length = self._tell_num_steps(trainer)
+        run_length.check_known(self.rule, length)
         if not fit.replacement.replaced:
             return
         options = {"lr": self.lr, "weight_decay": self.weight_decay}
@@ -339,7 +340,7 @@ class LearnedOptimizer(Callback, *_pytorch_lightnings_callback()):  # type: igno
         self._restores = trainer.state.fn == "fit"
 
     def state_dict(self) -> dict[str, Any]:
-        """Which rule this is, where it came from, and its weights (kilobytes), as tensors and plain types."""
+        """Which rule this is, where it came from, and its weights, as tensors and plain types."""
         return rule_record.save_record(self.rule, self._group_options())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -10,10 +10,12 @@ import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 
 from lightning_lopt.optimizer import RuleOptimizer
 from lightning_lopt.plugin.arguments import NumSteps
+from lightning_lopt.rules import UpdateRule
 
 _LIGHTNINGS_MAX_EPOCHS = 1000  # what Trainer() takes where neither epochs nor steps are given
 
@@ -86,6 +88,15 @@ def find_run_length(trainer: Any, num_steps: NumSteps, *, stepping: bool = False
         return RunLength(None, "neither the data nor the Trainer limits it" if steps else source)
     may_stop = "; EarlyStopping may end it sooner" if _has_callback(trainer, "EarlyStopping") else ""
     return RunLength(int(steps), f"{source}{may_stop}")
+
+
+def check_known(rule: UpdateRule, length: RunLength) -> None:
+    """Raise a MisconfigurationException if a rule needs to know the length of the run, and nobody does."""
+    if rule.needs_num_steps and length.steps is None:
+        raise MisconfigurationException(
+            f"Rule {rule.kind!r} must know the length of the run, which is unknown: {length.reason}. Pass "
+            "LearnedOptimizer(num_steps=...), the number of optimizer steps."
+        )
 
 
 def _why_unknown(trainer: Any) -> str | None:

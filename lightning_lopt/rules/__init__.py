@@ -7,6 +7,7 @@ from lightning_lopt.rules.base import (
     Source,
     StepContext,
     UpdateRule,
+    WaitingTensor,
     compute_dtype,
     make,
     register,
@@ -20,6 +21,7 @@ from lightning_lopt.rules.muon import Muon, MuonConfig
 from lightning_lopt.rules.scheduled import Scheduled, ScheduledConfig
 from lightning_lopt.rules.soap import SOAP, SOAPConfig
 from lightning_lopt.rules.star import STAR, STARConfig
+from lightning_lopt.rules.velo import VeLO, VeLOConfig
 
 __all__ = [
     "REGISTRY",
@@ -45,6 +47,9 @@ __all__ = [
     "Source",
     "StepContext",
     "UpdateRule",
+    "VeLO",
+    "VeLOConfig",
+    "WaitingTensor",
     "compute_dtype",
     "dmd",
     "make",

@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -32,6 +32,8 @@ class StepContext(NamedTuple):
     name: str | None = None  # of the tensor, None if unknown; always given to rules with needs_names
     role: str | None = None  # of the tensor in the net, one of `matrix.ROLES`; None if unknown
     known_step: int | None = None  # `step`, or the steps that were tried so far, where the host knows it
+    run: Any = None  # the run's state, with this step in it; None for rules without needs_run_state
+    waiting: Sequence[WaitingTensor] = ()  # for `shared_context` and `update_run_state`; frozen tensors, for instance
 
     def host_step(self) -> int | None:
         """The step as a Python number, for work that is not done in every step; None where vmap or a compiler runs.
@@ -48,6 +50,13 @@ class StepContext(NamedTuple):
             return int(self.step)
         except RuntimeError:  # what vmap, and tensors without a value, raise
             return None
+
+
+class WaitingTensor(NamedTuple):
+    """A tensor of the net that has moved before, and has no gradient in this step."""
+
+    state: Any
+    param: Tensor  # in the dtype of the arithmetic
 
 
 ConfigType = TypeVar("ConfigType", bound="RuleConfig")
@@ -118,12 +127,18 @@ class UpdateRule(nn.Module):
 
     A subclass names its `Config`, creates its meta-parameters in `__init__`, and implements `init_state` and `update`.
     State is a `NamedTuple` of tensors, so that it is a pytree for vmap and can be stored flat, field by field.
+
+    Most state belongs to a tensor, and is saved, moved and dropped with it. What belongs to the run, such as averages
+    of its losses, is the *run's state*, for rules with `needs_run_state`: another NamedTuple of tensors, kept once.
+    It goes on while tensors freeze and others join.
     """
 
     Config: ClassVar[type[RuleConfig]] = RuleConfig
     needs_loss: bool = False
     needs_shared_context: bool = False
     needs_names: bool = False
+    needs_run_state: bool = False
+    needs_num_steps: bool = False  # the run's length must be known: `StepContext.num_steps` is never None
     takes_shards: bool = False  # `update` is coordinatewise, except for what it asks of `shards.means`
     whole_state: frozenset[str] = frozenset()  # fields of the state that are not sharded
     kind: str
@@ -141,12 +156,34 @@ class UpdateRule(nn.Module):
         return False
 
     def without_decay(self) -> UpdateRule:
-        """The same rule without a weight decay of its own, if it has one; a copy."""
-        return copy.deepcopy(self)
+        """The same rule without a weight decay of its own, if it has one; a copy. `weight_decay` is the key of it."""
+        rule = copy.deepcopy(self)
+        if getattr(rule.config, "weight_decay", 0.0):
+            rule.config = dataclasses.replace(rule.config, **{"weight_decay": 0.0})
+        return rule
 
     def init_state(self, param: Tensor) -> Any:
         """The state of a parameter before its first step: a NamedTuple of tensors of its dtype and on its device."""
         raise NotImplementedError(f"{type(self).__name__} must define init_state(param).")
+
+    def init_run_state(self, like: Tensor) -> Any:
+        """The run's state before its first step: a NamedTuple of tensors of the dtype of `like`, on its device."""
+        raise NotImplementedError(f"{type(self).__name__} must define init_run_state(like).")
+
+    def update_run_state(
+        self, meta_params: Mapping[str, Tensor], run: Any, params: Mapping[str, Tensor], context: StepContext
+    ) -> Any:
+        """The run's state with a step in it; a pure function. Called once a step, before all else.
+
+        Args:
+            meta_params: name -> meta-parameter.
+            run: what `init_run_state` or the last call returned.
+            params: key -> value of each tensor that moves.
+            context: as for `shared_context`, which gets the result as `context.run`, like `update`.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} must define update_run_state(meta_params, run, params, context)."
+        )
 
     def update(
         self, meta_params: Mapping[str, Tensor], grad: Tensor, state: Any, param: Tensor, context: StepContext
@@ -179,15 +216,16 @@ class UpdateRule(nn.Module):
     ) -> tuple[Any, dict[str, Any]]:
         """What the updates of one step have in common, computed from all tensors that move; a pure function, too.
 
-        It is called before the updates, only for rules with `needs_shared_context`. It has no state of its own: all
-        state belongs to a tensor, and is saved, moved and dropped with it.
+        It is called before the updates, only for rules with `needs_shared_context`. It has no state of its own, but
+        that of the tensors, and the run's.
 
         Args:
             meta_params: name -> meta-parameter.
             grads: any key -> gradient of a tensor.
             states: key -> its state, as for `update`.
             params: key -> its value.
-            context: of the step; its `step` is that of the tensor with the most updates.
+            context: of the step; its `step` is that of the tensor with the most updates, and `waiting` has the tensors
+                that have moved before, but not in this step.
             in_place: buffers of `states` may be overwritten, as long as `states` still allows taking the same step
                 again: the safeguard may go back to them.
 

@@ -10,11 +10,13 @@ the learning rate, and rate, schedule and weight decay w are set by hand. Featur
 the rule does not see the scale of gradients or parameters. In `celo2`, vectors and embeddings are moved by AdamW at 20
 times the learning rate; in `celo2_base` everything is moved by the network.
 
-A matrix has torch's layout here, (out, in), and a convolution (out, in, *spatial). The authors' code has (in, out) and
-(*spatial, in, out). Where the difference matters, this file reads tensors in their order (`features.jax_order`):
+A matrix has torch's layout here, (out, in), and a convolution (out, in, *spatial), unless `layout` is "jax". The
+authors' code has (in, out) and (*spatial, in, out), and this file reads tensors in that order (`features.jax_order`):
 
 * the rms, and Newton-Schulz, are over (out, in), for each position of a convolution's kernel on its own;
 * of two equal dims, `features.factored_dims` takes the one that is the later in their order.
+
+Which tensors are embeddings, `StepContext.role` says; the authors look for "embed" in names.
 
 Deviations:
 
@@ -25,7 +27,7 @@ Deviations:
   network's are clamped to +-1000, as in the authors' code.
 
 symbol | here              | symbol | here
-lr     | step_size         | w      | weight_decay
+lr     | lr                | w      | weight_decay
 m      | exp_avg           | v      | exp_avg_sq
 """
 
@@ -60,6 +62,7 @@ NUM_FEATURES = sum(WIDTHS)
 DENSE, PRECONDITIONED_MOMENTA = (0, *range(2, 14)), (27, 28, 29)
 ROW = (15, 16, 17, 21, 22, 23)
 COL = (18, 19, 20, 24, 25, 26)
+FACTORED_GRADIENTS = slice(10, 13)  # of the channels of `features.Features`: the gradient over factored moments
 MORE = (1, 14)  # the gradient clamped to +-0.1, and divided by the root of the second moment
 Group = tuple[list[int], Tensor]  # rows of w0, and their channels
 
@@ -68,38 +71,44 @@ Group = tuple[list[int], Tensor]  # rows of w0, and their channels
 class Celo2Config(RuleConfig):
     """Configuration of `Celo2`. The defaults are those of the published `celo2`."""
 
-    step_size: float = 1e-3
+    lr: float = 1e-3
     """The rms of a step of the network's: that of meta-training. Tune it; RuleOptimizer's lr multiplies it."""
     weight_decay: float = 0.0
-    """Decoupled; multiplied by the step size, for AdamW's tensors also by adamw_mult."""
+    """Decoupled; multiplied by lr, for AdamW's tensors also by vector_mult."""
     orthogonalize: bool = True
     """Orthogonalize the directions of matrices by Newton-Schulz; false in celo2_base."""
-    adamw: bool = True
-    """Move vectors and embeddings by AdamW instead of the network; false in celo2_base."""
-    adamw_mult: float = 20.0
-    """AdamW's learning rate, in step sizes."""
-    adamw_bias_correction: bool = True
-    """False: AdamW as in the authors' meta-training, without bias correction and with eps inside the root."""
-    embedding_names: tuple[str, ...] = ("embed", "_emb", "wte.", "wpe.", "cls_token")
-    """A tensor whose name has one of these, in lower case, is an embedding. The authors take "embed"; the others are
-    usual in torch."""
+    vector_mult: float | None = 20.0
+    """AdamW's learning rate for vectors and embeddings, in units of lr; None to move them by the network."""
+    tanh: bool = False
+    """Tanh instead of ReLU between the network's layers."""
+    exp_mult: float = 0.0
+    """Multiplier of the network's second output, a logarithm of the direction's size; 0 for none."""
+    bias_correction: bool = False
+    """Correct all averages for their start at zero: those that the network sees, and AdamW's."""
+    adam_bias_correction: bool = False
+    """Correct AdamW's alone, as torch's AdamW and the authors' use of the published weights. False, with both: AdamW as
+    in the authors' meta-training, without bias correction and with eps inside the root."""
+    layout: str = "torch"
+    """How dims are read: as torch's (out, in, *spatial), or as "jax", the authors' (*spatial, in, out)."""
     hidden_size: int = 8
     """Units of each of the two hidden layers."""
 
     def __post_init__(self) -> None:
-        for name in ("step_size", "weight_decay", "adamw_mult"):
+        for name in ("lr", "weight_decay", "exp_mult"):
             self.check_number(name, 0.0)
-        self.check_flags("orthogonalize", "adamw", "adamw_bias_correction")
-        names = self.embedding_names
-        fits = isinstance(names, tuple) and all(isinstance(name, str) and name for name in names)
-        self.check(fits, "embedding_names", "parts of names such as 'embed'")
+        if self.vector_mult is not None:
+            self.check_number("vector_mult", 0.0)
+        self.check_flags("orthogonalize", "tanh", "bias_correction", "adam_bias_correction")
+        self.check(self.layout in list(feats.LAYOUTS), "layout", f"one of {list(feats.LAYOUTS)}")
         self.check_integer("hidden_size", 1, 1024)
 
 
-def moved_by_adamw(config: Celo2Config, ndim: int, name: str | None) -> bool:
-    """Whether AdamW moves a tensor: below two dims, or an embedding by its name. Never for `celo2_base`."""
-    is_embedding = any(part in (name or "").lower() for part in config.embedding_names)
-    return config.adamw and (ndim < 2 or is_embedding)
+def moved_by_adamw(config: Celo2Config, ndim: int, role: str | None) -> bool:
+    """Whether AdamW moves a tensor: below two dims, or no weight of a layer. Never for `celo2_base`.
+
+    A matrix whose role is unknown is moved by the network.
+    """
+    return config.vector_mult is not None and (ndim < 2 or role in ("embedding", "other"))
 
 
 class Celo2(UpdateRule):
@@ -110,7 +119,7 @@ class Celo2(UpdateRule):
     factored tensor (3 per parameter below two dims).
 
     It is not free of hyper-parameters: tune the step size and use a schedule. With `lr="scale"` and
-    `reference_lr=1e-3`, the default `step_size`, the schedule of your optimizer is that of a step's rms; Adam's is
+    `reference_lr=1e-3`, the default of our own `lr`, the schedule of your optimizer is that of a step's rms; Adam's is
     usually 0.2 to 0.4 times its learning rate. Newton-Schulz on an (n, m) matrix, n <= m, costs about 5 n / T times as
     much as a forward and backward pass over T rows: little for long batches, and more than the whole training step for
     64 units and batches of 128.
@@ -118,8 +127,8 @@ class Celo2(UpdateRule):
     Example:
         >>> import torch
         >>> from lightning_lopt.rules import StepContext, make
-        >>> rule, param = make("celo2", step_size=0.01), torch.zeros(3, 2)
-        >>> grad, context = torch.randn(3, 2), StepContext(torch.tensor(0.0), name="layer.weight")
+        >>> rule, param = make("celo2", lr=0.01), torch.zeros(3, 2)
+        >>> grad, context = torch.randn(3, 2), StepContext(torch.tensor(0.0), role="hidden")
         >>> delta, state = rule.update(rule.meta_params(), grad, rule.init_state(param), param, context)
         >>> delta.detach().square().mean().sqrt(), rule.num_meta_params()
         (tensor(0.0100), 347)
@@ -132,7 +141,6 @@ class Celo2(UpdateRule):
 
     def __init__(self, config: Celo2Config | None = None, *, kind: str = "celo2") -> None:
         super().__init__(config, kind=kind)
-        self.needs_names = self.config.adamw and bool(self.config.embedding_names)
         sizes = (NUM_FEATURES, self.config.hidden_size, self.config.hidden_size, 3)
         for layer, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
             std = 1 / math.sqrt(fan_in)
@@ -140,9 +148,14 @@ class Celo2(UpdateRule):
             self.register_parameter(f"w{layer}", nn.Parameter(weight))
             self.register_parameter(f"b{layer}", nn.Parameter(torch.zeros(fan_out)))
 
+    @property
+    def uses_roles(self) -> bool:
+        """Embeddings and other tensors that are no weight of a layer are moved by AdamW."""
+        return self.config.vector_mult is not None
+
     def init_state(self, param: Tensor) -> feats.Accumulators:
         """Zero accumulators."""
-        return feats.init_accumulators(param, "jax")
+        return feats.init_accumulators(param, self.config.layout)
 
     def update(
         self,
@@ -154,16 +167,17 @@ class Celo2(UpdateRule):
     ) -> tuple[Tensor, feats.Accumulators]:
         """One step: accumulators first, then the direction of the network or AdamW's, then the decay."""
         c, shard = self.config, context.shard
-        if moved_by_adamw(c, grad.dim(), context.name):
-            state = _with_moments(state, grad if c.adamw_bias_correction else _clamped(grad))
-            step_size, step = c.step_size * c.adamw_mult, self._adamw(state, context.step)
+        if c.vector_mult is not None and moved_by_adamw(c, grad.dim(), context.role):
+            corrects = c.bias_correction or c.adam_bias_correction
+            state = _with_moments(state, grad if corrects else _clamped(grad))
+            lr, step = c.lr * c.vector_mult, _adamw(state, context.step, corrects=corrects)
             (share,) = means(shard, _nonzero(state))
         else:
-            step_size, grad = c.step_size, _clamped(grad)
-            state = feats.update_accumulators(state, grad, _decays(grad), shard, "jax")
-            direction, share = self._direction(meta_params, grad, state, param, shard)
+            lr, grad = c.lr, _clamped(grad)
+            state = feats.update_accumulators(state, grad, _decays(grad), shard, c.layout)
+            direction, share = self._direction(meta_params, grad, state, param, context)
             step = self._normalized(direction, shard)
-        delta = -step_size * (step + c.weight_decay * param)
+        delta = -lr * (step + c.weight_decay * param)
         return torch.where(share > 0, delta, torch.zeros_like(delta)), state
 
     def _direction(
@@ -172,14 +186,15 @@ class Celo2(UpdateRule):
         grad: Tensor,
         state: feats.Accumulators,
         param: Tensor,
-        shard: TensorShard | None,
+        context: StepContext,
     ) -> tuple[Tensor, Tensor]:
-        """(*shape) the network's first output, and () the share of coordinates that have had a gradient.
+        """(*shape) the network's direction, and () the share of coordinates that have had a gradient.
 
         The first layer is applied group by group, so that features of rows and columns cost a row or a column.
         """
-        dense, factored = self._features(grad, state, param, shard)
-        dims = _matrix_dims(grad)
+        c, shard = self.config, context.shard
+        dense, factored = self._features(grad, state, param, context)
+        dims = _matrix_dims(grad, c.layout)
         *mean_squares, share = means(shard, *((x.square(), dims) for _, x in dense), _nonzero(state))
         mean_squares += means(None, *((x.square(), dims) for _, x in factored))  # rows and columns are whole everywhere
         hidden = _bias(meta_params["b0"], grad)
@@ -188,42 +203,50 @@ class Celo2(UpdateRule):
             if scale.dim() == 1:  # of the whole tensor: 8 numbers a channel to multiply instead of a plane
                 weight = weight * scale.unsqueeze(1)
             else:
-                channels = channels * local(shard, _beside_matrix(scale, grad))
+                channels = channels * local(shard, _beside_matrix(scale, grad, c.layout))
             hidden = hidden + feats.contract(weight, channels)
-        rest = {"w0": meta_params["w1"], "b0": meta_params["b1"]}
-        rest |= {"w1": meta_params["w2"][:, :1], "b1": meta_params["b2"][:1]}
-        output = networks.coordinatewise(lambda units: networks.mlp(rest, torch.relu(units)), hidden)
-        return output[0], share
+        count = 2 if c.exp_mult else 1  # of the outputs that matter
+        layers = [{"w0": meta_params["w1"], "b0": meta_params["b1"]}]
+        layers.append({"w0": meta_params["w2"][:, :count], "b0": meta_params["b2"][:count]})
+        activation = torch.tanh if c.tanh else torch.relu
+
+        def rest(units: Tensor) -> Tensor:
+            for layer in layers:
+                units = networks.mlp(layer, activation(units))
+            return units
+
+        output = networks.coordinatewise(rest, hidden)
+        return output[0] * torch.exp(c.exp_mult * output[1]) if c.exp_mult else output[0], share
 
     def _features(
-        self, grad: Tensor, state: feats.Accumulators, param: Tensor, shard: TensorShard | None
+        self, grad: Tensor, state: feats.Accumulators, param: Tensor, context: StepContext
     ) -> tuple[list[Group], list[Group]]:
         """The channels (c, *shape), and those of a matrix's rows and columns, each with its rows of w0."""
-        channels = feats.input_features(state, grad, param, shard, EPS, "jax")
+        shard, layout = context.shard, self.config.layout
+        channels = feats.input_features(state, grad, param, shard, EPS, layout)
+        if self.config.bias_correction:
+            state, by_factors = _corrected(state, context.step), channels.dense[FACTORED_GRADIENTS]
+            channels = feats.input_features(state, grad, param, shard, EPS, layout)
+            # The authors divide the gradient by factored moments that are not corrected.
+            start, stop = FACTORED_GRADIENTS.start, FACTORED_GRADIENTS.stop
+            dense = torch.cat([channels.dense[:start], by_factors, channels.dense[stop:]])
+            channels = channels._replace(dense=dense)
         more = torch.stack([grad.clamp(-0.1, 0.1), grad * feats.inverse_root(state.exp_avg_sq, EPS)])
         if grad.dim() < 2:
             return [(list(DENSE), channels.dense[: len(DENSE)]), (list(MORE), more)], []
-        dense = [([*DENSE, *PRECONDITIONED_MOMENTA], channels.dense), (list(MORE), more)]
-        return dense, [(list(ROW), channels.row), (list(COL), channels.col)]
+        whole = [([*DENSE, *PRECONDITIONED_MOMENTA], channels.dense), (list(MORE), more)]
+        return whole, [(list(ROW), channels.row), (list(COL), channels.col)]
 
     def _normalized(self, direction: Tensor, shard: TensorShard | None) -> Tensor:
         """The direction, orthogonalized if so configured, with rms 1 over each matrix."""
+        layout = self.config.layout
         orthogonalize = self.config.orthogonalize and direction.dim() >= 2
         if orthogonalize:
             (direction,) = means(shard, (direction, ()))  # all of it: every process does the same work
-            direction = orthogonalized(direction)
-        (mean,) = means(None if orthogonalize else shard, (direction.square(), _matrix_dims(direction)))
-        scale = torch.rsqrt(_beside_matrix(mean.unsqueeze(0), direction)[0] + RMS_EPS)
+            direction = orthogonalized(direction, layout)
+        (mean,) = means(None if orthogonalize else shard, (direction.square(), _matrix_dims(direction, layout)))
+        scale = torch.rsqrt(_beside_matrix(mean.unsqueeze(0), direction, layout)[0] + RMS_EPS)
         return local(shard, direction) * local(shard, scale)
-
-    def _adamw(self, state: feats.Accumulators, step: Tensor) -> Tensor:
-        """AdamW's direction from the first momentum and the second moment, whose decays are AdamW's .9 and .95."""
-        exp_avg, exp_avg_sq = state.exp_avg[0], state.exp_avg_sq
-        if not self.config.adamw_bias_correction:
-            return exp_avg * feats.inverse_root(exp_avg_sq, EPS)
-        count = step.to(exp_avg.dtype) + 1
-        first, second = (-torch.expm1(math.log(decay) * count) for decay in (MOMENTUM_DECAYS[0], RMS_DECAY))
-        return exp_avg / first / ((exp_avg_sq / second).sqrt() + EPS)
 
     @classmethod
     def from_jax(cls, theta: Mapping[str, Any], *, kind: str = "celo2", **config: Any) -> Celo2:
@@ -242,7 +265,7 @@ class Celo2(UpdateRule):
             >>> theta = {f"w0__{i}": torch.zeros(width, 8) for i, width in enumerate(WIDTHS)}
             >>> theta |= {"w1": torch.zeros(8, 8), "w2": torch.zeros(8, 3)}
             >>> theta |= {"b0": torch.zeros(8), "b1": torch.zeros(8), "b2": torch.zeros(3)}
-            >>> Celo2.from_jax(theta, kind="celo2_base", step_size=1e-2).config.orthogonalize
+            >>> Celo2.from_jax(theta, kind="celo2_base", lr=1e-2).config.orthogonalize
             False
         """
         if kind not in KINDS:
@@ -262,16 +285,17 @@ class Celo2(UpdateRule):
 _FLAT = "Pass the flat mapping of w0__0 to w0__13, b0, w1, b1, w2, b2"
 
 
-def orthogonalized(matrices: Tensor) -> Tensor:
-    """(out, in, *spatial) each matrix's nearest one with equal singular values, roughly, by five Newton-Schulz steps.
+def orthogonalized(matrices: Tensor, layout: str = "torch") -> Tensor:
+    """Each matrix's nearest one with equal singular values, roughly, by five Newton-Schulz steps.
 
-    Singular values end between about 0.7 and 1.2; those below a thousandth of the Frobenius norm stay smaller.
+    Matrices are (out, in, *spatial), or (*spatial, in, out) for the layout "jax". Singular values end between about
+    0.7 and 1.2; those below a thousandth of the Frobenius norm stay smaller.
 
     Example:
         >>> torch.linalg.svdvals(orthogonalized(torch.diag(torch.tensor([3.0, 1.0])))) > 0.6
         tensor([True, True])
     """
-    batch = matrices.permute(feats.jax_order(matrices.dim()))
+    batch = matrices.permute(feats.jax_order(matrices.dim(), layout))
     is_tall = batch.shape[-2] > batch.shape[-1]
     x: Tensor = batch.mT if is_tall else batch
     x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + EPS)
@@ -280,7 +304,33 @@ def orthogonalized(matrices: Tensor) -> Tensor:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     x = x.mT if is_tall else x
-    return x.movedim((-1, -2), (0, 1))
+    return x if layout == "jax" else x.movedim((-1, -2), (0, 1))
+
+
+def _adamw(state: feats.Accumulators, step: Tensor, *, corrects: bool) -> Tensor:
+    """AdamW's direction from the first momentum and the second moment, whose decays are AdamW's .9 and .95."""
+    exp_avg, exp_avg_sq = state.exp_avg[0], state.exp_avg_sq
+    if not corrects:
+        return exp_avg * feats.inverse_root(exp_avg_sq, EPS)
+    first, second = (_weight(decay, step.to(exp_avg.dtype)) for decay in (MOMENTUM_DECAYS[0], RMS_DECAY))
+    return exp_avg / first / ((exp_avg_sq / second).sqrt() + EPS)
+
+
+def _weight(decay: float, step: Tensor) -> Tensor:
+    """What all gradients weigh in an average so far: 1 - decay^(step + 1)."""
+    return -torch.expm1(math.log(decay) * (step + 1))
+
+
+def _corrected(state: feats.Accumulators, step: Tensor) -> feats.Accumulators:
+    """The averages that a matrix's features are of, corrected for their start at zero."""
+    step = step.to(state.exp_avg.dtype)
+    momenta, factored = (torch.stack([_weight(b, step) for b in d]) for d in (MOMENTUM_DECAYS, ADAFACTOR_DECAYS))
+    return state._replace(
+        exp_avg=state.exp_avg / _bias(momenta, state.exp_avg[0]),
+        exp_avg_sq=state.exp_avg_sq / _weight(RMS_DECAY, step),
+        row=state.row / _bias(factored, state.row[0]),
+        col=state.col / _bias(factored, state.col[0]),
+    )
 
 
 def _with_moments(state: feats.Accumulators, grad: Tensor) -> feats.Accumulators:
@@ -304,20 +354,22 @@ def _nonzero(state: feats.Accumulators) -> tuple[Tensor, tuple[int, ...]]:
     return touched.to(state.exp_avg.dtype), tuple(range(-touched.dim(), 0))
 
 
-def _matrix_dims(tensor: Tensor) -> tuple[int, ...]:
+def _matrix_dims(tensor: Tensor, layout: str) -> tuple[int, ...]:
     """The dims that an rms is over, counted from the end of (*shape): out and in, or that of a vector."""
-    return tuple(range(-tensor.dim(), 0))[:2]
+    dims = tuple(range(-tensor.dim(), 0))
+    return dims[-2:] if layout == "jax" else dims[:2]
 
 
-def _beside_matrix(mean: Tensor, like: Tensor) -> Tensor:
+def _beside_matrix(mean: Tensor, like: Tensor, layout: str) -> Tensor:
     """(c, *spatial) means over `_matrix_dims`, reshaped for broadcasting over (c, *shape)."""
-    return mean.reshape(len(mean), *[1] * len(_matrix_dims(like)), *mean.shape[1:])
+    spatial, ones = mean.shape[1:], [1] * len(_matrix_dims(like, layout))
+    return mean.reshape(len(mean), *(*spatial, *ones) if layout == "jax" else (*ones, *spatial))
 
 
 def _bias(bias: Tensor, like: Tensor) -> Tensor:
     return bias.reshape(-1, *[1] * like.dim())
 
 
-KINDS: dict[str, dict[str, Any]] = {"celo2": {}, "celo2_base": {"orthogonalize": False, "adamw": False}}
+KINDS: dict[str, dict[str, Any]] = {"celo2": {}, "celo2_base": {"orthogonalize": False, "vector_mult": None}}
 for _kind, _defaults in KINDS.items():
     register(_kind, Celo2, **_defaults)

@@ -59,40 +59,38 @@ class Features(NamedTuple):
 def factored_dims(shape: torch.Size | tuple[int, ...], layout: str = "torch") -> tuple[int, int] | None:
     """The dims (d1, d0) of second-largest and largest size; None below two dims.
 
-    Of two equal dims the later one counts as the larger (a stable sort), so of a square matrix the last dim is d0: the
-    columns in torch, which stores (out, in), but the outputs in JAX, which stores (in, out). A network that was trained
-    on one layout must not see rows in place of columns on the other, so the layout that it was trained on decides. The
-    reference uses numpy's unstable sort, which agrees except on some rank-4 shapes with small trailing dims, where it
-    depends on the platform.
+    Of two equal dims the later one in the reference's order, (*spatial, in, out), counts as the larger (a stable sort),
+    so of a square matrix d0 is the dim of the outputs. A network that was trained on matrices (in, out) must not see
+    rows in place of columns on torch's (out, in). The reference uses numpy's unstable sort, which agrees except on some
+    rank-4 shapes with small trailing dims, where it depends on the platform.
 
     Args:
-        shape: in torch's layout: (out, in, *spatial).
-        layout: one of `LAYOUTS`, where the later dim is looked for. For "jax" the dims are read in the order of
-            `jax_order`.
+        shape: of the tensor.
+        layout: one of `LAYOUTS`, how its dims are read: "torch", as (out, in, *spatial); "jax", as the reference has
+            them.
 
     Example:
-        >>> factored_dims((3, 3, 64, 64)), factored_dims((7,))
-        ((2, 3), None)
-        >>> factored_dims((64, 64, 3, 3)), factored_dims((64, 64, 3, 3), "jax")
-        ((0, 1), (1, 0))
+        >>> factored_dims((64, 64, 3, 3)), factored_dims((3, 3, 64, 64), "jax"), factored_dims((7,))
+        ((1, 0), (2, 3), None)
     """
     if len(shape) < 2:
         return None
-    dims = jax_order(len(shape)) if layout == "jax" else range(len(shape))
+    dims = jax_order(len(shape), layout)
     order = sorted(dims, key=lambda dim: shape[dim])
     return order[-2], order[-1]
 
 
-def jax_order(ndim: int) -> tuple[int, ...]:
+def jax_order(ndim: int, layout: str = "torch") -> tuple[int, ...]:
     """The dims of torch's (out, in, *spatial) in the order in which JAX stores them: (*spatial, in, out).
 
     So `tensor.permute(jax_order(tensor.dim()))` is the tensor as JAX has it. Vectors and scalars are the same in both.
+    A tensor of layout "jax" has this order already.
 
     Example:
         >>> jax_order(4), jax_order(2), jax_order(1)
         ((2, 3, 1, 0), (1, 0), (0,))
     """
-    return (*range(2, ndim), *reversed(range(min(ndim, 2))))
+    return tuple(range(ndim)) if layout == "jax" else (*range(2, ndim), *reversed(range(min(ndim, 2))))
 
 
 def effective_decay(initial: tuple[float, ...], offset: Tensor) -> Tensor:

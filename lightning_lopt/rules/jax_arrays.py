@@ -13,7 +13,7 @@ def as_tensors(theta: Mapping[str, Any], advice: str) -> dict[str, Tensor]:
     """Copies of the arrays as tensors of the same dtype.
 
     Args:
-        theta: name -> array.
+        theta: name -> array; of a path such as "theta|nn|~|w0", the last part is taken.
         advice: what to pass, for errors; a sentence without its period.
 
     Raises:
@@ -24,7 +24,7 @@ def as_tensors(theta: Mapping[str, Any], advice: str) -> dict[str, Tensor]:
         >>> as_tensors({"b0": numpy.zeros(2)}, "Pass arrays")
         {'b0': tensor([0., 0.], dtype=torch.float64)}
     """
-    return {name: _as_tensor(name, value, advice) for name, value in theta.items()}
+    return {name.rpartition("|")[2]: _as_tensor(name, value, advice) for name, value in theta.items()}
 
 
 def check_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], advice: str) -> None:

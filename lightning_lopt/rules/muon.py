@@ -2,7 +2,7 @@
 
     m <- mu m + (1 - mu) G
     u  = (1 - mu) G + mu m                                                             (Nesterov; else u = m)
-    delta = -stepsize adjust NewtonSchulz(u)
+    delta = -lr adjust NewtonSchulz(u)
 
 for a hidden layer's matrix G, (out, in), or (out, in * kernel) of a convolution; of experts, for each matrix.
 NewtonSchulz takes u = U S V^T to about U V^T, see `matrix.newton_schulz`. Embeddings, the last layer, vectors, scalars,
@@ -15,11 +15,11 @@ Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural netw
 * arithmetic in the dtype of the state, float32 at least, unless `bfloat16` is set. The authors' is always bfloat16;
 * matrices of norm below 1e-7 are made orthogonal, too, see `matrix.newton_schulz`;
 * adjust reads (out, in * kernel) of a convolution; torch's Muon takes no convolutions;
-* decay belongs to the optimizer, for all tensors alike, and is multiplied by the optimizer's lr of 1, not by a step
-  size: torch's lr=0.02, weight_decay=0.1 is `RuleOptimizer(weight_decay=0.002)`.
+* decay is the rule's `weight_decay`, times a tensor's step size as in torch. The optimizer's own, for all tensors, is
+  multiplied by the optimizer's lr of 1: torch's lr=0.02, weight_decay=0.1 is `RuleOptimizer(weight_decay=0.002)`.
 
 symbol | here       | symbol    | here
-mu     | momentum   | eta, lr   | stepsize
+mu     | momentum   | eta, lr   | lr
 NS     | iterations | (a, b, c) | coefficients
 """
 
@@ -44,8 +44,10 @@ ADJUSTMENTS = ("original", "match_rms_adamw")
 class MuonConfig(RuleConfig):
     """Configuration of `Muon`. The defaults are those of the authors' code."""
 
-    stepsize: float = 0.02
+    lr: float = 0.02
     """Step size of hidden matrices. With adjust_lr_fn="match_rms_adamw", use one that suits AdamW."""
+    weight_decay: float = 0.0
+    """Decoupled; multiplied by lr, or by adam_lr."""
     momentum: float = 0.95
     """Decay of the momentum."""
     nesterov: bool = True
@@ -59,7 +61,7 @@ class MuonConfig(RuleConfig):
     "match_rms_adamw", times 0.2 the root of max(rows, columns), which gives steps AdamW's root mean square."""
     bfloat16: bool = False
     """Iterate in bfloat16: faster on GPUs, with two digits."""
-    adam_stepsize: float = 3e-4
+    adam_lr: float = 3e-4
     """Step size of all other tensors."""
     adam_betas: tuple[float, float] = (0.9, 0.95)
     """Decays of their first and second moments."""
@@ -67,13 +69,14 @@ class MuonConfig(RuleConfig):
     """Added to the root of the second moment."""
 
     def __post_init__(self) -> None:
-        self.check_number("stepsize", 0.0)
+        self.check_number("lr", 0.0)
+        self.check_number("weight_decay", 0.0)
         self.check_number("momentum", 0.0, math.nextafter(1.0, 0.0))
         self.check_flags("nesterov", "bfloat16")
         self.check_integer("iterations", 1, 99)
         self.check_numbers("coefficients", 3)
         self.check(self.adjust_lr_fn in ADJUSTMENTS, "adjust_lr_fn", f"one of {list(ADJUSTMENTS)}")
-        self.check_number("adam_stepsize", 0.0)
+        self.check_number("adam_lr", 0.0)
         self.check_numbers("adam_betas", 2, 0.0, math.nextafter(1.0, 0.0))
         self.check_number("adam_eps", 1e-20, 1.0)
 
@@ -106,7 +109,7 @@ class Muon(UpdateRule):
 
         >>> import torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
-        >>> rule = lopt.rules.make("muon", stepsize=1e-3, adjust_lr_fn="match_rms_adamw", adam_stepsize=1e-3)
+        >>> rule = lopt.rules.make("muon", lr=1e-3, adjust_lr_fn="match_rms_adamw", adam_lr=1e-3)
         >>> optimizer = lopt.RuleOptimizer(model.named_parameters(), rule, weight_decay=1e-3 * 0.1)
         >>> optimizer.set_roles(model)
         >>> model(torch.ones(3, 4)).sum().backward()
@@ -133,12 +136,12 @@ class Muon(UpdateRule):
         if not matrix.is_matrix(shape, context.role):
             moments = adam.update_moments(*state, grad, c.adam_betas)
             direction = adam.direction(*moments, context.step + 1, c.adam_betas, c.adam_eps)
-            return -c.adam_stepsize * direction, MuonState(*moments)
+            return -c.adam_lr * (direction + c.weight_decay * param), MuonState(*moments)
         momentum = torch.lerp(state.exp_avg, grad, 1 - c.momentum)
         ahead = torch.lerp(grad, momentum, c.momentum) if c.nesterov else momentum
         direction = self._orthogonal(ahead, context.role, context.shard)
-        stepsize = c.stepsize * adjustment(c.adjust_lr_fn, *matrix.sides(shape, context.role))
-        return -stepsize * direction, MuonState(momentum, state.exp_avg_sq)
+        lr = c.lr * adjustment(c.adjust_lr_fn, *matrix.sides(shape, context.role))
+        return -lr * direction - c.lr * c.weight_decay * param, MuonState(momentum, state.exp_avg_sq)
 
     def terms(
         self, meta_params: Mapping[str, Tensor], grad: Tensor, state: Any, param: Tensor, context: StepContext

@@ -165,13 +165,12 @@ class Scheduled(UpdateRule):
     @property
     def uses_roles(self) -> bool:
         """Whether hidden matrices take orthogonal steps, or a role has a factor of its own."""
-        meta_params = self.meta_params()
-        return bool(meta_params["orthogonal"].any() or meta_params["roles"].any())
+        return bool(self.get_parameter("orthogonal").any() or self.get_parameter("roles").any())
 
     def without_decay(self) -> Scheduled:
         """The same rule with `decay` 0; a copy."""
         rule = copy.deepcopy(self)
-        rule.meta_params()["decay"].data.zero_()
+        rule.get_parameter("decay").data.zero_()
         return rule
 
     def init_state(self, param: Tensor) -> Moments:

@@ -3,7 +3,7 @@
     G' = Q_L^T G Q_R
     M' <- beta_1 M' + (1 - beta_1) G',   V <- beta_2 V + (1 - beta_2) G'^2
     N' = M' / (1 - beta_1^t) / (sqrt(V / (1 - beta_2^t)) + eps)
-    delta = -stepsize Q_L N' Q_R^T
+    delta = -lr Q_L N' Q_R^T
     L, R are updated with G, and every `precondition_every` steps Q_L and Q_R (`eigenbasis`); M' is carried along
 
 for a hidden layer's matrix G, (out, in), or (out, in * kernel) of a convolution. Embeddings, the last layer, vectors,
@@ -26,8 +26,8 @@ Deviations:
 * a convolution is one matrix, by default the authors' code rotates each of its dims. So the longest side that is
   rotated is 4,096 by default, not 10,000;
 * vectors move at their first step, embeddings and the last layer are not rotated;
-* decay belongs to the optimizer, see `RuleOptimizer(weight_decay=...)`. It is multiplied by its lr of 1, not by
-  `stepsize`.
+* decay is the rule's `weight_decay`, times `lr`, of the value after the step, as in the authors' code. The optimizer's
+  own, `RuleOptimizer(weight_decay=...)`, is multiplied by its lr of 1.
 
 symbol | here       | symbol | here
 M', V  | exp_avg, exp_avg_sq | f | precondition_every
@@ -54,8 +54,10 @@ from lightning_lopt.rules.shards import local, whole_shape
 class SOAPConfig(RuleConfig):
     """Configuration of `SOAP`. The defaults are the authors', except for `max_side`."""
 
-    stepsize: float = 3e-3
+    lr: float = 3e-3
     """Step size of all tensors."""
+    weight_decay: float = 0.0
+    """Decoupled; multiplied by lr."""
     betas: tuple[float, float] = (0.95, 0.95)
     """Decays of the first and second moments."""
     eps: float = 1e-8
@@ -74,7 +76,8 @@ class SOAPConfig(RuleConfig):
     step."""
 
     def __post_init__(self) -> None:
-        self.check_number("stepsize", 0.0)
+        self.check_number("lr", 0.0)
+        self.check_number("weight_decay", 0.0)
         self.check_numbers("betas", 2, 0.0, math.nextafter(1.0, 0.0))
         self.check_number("eps", 1e-20, 1.0)
         self.check_number("factor_decay", 0.0, math.nextafter(1.0, 0.0))
@@ -110,7 +113,7 @@ class SOAP(UpdateRule):
     Example:
         >>> import lightning_lopt as lopt, torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
-        >>> optimizer = lopt.RuleOptimizer(model.named_parameters(), lopt.rules.make("soap", stepsize=1e-3))
+        >>> optimizer = lopt.RuleOptimizer(model.named_parameters(), lopt.rules.make("soap", lr=1e-3))
         >>> optimizer.set_roles(model)
         >>> model(torch.ones(3, 4)).sum().backward()
         >>> optimizer.step()
@@ -143,7 +146,7 @@ class SOAP(UpdateRule):
         if not (matrix.is_matrix(shape, context.role) and self._is_laid_out(shape, context.role)):
             moments = adam.update_moments(*state[:2], grad, c.betas)
             direction = adam.direction(*moments, context.step + 1, c.betas, c.eps)
-            return -c.stepsize * direction, SOAPState(*moments, *state[2:])
+            return self._decayed(-c.lr * direction, param), SOAPState(*moments, *state[2:])
         whole = matrix.gathered(context.shard, feats.bounded(grad, math.prod(shape)), *state[:2])
         grads, *old = (matrix.as_matrices(tensor, context.role) for tensor in whole)
         basis = eigenbasis.update_factors(Eigenbasis(*state[2:]), grads, c.factor_decay)
@@ -157,13 +160,18 @@ class SOAP(UpdateRule):
         number = context.host_step()
         delta, *new = _either(context.step == 0 if number is None else number == 0, first, later)
         parts = [local(context.shard, each.reshape(whole[0].shape)) for each in (delta, *new[:2])]
-        return parts[0], SOAPState(*parts[1:], *new[2:])
+        moves = context.step > 0
+        return torch.where(moves, self._decayed(parts[0], param), parts[0]), SOAPState(*parts[1:], *new[2:])
 
     def terms(
         self, meta_params: Mapping[str, Tensor], grad: Tensor, state: Any, param: Tensor, context: StepContext
     ) -> dict[str, Tensor]:
         """The step is a `nominal` term: nothing in it is learned."""
         return {"nominal": self.update(meta_params, grad, state, param, context)[0]}
+
+    def _decayed(self, delta: Tensor, param: Tensor) -> Tensor:
+        c = self.config
+        return delta - c.lr * c.weight_decay * (param + delta) if c.weight_decay else delta
 
     def _role(self, shape: tuple[int, ...]) -> str:
         """The role for which the state of a tensor is laid out."""
@@ -179,7 +187,7 @@ class SOAP(UpdateRule):
         c, number = self.config, context.host_step()
         exp_avg, exp_avg_sq = adam.update_moments(exp_avg, exp_avg_sq, eigenbasis.rotate(basis, grads), c.betas)
         direction = adam.direction(exp_avg, exp_avg_sq, context.step.clamp(min=1), c.betas, c.eps)
-        delta = -c.stepsize * eigenbasis.rotate_back(basis, direction)
+        delta = -c.lr * eigenbasis.rotate_back(basis, direction)
 
         def refreshed() -> tuple[Tensor, ...]:
             new, orders = eigenbasis.refresh_bases(basis)

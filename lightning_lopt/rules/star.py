@@ -72,8 +72,8 @@ class STARConfig(RuleConfig):
     hidden_layers: int = 2
     """Hidden layers."""
     layout: str = "torch"
-    """Layout of the tensors that the weights were trained on, torch or jax. It says which of two equal dims the rows
-    are; `from_jax` and the importers set it."""
+    """How dims are read: as torch's (out, in, *spatial), or as "jax", the authors' (*spatial, in, out). It says which
+    of two equal dims the rows are."""
     num_heads: int = 4
     """4 (STAR) or 2 (blackbox: direction and magnitude)."""
     initial_momentum_decays: tuple[float, float, float] = (0.9, 0.99, 0.999)
@@ -274,13 +274,15 @@ class STAR(UpdateRule):
 
     @classmethod
     def from_jax(cls, theta: Mapping[str, Any], **arguments: Any) -> STAR:
-        """A rule from the authors' meta-parameters, of layout "jax".
+        """A rule from the authors' meta-parameters.
 
         Args:
             theta: `w0 b0 w1 b1 w2 b2 momentum_decays rms_decays adafactor_decays` as arrays. A last layer of two
                 columns gives the `blackbox` rule. The arrays' dtype is kept.
             arguments: those of the reference's constructor (`MLPNomLOpt`, or `AdafacMLPLOpt` with its scalar
                 `exp_mult`), with its defaults: nominal_stepsize 0, nominal_controller False, normalize_blackbox False.
+                Also `layout`: "jax", as the reference reads tensors, by default; pass "torch" for nets in torch, whose
+                matrices are (out, in).
 
         Raises:
             ValueError: for missing, unknown or wrongly shaped arrays; for arguments that the reference does not have
@@ -301,7 +303,7 @@ class STAR(UpdateRule):
 
 
 _LAYOUT_ARGUMENTS = {"concat_weights", "make_separate_weights", "split_weights"}
-_NOT_IN_THE_REFERENCE = {"num_heads", "eps", "layout"}
+_NOT_IN_THE_REFERENCE = {"num_heads", "eps"}
 _FLAT = "Pass the flat mapping of w0, b0, w1, b1, w2, b2, momentum_decays, rms_decays, adafactor_decays"
 
 

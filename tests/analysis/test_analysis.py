@@ -290,6 +290,7 @@ def test_every_kind_can_be_analyzed(kind):
     """Update functions, a run without gradients, and the modes at its end."""
     torch.manual_seed(0)
     small = {"lstm": {"hidden_size": 4}, "gru": {"hidden_size": 4}}
+    small["velo"] = {"lstm_hidden_size": 4, "param_inits": 2}
     small["lstm_dmd"] = {"hidden_size": 4, "rank": 1, "num_snapshots": 2, "scope": "tensor"}
     rule = make(kind, **small.get(kind, {}))
     state = rule.init_state(torch.zeros(()))

@@ -47,7 +47,7 @@ def test_resume_is_equal_to_the_bit_for_every_kind(kind):
     rule = lopt.rules.make(kind)
 
     def make(params):
-        return RuleOptimizer(params, rule)
+        return RuleOptimizer(params, rule, num_steps=8)
 
     optimizer = make(parameters(dtype=torch.bfloat16))
     run(optimizer, 4, loss=1.5)
@@ -71,6 +71,7 @@ def test_state_is_flat_tensors_under_the_names_of_the_rules_state():
         "lopt_kind",
         "lopt_base_lr",
         "lopt_decay",
+        "lopt_strength",
         "lopt_num_tensors",
         "lopt_roles",
         "lopt_steps",
@@ -223,7 +224,7 @@ def test_a_hook_may_adapt_the_state_of_another_optimizer():
     optimizer = RuleOptimizer(parameters([(4, 3)]), AdamRule())
 
     def adapt(o, loaded):
-        own = {"lopt_kind": "test_adam", "lopt_base_lr": 1.0, "lopt_decay": True}
+        own = {"lopt_kind": "test_adam", "lopt_base_lr": 1.0, "lopt_decay": True, "lopt_strength": 1.0}
         return {**loaded, "param_groups": [{**group, **own} for group in loaded["param_groups"]]}
 
     theirs = torch.optim.Adam(parameters([(4, 3)]), lr=0.1)

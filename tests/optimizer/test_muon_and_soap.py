@@ -13,7 +13,7 @@ import lightning_lopt as lopt
 from lightning_lopt import RuleOptimizer
 from lightning_lopt.rules import make
 
-CASES = {"muon": {"adam_stepsize": 0.03}, "soap": {"stepsize": 0.03, "precondition_every": 3}}
+CASES = {"muon": {"adam_lr": 0.03}, "soap": {"lr": 0.03, "precondition_every": 3}}
 
 
 @pytest.fixture(params=CASES)

@@ -110,7 +110,7 @@ def test_every_kind_keeps_its_state_in_float32_at_least(kind):
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         rule, expected = make(kind), torch.promote_types(dtype, torch.float32)
         param = torch.nn.Parameter(torch.ones(3, 2, dtype=dtype))
-        optimizer = RuleOptimizer([param], rule, backend="reference")
+        optimizer = RuleOptimizer([param], rule, backend="reference", num_steps=9)
         param.grad = torch.full_like(param, 0.1)
         optimizer.step(loss=torch.tensor(1.0))
         floating = {t.dtype for name, t in optimizer.state[param].items() if t.is_floating_point() and name != "step"}

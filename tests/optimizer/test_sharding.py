@@ -192,6 +192,27 @@ def test_replicas_of_shards_go_on_from_what_two_processes_saved(tmp_path):
         assert_close(resumed[0][key], whole[0][key], 1e-5)
 
 
+@pytest.mark.parametrize("distributed", [False, True], ids=["one file", "a folder of shards"])
+def test_the_runs_own_state_is_that_of_one_process_and_goes_on_to_the_bit(tmp_path, distributed):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = {"lstm_hidden_size": 7, "param_inits": 4, "step_mult": 1e-4, "weight_decay": 1e-2}  # 7: as a bias
+        rule = lopt.rules.make("velo", **config)
+        for value in rule.parameters():
+            nn.init.normal_(value, std=0.3)
+    whole = run(tmp_path / "whole", tmp_path, distributed, rule=rule)
+    (tmp_path / "one").mkdir()
+    trainer(tmp_path, lopt.LearnedOptimizer(rule), Report(tmp_path / "one")).fit(Uneven())
+    (one,) = reports(tmp_path / "one", 1)
+    resumed = run(tmp_path / "resumed", tmp_path, distributed, rule=rule, ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert len(resumed[0]["losses"]) == len(whole[0]["losses"]) // 2
+    for key in ("weights", "state"):
+        for rank in range(2):
+            assert_equal(whole[0][key], whole[rank][key])
+            assert_equal(whole[rank][key], resumed[rank][key])
+        assert_close(whole[0][key], one[key], 1e-5)
+
+
 class SpoilsAShard(L.Callback):
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         if trainer.global_step == 1 and trainer.global_rank == 0:

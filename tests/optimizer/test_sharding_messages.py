@@ -24,7 +24,7 @@ CASES = (
     ("star", {**NETWORK, "aggregate_magnitude": True}, 3),
     ("hyperparam", {"nominal_controller": False}, 1),
     ("blackbox", {}, 2),
-    ("celo2", {"embedding_names": ()}, 3),
+    ("celo2", {}, 3),
     ("celo2_base", {}, 3),
     ("lstm", {"nominal_stepsize": 1e-2}, 0),
     ("lstm_dmd", {"num_snapshots": 3, "rank": 2}, 1),
@@ -35,6 +35,8 @@ CASES = (
     ("multiscale_adam", {}, 0),
     ("muon", {}, 1),
     ("soap", {"precondition_every": 2}, 1),
+    ("velo", {"lstm_hidden_size": 4, "param_inits": 2}, 4),
+    ("velo", {"lstm_hidden_size": 4, "param_inits": 2, "weight_decay": 1e-2}, 5),
 )
 
 
@@ -91,9 +93,9 @@ def steps(optimizer, place, num_steps=5):
 
 def compare(kind, config, expected, mesh, placements, *, safeguard):
     rule, starts = make(kind, config), [torch.randn(s, generator=torch.Generator().manual_seed(9)) for s in SHAPES]
-    whole = RuleOptimizer(hidden([nn.Parameter(s.clone()) for s in starts]), rule, backend="reference")
-    shards = [nn.Parameter(placed(s, mesh, placements)) for s in starts]
-    sharded = RuleOptimizer(hidden(shards), rule, safeguard=safeguard, weight_decay=0.1, backend="reference")
+    whole = RuleOptimizer(hidden([nn.Parameter(s.clone()) for s in starts]), rule, num_steps=9, backend="reference")
+    shards = hidden([nn.Parameter(placed(s, mesh, placements)) for s in starts])
+    sharded = RuleOptimizer(shards, rule, num_steps=9, safeguard=safeguard, weight_decay=0.1, backend="reference")
     whole.param_groups[0]["weight_decay"] = 0.1
     steps(whole, lambda tensor: tensor)
     plain, measured = steps(sharded, lambda tensor: placed(tensor, mesh, placements))

@@ -31,7 +31,10 @@ def compare(rule, mesh):
     starts = [torch.randn(shape) for shape in SHAPES]
     whole = [nn.Parameter(start.clone()) for start in starts]
     sharded = [nn.Parameter(distribute_tensor(start, mesh, [Shard(0)])) for start in starts]
-    optimizers = RuleOptimizer(in_roles(whole), rule), RuleOptimizer(in_roles(sharded), rule, safeguard=True)
+    optimizers = (
+        RuleOptimizer(in_roles(whole), rule, num_steps=9),
+        RuleOptimizer(in_roles(sharded), rule, num_steps=9, safeguard=True),
+    )
     for step in range(7):
         for plain, split in zip(whole, sharded, strict=True):
             plain.grad = torch.randn(plain.shape, generator=torch.Generator().manual_seed(step))

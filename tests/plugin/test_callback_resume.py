@@ -92,7 +92,7 @@ def test_lstms_resume_to_the_bit(tmp_path, name, safeguard):
 
 
 class Embedded(Module):
-    """The same behind a table, whose rows a rule may treat by its name."""
+    """The same behind a table, which a rule may treat by its role."""
 
     def __init__(self):
         super().__init__()
@@ -105,9 +105,9 @@ class Embedded(Module):
 
 
 @pytest.mark.parametrize("kind", ["celo2", "celo2_base"])
-def test_celo2_takes_names_from_lightning_and_resumes_to_the_bit(tmp_path, kind):
+def test_celo2_takes_roles_from_lightning_and_resumes_to_the_bit(tmp_path, kind):
     torch.manual_seed(0)
-    rule = lopt.rules.make(kind, step_size=1e-3)
+    rule = lopt.rules.make(kind, lr=1e-3)
     start = Embedded()
     before = [value.detach().clone() for value in (start.embed.weight, start.net[0].weight)]
     whole, resumed = (
@@ -170,6 +170,7 @@ def test_the_checkpoint_says_which_rule_it_was(checkpoint):
         "lr",
         "reference_lr",
         "weight_decay",
+        "strength",
         "source",
         "revision",
         "sha256",
@@ -230,7 +231,7 @@ def test_other_weights_of_the_same_rule_give_way_to_the_checkpoints(tmp_path, ch
 def test_another_policy_gives_way_to_the_checkpoints_and_is_pointed_out(tmp_path, checkpoint, option):
     (name,) = option
     with pytest.warns(
-        UserWarning, match=f"made with {name}='ignore', and the run continues with that, not with {name}="
+        UserWarning, match=f"made with {name}='(ignore|rule)', and the run continues with that, not with {name}="
     ):
         resumed = fit(tmp_path, learned(**option), ckpt_path=checkpoint)
     assert_equal(everything(resumed), everything(fit(tmp_path, ckpt_path=checkpoint)))

@@ -29,7 +29,7 @@ class Run:
         self.inputs = torch.randn(16, 3, generator=generator)
         self.targets = self.inputs @ torch.randn(3, 2, generator=generator)
         self.param = torch.nn.Parameter(torch.zeros(3, 2))
-        self.optimizer = RuleOptimizer(hidden([self.param]), case.make(), safeguard=safeguard)
+        self.optimizer = RuleOptimizer(hidden([self.param]), case.make(), num_steps=STEPS, safeguard=safeguard)
         self.losses = []
 
     def loss(self, targets=None):

@@ -12,12 +12,12 @@ from lightning_lopt.rules import Celo2, StepContext, celo2, make
 from lightning_lopt.rules.shards import TensorShard, Unknown
 
 THETA = field.theta("celo2")
-RECORDED = {"step_size": 0.01, "weight_decay": 0.1}
+RECORDED = {"lr": 0.01, "weight_decay": 0.1}
 BASE = {"kind": "celo2_base", **RECORDED}
 RUNS = {  # file -> how `from_jax` gives the rule that it records
     "celo2_base": BASE,
-    "celo2_ortho": {"kind": "celo2", "adamw": False, **RECORDED},
-    "celo2_full": {"adamw_bias_correction": False, "embedding_names": ("g_wide",), **RECORDED},
+    "celo2_ortho": {"vector_mult": None, **RECORDED},
+    "celo2_full": RECORDED,
 }
 SHAPES = [(), (7,), (6, 4), (4, 6), (5, 5), (8, 4, 3, 3), (4, 3, 5)]
 
@@ -26,11 +26,11 @@ def rms(tensor, dims=None):
     return tensor.square().mean(dims).sqrt()
 
 
-def one_step(rule, grad, param=None, state=None, name="layer.weight", step=0, shard=None):
+def one_step(rule, grad, param=None, state=None, role="hidden", step=0, shard=None):
     meta_params = {key: value.detach().to(grad.dtype) for key, value in rule.meta_params().items()}
     param = torch.zeros_like(grad) if param is None else param
     state = rule.init_state(param) if state is None else state
-    context = StepContext(torch.tensor(step, dtype=grad.dtype), name=name, shard=shard)
+    context = StepContext(torch.tensor(step, dtype=grad.dtype), role=role, shard=shard)
     return rule.update(meta_params, grad, state, param, context)
 
 
@@ -39,8 +39,16 @@ def one_step(rule, grad, param=None, state=None, name="layer.weight", step=0, sh
 
 @pytest.mark.parametrize("leaf", [leaf for leaf in field.LEAVES if leaf != field.NEVER])
 @pytest.mark.parametrize("run", RUNS)
-def test_replays_the_recorded_trajectory(run, leaf):
-    field.assert_replays(Celo2.from_jax(THETA, **RUNS[run]), field.record(run), leaf)
+@pytest.mark.parametrize("layout", celo2.feats.LAYOUTS)
+def test_replays_the_recorded_trajectory(layout, run, leaf):
+    """In torch's layout the tensors are transposed, and in JAX's they are as the authors' code has them."""
+    field.assert_replays(Celo2.from_jax(THETA, layout=layout, **RUNS[run]), field.record(run), leaf)
+
+
+def test_names_of_arrays_as_npz_files_have_them():
+    theta = {f"theta|ff_mod_stack|~|{name}": value.numpy() for name, value in THETA.items()}
+    found, expected = Celo2.from_jax(theta), Celo2.from_jax(THETA)
+    assert all(torch.equal(value, expected.state_dict()[name]) for name, value in found.state_dict().items())
 
 
 @pytest.mark.parametrize("leaf", field.LEAVES)
@@ -112,9 +120,9 @@ def test_dead_coordinates_of_a_tensor_that_has_a_gradient_move_as_in_the_authors
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("options", [BASE, {"adamw": False}], ids=str)
+@pytest.mark.parametrize("options", [BASE, {"vector_mult": None}], ids=str)
 def test_each_matrix_moves_by_the_step_size_whatever_the_scale_of_gradients(options, shape):
-    rule = Celo2.from_jax(THETA, **{**options, "step_size": 0.03, "weight_decay": 0.0})
+    rule = Celo2.from_jax(THETA, **{**options, "lr": 0.03, "weight_decay": 0.0})
     for scale in (1e-3, 1.0, 1e2):
         delta, _ = one_step(rule, scale * torch.randn(shape, dtype=torch.float64))
         sizes = rms(delta, tuple(range(len(shape)))[:2]) if shape else delta.abs()
@@ -155,14 +163,12 @@ def test_it_steps_the_same_on_a_matrix_and_on_its_kernel_of_size_one():
 # --- AdamW
 
 
-NAMES = ["embed.weight", "model.embed_tokens.weight", "tok_emb.weight", "transformer.wte.weight", "Encoder.Embedding.w"]
-
-
-@pytest.mark.parametrize("name", [*NAMES, "bias"])
+@pytest.mark.parametrize("role", ["embedding", "other", None])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_embeddings_and_vectors_move_as_by_torchs_adamw(name, decay):
-    shape = (7,) if name == "bias" else (5, 3)
-    rule = make("celo2", step_size=0.01, weight_decay=decay)
+@pytest.mark.parametrize("correction", ["bias_correction", "adam_bias_correction"])
+def test_embeddings_and_vectors_move_as_by_torchs_adamw(correction, role, decay):
+    shape = (7,) if role is None else (5, 3)
+    rule = make("celo2", lr=0.01, weight_decay=decay, **{correction: True})
     param = nn.Parameter(torch.randn(shape, dtype=torch.float64))
     adamw = torch.optim.AdamW([param], lr=0.2, betas=(0.9, 0.95), eps=1e-8, weight_decay=decay)
     own, state = param.detach().clone(), None
@@ -170,40 +176,93 @@ def test_embeddings_and_vectors_move_as_by_torchs_adamw(name, decay):
         grad = torch.randn(shape, dtype=torch.float64) * (2000 if step == 5 else 1)
         param.grad = grad.clone()
         adamw.step()
-        delta, state = one_step(rule, grad, own, state, name, step)
+        delta, state = one_step(rule, grad, own, state, role, step)
         own = own + delta
         torch.testing.assert_close(own, param.detach(), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["layer.weight", "assembly.weight", "head.weight"])
-def test_other_matrices_do_not(name):
-    grad, rule = torch.randn(5, 3), make("celo2", adamw=False)
+@pytest.mark.parametrize("role", ["hidden", "experts", "output", None])
+def test_other_matrices_do_not(role):
+    grad, rule = torch.randn(5, 3), make("celo2", vector_mult=None)
     other = make("celo2")
     other.load_state_dict(rule.state_dict())
-    assert torch.equal(one_step(other, grad, name=name)[0], one_step(rule, grad)[0])
-    assert not torch.equal(one_step(other, grad, name="embed")[0], one_step(rule, grad)[0])
+    assert torch.equal(one_step(other, grad, role=role)[0], one_step(rule, grad)[0])
+    assert not torch.equal(one_step(other, grad, role="embedding")[0], one_step(rule, grad)[0])
 
 
 def test_celo2_base_moves_everything_by_the_network():
     rule = make("celo2_base")
-    assert not rule.needs_names
+    assert make("celo2").uses_roles
+    assert not rule.uses_roles
     grad = torch.randn(5, 3)
-    assert torch.equal(one_step(rule, grad, name="embed.weight")[0], one_step(rule, grad, name=None)[0])
+    assert torch.equal(one_step(rule, grad, role="embedding")[0], one_step(rule, grad, role=None)[0])
 
 
-def test_without_names_the_optimizer_says_how_to_give_them():
+def test_the_optimizer_warns_of_matrices_of_unknown_roles():
     model = nn.Linear(3, 2)
     model(torch.ones(1, 3)).sum().backward()
-    with pytest.raises(RuntimeError, match="looks at names.*set_names"):
+    with pytest.warns(UserWarning, match="roles of 1 matrices in the net are unknown"):
         lopt.RuleOptimizer(model.parameters(), make("celo2")).step()
-    optimizer = lopt.RuleOptimizer(model.parameters(), make("celo2", embedding_names=()))
-    optimizer.step()  # nothing to look for
+
+
+# --- options that the published rules do not use
+
+
+def reference_step(theta, options, param, grads):
+    """The authors' direction of a matrix (in, out), fewer inputs than outputs, after these gradients; in NumPy."""
+    momenta, second, rows, columns = np.zeros((3, *param.shape)), np.zeros(param.shape), 0.0, 0.0
+    decays = np.array([0.9, 0.99, 0.999]).reshape(3, 1, 1)
+    for grad in grads:
+        momenta = decays * momenta + (1 - decays) * grad
+        second = 0.95 * second + 0.05 * grad**2
+        square = np.stack([grad**2 + 1e-30] * 3)
+        rows = decays * rows + (1 - decays) * square.mean(2, keepdims=True)
+        columns = decays * columns + (1 - decays) * square.mean(1, keepdims=True)
+
+    def factors():
+        of_rows = np.maximum(rows / (rows.mean(1, keepdims=True) + 1e-9), 1e-9) ** -0.5
+        return of_rows * np.maximum(columns, 1e-9) ** -0.5
+
+    by_factors = grad * factors()
+    if options.get("bias_correction"):
+        correction = 1 - decays ** len(grads)
+        momenta, rows, columns = momenta / correction, rows / correction, columns / correction
+        second = second / (1 - 0.95 ** len(grads))
+    root = (second + 1e-8) ** -0.5
+    blocks = [grad[None], grad[None].clip(-0.1, 0.1), param[None], momenta, second[None], momenta * root, root[None]]
+    blocks += [by_factors, (grad * root)[None], rows, columns, (rows + 1e-8) ** -0.5, (columns + 1e-8) ** -0.5]
+    channels = np.concatenate(
+        [np.broadcast_to(block, (len(block), *param.shape)) for block in [*blocks, momenta * factors()]]
+    )
+    channels = channels * ((channels**2).mean((1, 2), keepdims=True) + 1e-9) ** -0.5
+    first = np.concatenate([theta[f"w0__{block}"] for block in range(14)])
+    units = np.moveaxis(channels, 0, -1) @ first + theta["b0"]
+    for layer in (1, 2):
+        units = np.tanh(units) if options.get("tanh") else np.maximum(units, 0)
+        units = units @ theta[f"w{layer}"] + theta[f"b{layer}"]
+    direction = units[..., 0] * np.exp(options.get("exp_mult", 0.0) * units[..., 1])
+    return direction * ((direction**2).mean() + 1e-9) ** -0.5
+
+
+@pytest.mark.parametrize("options", [{}, {"tanh": True}, {"exp_mult": 0.5}, {"bias_correction": True}], ids=str)
+@pytest.mark.parametrize("layout", celo2.feats.LAYOUTS)
+def test_options_of_the_authors_code(layout, options):
+    rule = Celo2.from_jax(THETA, kind="celo2_base", lr=1.0, layout=layout, **options)
+    theta = {name: value.numpy() for name, value in THETA.items()}
+    generator = np.random.default_rng(0)
+    param, grads, state = generator.normal(size=(4, 6)), generator.normal(size=(5, 4, 6)), None
+    for step, grad in enumerate(grads):
+        tensors = [field.laid(rule, array) for array in (grad, param)]
+        delta, state = one_step(rule, *tensors, state, step=step)
+        expected = -reference_step(theta, options, param, grads[: step + 1])
+        torch.testing.assert_close(delta, field.laid(rule, expected), rtol=1e-9, atol=1e-12)
+        param = param + expected
 
 
 # --- shards
 
 
-def sharded_step(rule, grads, param, split, name):
+def sharded_step(rule, grads, param, split, role):
     """Two steps on the two halves of a tensor, with the sums that `optimizer.sharding.together` would exchange."""
     halves, values = param.chunk(2, split), []
     starts = [0, halves[0].shape[split]]
@@ -224,7 +283,7 @@ def sharded_step(rule, grads, param, split, name):
                 shard.asked = 0
                 pieces = grad.chunk(2, split)[number], halves[number], states[number]
                 try:
-                    results[number] = one_step(rule, *pieces, name, step, shard)
+                    results[number] = one_step(rule, *pieces, role, step, shard)
                 except Unknown as unknown:
                     asked[number] = unknown.sums
             if asked:
@@ -247,17 +306,17 @@ def _cuts(state, split):
 @pytest.mark.parametrize(
     ("shape", "split"), [((6, 4), 0), ((6, 6), 1), ((4, 2, 3, 3), 0), ((4, 4, 2, 3), 2), ((6,), 0)]
 )
-@pytest.mark.parametrize("name", ["weight", "embed"])
+@pytest.mark.parametrize("role", ["hidden", "embedding"])
 @pytest.mark.parametrize("kind", celo2.KINDS)
-def test_shards_move_as_the_whole(kind, name, shape, split):
+def test_shards_move_as_the_whole(kind, role, shape, split):
     rule, param, grads = make(kind).double(), torch.randn(shape).double(), torch.randn(2, *shape).double()
     expected, state = param, None
     for step, grad in enumerate(grads):
-        delta, state = one_step(rule, grad, expected, state, name, step)
+        delta, state = one_step(rule, grad, expected, state, role, step)
         expected = expected + delta
-    found, asked = sharded_step(rule, grads, param, split, name)
+    found, asked = sharded_step(rule, grads, param, split, role)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
-    by_adamw = kind == "celo2" and (name == "embed" or len(shape) < 2)
+    by_adamw = kind == "celo2" and (role == "embedding" or len(shape) < 2)
     assert asked == ([1, 1] if by_adamw else [3, 3] if len(shape) > 1 else [2, 2])
 
 
@@ -267,12 +326,13 @@ def test_shards_move_as_the_whole(kind, name, shape, split):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"step_size": -1.0}, "step_size=-1.0"),
+        ({"lr": -1.0}, "lr=-1.0"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1"),
-        ({"adamw_mult": float("nan")}, "adamw_mult=nan"),
+        ({"vector_mult": float("nan")}, "vector_mult=nan"),
         ({"orthogonalize": 1}, "orthogonalize=1"),
-        ({"embedding_names": "embed"}, "embedding_names='embed'"),
-        ({"embedding_names": (1,)}, r"embedding_names=\(1,\)"),
+        ({"tanh": None}, "tanh=None"),
+        ({"exp_mult": "0"}, "exp_mult='0'"),
+        ({"layout": "numpy"}, "layout='numpy'"),
         ({"hidden_size": 0}, "hidden_size=0"),
     ],
 )
@@ -319,13 +379,13 @@ def test_a_population_step_is_traced_as_one_graph():
     rule = make("celo2")
     meta_params = {name: value.detach() for name, value in rule.meta_params().items()}
 
-    def step(grad, state, param, count, name):
-        return rule.update(meta_params, grad, state, param, StepContext(count, name=name))
+    def step(grad, state, param, count, role):
+        return rule.update(meta_params, grad, state, param, StepContext(count, role=role))
 
     params = torch.randn(3, 5, 4)
     states = torch.func.vmap(rule.init_state)(params)
-    for name in ("weight", "embed"):
-        arguments = torch.ones_like(params), states, params, torch.tensor(2.0), name
+    for role in ("hidden", "embedding"):
+        arguments = torch.ones_like(params), states, params, torch.tensor(2.0), role
         population = torch.func.vmap(step, in_dims=(0, 0, 0, None, None))
         traced = torch.compile(population, backend="eager", fullgraph=True)
         torch.testing.assert_close(traced(*arguments)[0], population(*arguments)[0])

@@ -49,7 +49,30 @@ def meta_params_of(rule: UpdateRule, dtype: torch.dtype = torch.float32) -> dict
 
 def context(rule: UpdateRule, step: int, loss: Tensor | float = 1.0, num_steps: int | None = None) -> StepContext:
     given = torch.as_tensor(loss, dtype=torch.get_default_dtype()) if rule.needs_loss else None
+    if rule.needs_num_steps and num_steps is None:
+        num_steps = 600
     return StepContext(torch.tensor(float(step)), given, num_steps)
+
+
+def take(
+    rule: UpdateRule,
+    meta_params: dict[str, Tensor],
+    grad: Tensor,
+    state: Any,
+    param: Tensor,
+    context: StepContext,
+    run: Any,
+) -> tuple[Tensor, Any, Any]:
+    """A step of a net of one tensor: delta, its state, and the run's state."""
+    if rule.needs_run_state:
+        run = rule.init_run_state(param) if run is None else run
+        run = rule.update_run_state(meta_params, run, {"only": param}, context)
+        context = context._replace(run=run)
+    if rule.needs_shared_context:
+        of_one = ({"only": each} for each in (grad, state, param))
+        shared, states = rule.shared_context(meta_params, *of_one, context)
+        state, context = states["only"], context._replace(shared=shared)
+    return *rule.update(meta_params, grad, state, param, context), run
 
 
 def ill_conditioned_quadratic(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -64,20 +87,21 @@ def losses_on_quadratic(
     rule: UpdateRule, meta_params: dict[str, Tensor], start: Tensor, hessian: Tensor, num_steps: int
 ) -> Tensor:
     """(num_steps + 1,) losses, the start's first."""
-    param, state, losses = start, rule.init_state(start), []
+    param, state, losses, of_run = start, rule.init_state(start), [], None
     for step in range(num_steps):
         grad = (hessian @ param.flatten()).reshape(param.shape)
         losses.append(0.5 * (param * grad).sum())
-        delta, state = rule.update(meta_params, grad, state, param, context(rule, step, losses[-1]))
+        delta, state, of_run = take(rule, meta_params, grad, state, param, context(rule, step, losses[-1]), of_run)
         param = param + delta
     return torch.stack([*losses, 0.5 * param.flatten() @ hessian @ param.flatten()])
 
 
 def run(rule: UpdateRule, param: Tensor, grads: list[Tensor], num_steps: int | None = None) -> tuple[Tensor, Any]:
     """The parameter and the state after the given gradients; both finite after every step."""
-    meta_params, state = meta_params_of(rule, param.dtype), rule.init_state(param)
+    meta_params, state, of_run = meta_params_of(rule, param.dtype), rule.init_state(param), None
     for step, grad in enumerate(grads):
-        delta, state = rule.update(meta_params, grad, state, param, context(rule, step, num_steps=num_steps))
+        now = context(rule, step, num_steps=num_steps)
+        delta, state, of_run = take(rule, meta_params, grad, state, param, now, of_run)
         assert delta.shape == param.shape
         assert delta.dtype == param.dtype
         assert all(tensor.isfinite().all() for tensor in (delta, *state))
@@ -173,6 +197,17 @@ def test_works_with_and_without_knowing_the_number_of_steps(rule):
     param, grads = torch.rand(4, 3), [torch.randn(4, 3) for _ in range(3)]
     for num_steps in (None, 3, 1):  # 1: more steps than were announced
         run(rule, param, grads, num_steps)
+    if rule.needs_num_steps:
+        with pytest.raises(ValueError, match="must know the length of the run"):
+            take(
+                rule,
+                meta_params_of(rule),
+                grads[0],
+                rule.init_state(param),
+                param,
+                StepContext(torch.tensor(0.0), torch.tensor(1.0)),
+                None,
+            )
 
 
 def test_vmap_over_a_population_equals_a_loop(rule):
@@ -181,9 +216,9 @@ def test_vmap_over_a_population_equals_a_loop(rule):
         params, grads = torch.rand(3, *shape), torch.randn(2, 3, *shape)
 
         def steps(meta_params, param, grads):
-            state = rule.init_state(param)
+            state, of_run = rule.init_state(param), None
             for step, grad in enumerate(grads):
-                delta, state = rule.update(meta_params, grad, state, param, context(rule, step))
+                delta, state, of_run = take(rule, meta_params, grad, state, param, context(rule, step), of_run)
                 param = param + delta
             return param, state
 

@@ -44,12 +44,12 @@ def in_reference_order(features: feats.Features, shape: tuple[int, ...]) -> Tens
     ],
 )
 def test_factored_dims(shape, expected):
-    assert feats.factored_dims(shape) == expected
+    assert feats.factored_dims(shape, "jax") == expected
 
 
 @given(st.lists(st.integers(1, 4), min_size=2, max_size=5).map(tuple))
 def test_factored_dims_are_the_two_largest_by_a_stable_sort(shape):
-    d1, d0 = feats.factored_dims(shape)
+    d1, d0 = feats.factored_dims(shape, "jax")
     assert [shape[d1], shape[d0]] == sorted(shape)[-2:]
     assert [d1, d0] == np.argsort(shape, kind="stable")[-2:].tolist()
 
@@ -58,8 +58,8 @@ def test_factored_dims_are_the_two_largest_by_a_stable_sort(shape):
 def test_factored_dims_are_the_recorded_ones(leaf):
     recorded = goldens.INPUTS[f"mixed/factored_dims/{leaf}"].tolist()
     shape = goldens.INPUTS[f"mixed/params0/{leaf}"].shape
-    assert list(feats.factored_dims(shape) or ()) == recorded
-    assert feats.init_accumulators(torch.zeros(shape)).factored_dims.tolist() == recorded
+    assert list(feats.factored_dims(shape, "jax") or ()) == recorded
+    assert feats.init_accumulators(torch.zeros(shape), "jax").factored_dims.tolist() == recorded
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -84,7 +84,7 @@ def test_features_are_the_recorded_ones(leaf, precision):
     tolerance = {"rtol": golden.tolerance, "atol": golden.tolerance}
     for step, grad, param, state, _ in goldens.replay(golden, leaf, max(RECORDED_STEPS) + 1):
         if step in RECORDED_STEPS:
-            raw = in_reference_order(feats.input_features(state, grad, param), grad.shape)
+            raw = in_reference_order(feats.input_features(state, grad, param, layout="jax"), grad.shape)
             mean_squares = raw.square().reshape(len(raw), -1).mean(1).reshape(-1, *[1] * grad.dim())
             normalized = raw / (1e-5 + mean_squares).sqrt()
             torch.testing.assert_close(raw, golden.channels(f"feat_raw/{step}", leaf, grad.shape), **tolerance)

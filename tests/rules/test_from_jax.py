@@ -21,7 +21,7 @@ BLACKBOX_THETA = goldens.load("blackbox_default", "f64").theta
         ({"w1": np.zeros((4, 5))}, {}, r"theta\['w1'\] has shape \(4, 5\), expected \(4, 4\)"),
         ({"w2": np.zeros((4, 3))}, {}, r"theta\['w2'\] has shape \(4, 3\), expected \(4, 4\)"),
         ({"rms_decays": np.zeros(3)}, {}, r"theta\['rms_decays'\]"),
-        ({}, {"layout": "torch"}, "'layout' is not an argument of the reference"),
+        ({}, {"eps": 1e-8}, "'eps' is not an argument of the reference"),
         ({}, {"split_weights": True}, "split_weights=True"),
         ({}, {"make_separate_weights": True}, "make_separate_weights=True"),
         ({}, {"stepmult": 1e-3}, "Unknown config key 'stepmult'"),

@@ -55,7 +55,7 @@ def in_full_precision(monkeypatch):
 def test_equals_torchs_muon(shape, nesterov, adjust, dtype, tolerance):
     grads, start = gradients(shape, dtype), torch.zeros(shape, dtype=dtype)
     config = {"momentum": 0.9, "nesterov": nesterov, "adjust_lr_fn": adjust}
-    found = run(make("muon", stepsize=0.1, **config), start, grads)
+    found = run(make("muon", lr=0.1, **config), start, grads)
     expected = run_torchs(lambda p: torch.optim.Muon(p, lr=0.1, weight_decay=0.0, **config), start, grads)
     assert expected.abs().max() > 0.1
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
@@ -63,9 +63,32 @@ def test_equals_torchs_muon(shape, nesterov, adjust, dtype, tolerance):
 
 @needs_torchs_muon
 @pytest.mark.usefixtures("in_full_precision")
+@pytest.mark.parametrize("role", ["hidden", "output"])
+def test_decay_is_torchs(role):
+    grads, start = gradients((6, 4)), torch.ones(6, 4, dtype=torch.float64)
+    found = run(make("muon", lr=0.1, adam_lr=0.1, adam_eps=1e-8, weight_decay=0.3), start, grads, role)
+
+    def theirs(params):
+        if role == "hidden":
+            return torch.optim.Muon(params, lr=0.1, weight_decay=0.3)
+        return torch.optim.AdamW(params, lr=0.1, betas=(0.9, 0.95), weight_decay=0.3)
+
+    torch.testing.assert_close(found, run_torchs(theirs, start, grads), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["muon", "soap", "star", "celo2", "velo"])
+def test_without_decay_the_configuration_has_none(kind):
+    small = {"lstm_hidden_size": 4, "param_inits": 2} if kind == "velo" else {}
+    rule = make(kind, weight_decay=0.3, **small)
+    assert rule.without_decay().config == type(rule.config).from_dict({**rule.config.to_dict(), "weight_decay": 0.0})
+    assert rule.config.weight_decay == 0.3
+
+
+@needs_torchs_muon
+@pytest.mark.usefixtures("in_full_precision")
 def test_iterations_and_coefficients_reach_the_step():
     grads, start, coefficients = gradients((6, 6)), torch.zeros(6, 6, dtype=torch.float64), (2.0, -1.5, 0.5)
-    found = run(make("muon", stepsize=0.1, iterations=3, coefficients=coefficients), start, grads)
+    found = run(make("muon", lr=0.1, iterations=3, coefficients=coefficients), start, grads)
     expected = run_torchs(
         lambda p: torch.optim.Muon(p, lr=0.1, weight_decay=0.0, ns_steps=3, ns_coefficients=coefficients), start, grads
     )
@@ -77,7 +100,7 @@ def test_iterations_and_coefficients_reach_the_step():
 def test_in_bfloat16_it_is_as_near_to_torchs_as_bfloat16_allows(shape):
     grads, start = gradients(shape, torch.float32), torch.zeros(shape)
     expected = run_torchs(lambda p: torch.optim.Muon(p, lr=0.1, weight_decay=0.0), start, grads)
-    distance = [(run(make("muon", stepsize=0.1, bfloat16=b), start, grads) - expected).norm() for b in (True, False)]
+    distance = [(run(make("muon", lr=0.1, bfloat16=b), start, grads) - expected).norm() for b in (True, False)]
     assert max(distance) < 0.02 * expected.norm()
 
 
@@ -107,7 +130,7 @@ def test_the_scale_of_gradients_makes_no_difference():
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 def test_all_else_takes_adamws_step(shape, role, dtype, tolerance):
     grads, start = gradients(shape, dtype), torch.ones(shape, dtype=dtype)
-    found = run(make("muon", adam_stepsize=0.01, adam_betas=(0.8, 0.99), adam_eps=1e-8), start, grads, role)
+    found = run(make("muon", adam_lr=0.01, adam_betas=(0.8, 0.99), adam_eps=1e-8), start, grads, role)
     expected = run_torchs(lambda p: torch.optim.AdamW(p, lr=0.01, betas=(0.8, 0.99), weight_decay=0.0), start, grads)
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
@@ -132,7 +155,7 @@ def test_one_optimizer_is_torchs_muon_and_adamw_with_their_decay():
     model.double()
     twin = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 12), nn.LayerNorm(12), nn.Linear(12, 12), nn.Linear(12, 9))
     twin.double().load_state_dict(model.state_dict())
-    rule = make("muon", stepsize=0.01, adjust_lr_fn="match_rms_adamw", adam_stepsize=0.01, adam_eps=1e-8)
+    rule = make("muon", lr=0.01, adjust_lr_fn="match_rms_adamw", adam_lr=0.01, adam_eps=1e-8)
     optimizer = RuleOptimizer(model.named_parameters(), rule, weight_decay=0.01 * 0.1)
     optimizer.set_roles(model)
     hidden = [twin[1].weight, twin[3].weight]
@@ -155,7 +178,8 @@ def test_one_optimizer_is_torchs_muon_and_adamw_with_their_decay():
 @pytest.mark.parametrize(
     ("config", "name"),
     [
-        ({"stepsize": -1.0}, "stepsize"),
+        ({"lr": -1.0}, "lr"),
+        ({"weight_decay": -1.0}, "weight_decay"),
         ({"momentum": 1.0}, "momentum"),
         ({"iterations": 0}, "iterations"),
         ({"coefficients": (1.0, 2.0)}, "coefficients"),

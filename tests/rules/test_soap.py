@@ -92,9 +92,25 @@ def test_sides_that_are_not_rotated(shape, config, sides):
 
 def test_the_configuration_reaches_the_step():
     grads, start = gradients((6, 6)), torch.zeros(6, 6, dtype=torch.float64)
-    rule = make("soap", stepsize=0.1, betas=(0.8, 0.9), eps=1e-3, factor_decay=0.7, precondition_every=4)
+    rule = make("soap", lr=0.1, betas=(0.8, 0.9), eps=1e-3, factor_decay=0.7, precondition_every=4)
     expected = reference(start, grads, lr=0.1, betas=(0.8, 0.9), eps=1e-3, shampoo_beta=0.7, frequency=4)
     assert largest_difference(run(rule, start, grads)[0], expected) < 1e-9
+
+
+@pytest.mark.parametrize("role", ["hidden", "output"])
+def test_decay_is_of_the_value_after_the_step(role):
+    """As in the authors' code, where a matrix's first gradient moves nothing, and nothing decays."""
+    grads, param = gradients((6, 6)), torch.ones(6, 6, dtype=torch.float64)
+    plain, decaying = make("soap", lr=0.1), make("soap", lr=0.1, weight_decay=0.3)
+    state = plain.init_state(param)
+    for step, grad in enumerate(grads):
+        context = StepContext(torch.tensor(float(step), dtype=param.dtype), role=role)
+        delta, new = plain.update({}, grad, state, param, context)
+        found, state = decaying.update({}, grad, state, param, context)
+        keeps = 1.0 if role == "hidden" and step == 0 else 1 - 0.1 * 0.3
+        torch.testing.assert_close(param + found, (param + delta) * keeps, rtol=0, atol=1e-13)
+        assert all(torch.equal(a, b) for a, b in zip(state, new, strict=True))
+        param = param + found
 
 
 def test_the_first_gradient_of_a_matrix_makes_its_bases_and_moves_nothing():
@@ -261,7 +277,8 @@ def test_squares_follow_their_basis_vectors():
 @pytest.mark.parametrize(
     ("config", "name"),
     [
-        ({"stepsize": -1.0}, "stepsize"),
+        ({"lr": -1.0}, "lr"),
+        ({"weight_decay": -1.0}, "weight_decay"),
         ({"betas": (0.9, 1.0)}, "betas"),
         ({"eps": 0.0}, "eps"),
         ({"factor_decay": 1.0}, "factor_decay"),

@@ -47,7 +47,7 @@ def random_theta(rng: np.random.Generator, heads: int = 4) -> dict[str, np.ndarr
 
 def assert_equal_runs(theta, options, shape, grads, rng) -> None:
     """Our rule and the NumPy one, from the same parameter, over the same gradients: in torch's layout and in JAX's."""
-    rule, reference = STAR.from_jax(theta, **options), ReferenceSTAR(theta, shape, **options)
+    rule, reference = STAR.from_jax(theta, layout="torch", **options), ReferenceSTAR(theta, shape, **options)
     meta_params = {name: value.detach() for name, value in rule.meta_params().items()}
     expected = rng.normal(size=shape)
     param = goldens.to_torch(expected)
