@@ -18,7 +18,15 @@ from lightning_lopt.rules import UpdateRule, compute_dtype
 _SMALL_PART = 0.1  # of the module's trainable parameters
 
 
-def describe(rule: UpdateRule, replacement: Replacement, length: RunLength, *, lr: str, weight_decay: str) -> str:
+def describe(
+    rule: UpdateRule,
+    replacement: Replacement,
+    length: RunLength,
+    *,
+    lr: str,
+    weight_decay: str,
+    average_fraction: float | None = None,
+) -> str:
     """One line about a fit.
 
     Args:
@@ -27,6 +35,7 @@ def describe(rule: UpdateRule, replacement: Replacement, length: RunLength, *, l
         length: the run's length.
         lr: the callback's choice.
         weight_decay: the callback's choice.
+        average_fraction: of the run whose weights are averaged; None: none.
     """
     optimizers = [pair.new for pair in replacement.replaced]
     params = list(_parameters(optimizers))
@@ -42,6 +51,7 @@ def describe(rule: UpdateRule, replacement: Replacement, length: RunLength, *, l
         f"LearnedOptimizer: {_name(rule)} trains {count:,} parameters{lazy} in place of {olds},"
         f"{backend} {state_bytes / max(count, 1):.1f} bytes of state per parameter.{left} "
         f"Run length: {steps} ({length.reason}). {_settings(optimizers, lr, weight_decay)}"
+        f"{_averages(ready, average_fraction)}"
     )
 
 
@@ -87,6 +97,18 @@ def _settings(optimizers: Iterable[RuleOptimizer], lr: str, weight_decay: str) -
     values = ", ".join(f"{decay:g}" for decay in sorted(decays - {0.0}))
     decayed = "acts as in AdamW" if weight_decay == "decoupled" else "is not used"
     return f"The module's own lr {use}" + (f"; its weight decay ({values}) {decayed}." if values else ".")
+
+
+def _averages(params: list[Tensor], fraction: float | None) -> str:
+    """Which weights are averaged, and what that takes."""
+    if fraction is None:
+        return ""
+    size = sum(param.numel() * compute_dtype(param.dtype).itemsize for param in params)
+    count = max(sum(param.numel() for param in params), 1)
+    return (
+        f" Validation and checkpoints use the weights averaged over the last {fraction:.3g} of the run "
+        f"({size / count:.1f} more bytes per parameter from there on, and a copy of the weights in validation)."
+    )
 
 
 def _parameters(optimizers: Iterable[Any]) -> Iterable[Tensor]:

@@ -21,6 +21,7 @@ def check_arguments(
     num_steps: object,
     only: object,
     skip: object,
+    average: object,
 ) -> None:
     """Raise a ValueError that says what is allowed, unless all values are."""
     _check_choice("lr", lr, ("ignore", "scale"))
@@ -28,6 +29,7 @@ def check_arguments(
     if not _is_positive(strength):
         raise ValueError(f"strength={strength!r} is not allowed: it must be a positive finite number, such as 0.3.")
     _check_reference_lr(lr, reference_lr)
+    _check_choice("average", average, (True, False, "rule"))
     _check_num_steps(num_steps)
     _check_selectors("only", only)
     _check_selectors("skip", skip)

@@ -1,10 +1,10 @@
 """LearnedOptimizer: the one line that has a learned optimizer train an ordinary LightningModule.
 
-Lightning has no hook for replacing optimizers. While a fit lasts, the callback therefore wraps two methods of the
-Trainer's strategy object: `setup_optimizers`, after which the user's optimizers, schedulers and parameter groups are
-parsed and validated and each optimizer is replaced by a `RuleOptimizer` over the same groups, and `backward`, the one
-place that sees every loss unscaled. The user's module is never touched, and both methods are put back when the fit
-ends, also by an exception.
+Lightning has no hook for replacing optimizers. While a fit lasts, the callback therefore wraps methods of the Trainer's
+strategy object: `setup_optimizers`, after which the user's optimizers, schedulers and parameter groups are parsed and
+validated and each optimizer is replaced by a `RuleOptimizer` over the same groups; `backward`, the one place that sees
+every loss unscaled; and for averaged weights two more. The user's module is never touched, and the methods are put back
+when the fit ends, also by an exception.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import importlib
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -30,6 +31,7 @@ from lightning_lopt.plugin.arguments import NumSteps, Selectors, check_arguments
 from lightning_lopt.plugin.fit_checks import FitChecks
 from lightning_lopt.plugin.replacement import Replacement, is_mock, replace_optimizers
 from lightning_lopt.plugin.strategy_hooks import LossRecorder, StrategyHooks
+from lightning_lopt.plugin.weight_averaging import AveragedWeights, fraction_of
 from lightning_lopt.rules import UpdateRule
 
 _REFUSED_STRATEGIES = {
@@ -95,6 +97,11 @@ class LearnedOptimizer(Callback, *_pytorch_lightnings_callback()):  # type: igno
         only: replace only these optimizers, given as positions in what `configure_optimizers` returns or as exact
             classes. Default: all.
         skip: do not replace these optimizers, given likewise. SparseAdam is never replaced.
+        average: True: validation, checkpoints and the module at the end of the fit have the mean of the weights over
+            the last part of the run (a fifth, if the rule does not say), with running statistics of normalization
+            layers likewise. Where the length is unknown, or EarlyStopping may end the run, the window grows with the
+            run. Resuming goes on with the weights that are trained, which checkpoints hold, too. "rule" (default): as
+            the rule says (`UpdateRule.average_fraction`). False: no averages.
         safeguard: True (default): skip, count and log steps with a non-finite gradient or update, and stop with a
             RuntimeError after 20 in a row. "fallback": in addition, apply only the rule's nominal term while the loss
             is outside its trust band (see `optimizer.trust_band`), logged as `lopt/fallback`.
@@ -124,6 +131,7 @@ class LearnedOptimizer(Callback, *_pytorch_lightnings_callback()):  # type: igno
         num_steps: NumSteps = "auto",
         only: Selectors | None = None,
         skip: Selectors | None = None,
+        average: bool | Literal["rule"] = "rule",
         safeguard: bool | Literal["fallback"] = True,
         backend: str = "auto",
     ) -> None:
@@ -142,6 +150,7 @@ class LearnedOptimizer(Callback, *_pytorch_lightnings_callback()):  # type: igno
             num_steps=num_steps,
             only=only,
             skip=skip,
+            average=average,
         )
         # Combinations that cannot work fail here, not in the middle of a fit. Whether there is a kernel for the
         # parameters' device is only known at the start of a fit.
@@ -157,9 +166,11 @@ class LearnedOptimizer(Callback, *_pytorch_lightnings_callback()):  # type: igno
         self.num_steps = num_steps
         self.only = only
         self.skip = skip
+        self.average = average
         self.safeguard = safeguard
         self.backend = backend
         self._fits: dict[Any, _Fit] = {}  # by Trainer: one callback may serve several at once
+        self._averaged: WeakKeyDictionary[Any, AveragedWeights] = WeakKeyDictionary()  # until the next fit
         self._restores = True
 
     @classmethod
@@ -179,6 +190,7 @@ class LearnedOptimizer(Callback, *_pytorch_lightnings_callback()):  # type: igno
         num_steps: NumSteps = "auto",
         only: Selectors | None = None,
         skip: Selectors | None = None,
+        average: bool | Literal["rule"] = "rule",
         safeguard: bool | Literal["fallback"] = True,
         backend: str = "auto",
     ) -> LearnedOptimizer:
@@ -198,6 +210,7 @@ class LearnedOptimizer(Callback, *_pytorch_lightnings_callback()):  # type: igno
             num_steps: see there.
             only: see there.
             skip: see there.
+            average: see there.
             safeguard: see there.
             backend: see there.
 
@@ -226,6 +239,7 @@ class LearnedOptimizer(Callback, *_pytorch_lightnings_callback()):  # type: igno
             num_steps=num_steps,
             only=only,
             skip=skip,
+            average=average,
             safeguard=safeguard,
             backend=backend,
         )
@@ -247,8 +261,11 @@ class LearnedOptimizer(Callback, *_pytorch_lightnings_callback()):  # type: igno
         # comes first. The list is a new one, because Lightning is iterating over the old one.
         trainer.callbacks = [self, *(callback for callback in trainer.callbacks if callback is not self)]
         self._end(trainer)
+        fraction = fraction_of(self.average, self.rule)
+        averaged = self._averaged[trainer] = AveragedWeights(pl_module, fraction)
+        averaged.check(trainer)
         self._fits[trainer] = _Fit()
-        self._fits[trainer].hooks = StrategyHooks(trainer, self._replace)
+        self._fits[trainer].hooks = StrategyHooks(trainer, self._replace, averaged if fraction else None)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Check that the strategy let us replace its optimizers."""
@@ -275,7 +292,8 @@ class LearnedOptimizer(Callback, *_pytorch_lightnings_callback()):  # type: igno
         run_length.check_known(self.rule, length)
         if not fit.replacement.replaced:
             return
-        options = {"lr": self.lr, "weight_decay": self.weight_decay}
+        options: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay}
+        options["average_fraction"] = self._averaged[trainer].fraction
         rank_zero_info(announcement.describe(self.rule, fit.replacement, length, **options))
         announcement.warn_about_coverage(pl_module, trainer.strategy.optimizers)
         if self.lr == "ignore":
@@ -295,6 +313,7 @@ class LearnedOptimizer(Callback, *_pytorch_lightnings_callback()):  # type: igno
         """Log what the measured steps did, and correct the length of a run whose steps only the module knows."""
         if self.num_steps == "auto":
             self._fits[trainer].length.correct(trainer)
+        self._averaged[trainer].update(trainer, self._fits[trainer].length.steps)
         for number, optimizer in enumerate(trainer.strategy.optimizers):
             measured = optimizer.take_metrics() if isinstance(optimizer, RuleOptimizer) else None
             if measured is not None:
@@ -305,13 +324,20 @@ class LearnedOptimizer(Callback, *_pytorch_lightnings_callback()):  # type: igno
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Warn if the first epoch shows that the rule does not train the module."""
+        self._averaged[trainer].look_again()
         fit = self._fits[trainer]
         fit.checks.end_epoch(trainer.current_epoch)
         # Replaced optimizers hold parameters, which the module may drop in mid-training.
         fit.replacement = Replacement([], fit.replacement.left_alone)
 
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Validate the averaged weights; they leave the module again after everybody's `on_validation_end`."""
+        if trainer in self._fits:
+            self._averaged[trainer].swap_in()
+
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Report how often the safeguard intervened."""
+        """Leave the averaged weights in the module, and report how often the safeguard intervened."""
+        self._averaged[trainer].swap_in()
         optimizers = [o for o in trainer.strategy.optimizers if isinstance(o, RuleOptimizer)]
         if self.safeguard and (skipped := sum(o.num_skipped() for o in optimizers)):
             rank_zero_warn(
@@ -334,10 +360,14 @@ class LearnedOptimizer(Callback, *_pytorch_lightnings_callback()):  # type: igno
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Close the gaps in state that was gathered from shards."""
         checkpoint["optimizer_states"] = [checkpoints.without_gaps(state) for state in checkpoint["optimizer_states"]]
+        if self._averaged and (averaged := self._averaged.get(trainer)) is not None:
+            averaged.save(checkpoint, in_shards=getattr(trainer.strategy, "_save_distributed_checkpoint", False))
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Note whether `load_state_dict`, which Lightning calls next, is for a fit or for an evaluation."""
+        """Load averaged weights; note whether `load_state_dict`, which comes next, is for a fit or an evaluation."""
         self._restores = trainer.state.fn == "fit"
+        if self._restores and trainer in self._averaged:
+            self._averaged[trainer].load(checkpoint, trainer.ckpt_path)
 
     def state_dict(self) -> dict[str, Any]:
         """Which rule this is, where it came from, and its weights, as tensors and plain types."""
@@ -354,7 +384,12 @@ class LearnedOptimizer(Callback, *_pytorch_lightnings_callback()):  # type: igno
         self._restores = True
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_fits": {}}  # copies and pickles leave the Trainers behind
+        # Copies and pickles leave the Trainers behind; weak references cannot be pickled.
+        return {**self.__dict__, "_fits": {}, "_averaged": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._averaged = WeakKeyDictionary()
 
     def _replace(self, trainer: Any, recorder: LossRecorder) -> None:
         def make(optimizer: Optimizer) -> RuleOptimizer:
@@ -368,6 +403,7 @@ class LearnedOptimizer(Callback, *_pytorch_lightnings_callback()):  # type: igno
         fit = self._fits[trainer]
         fit.replacement = replace_optimizers(trainer.strategy, make, only=self.only, skip=self.skip)
         fit.checks = FitChecks(fit.replacement.replaced, scales=self.lr == "scale")
+        self._averaged[trainer].look_again()
         if trainer.training and trainer.fit_loop.epoch_loop.batch_progress.total.ready:  # in mid-training, by the user
             self._tell_num_steps(trainer)
 
@@ -410,6 +446,7 @@ class LearnedOptimizer(Callback, *_pytorch_lightnings_callback()):  # type: igno
 
     def _end(self, trainer: Any) -> None:
         if (fit := self._fits.pop(trainer, None)) is not None and fit.hooks is not None:
+            self._averaged[trainer].finish()
             fit.hooks.undo()
 
 

@@ -33,6 +33,7 @@ class _Learned:
         num_steps: see `LearnedOptimizer`.
         only: see `LearnedOptimizer`.
         skip: see `LearnedOptimizer`.
+        average: see `LearnedOptimizer`.
         safeguard: see `LearnedOptimizer`.
         backend: see `LearnedOptimizer`.
         kwargs: arguments of the base strategy.
@@ -49,6 +50,7 @@ class _Learned:
         num_steps: NumSteps = "auto",
         only: Selectors | None = None,
         skip: Selectors | None = None,
+        average: bool | Literal["rule"] = "rule",
         safeguard: bool | Literal["fallback"] = True,
         backend: str = "auto",
         **kwargs: Any,
@@ -63,6 +65,7 @@ class _Learned:
             "num_steps": num_steps,
             "only": only,
             "skip": skip,
+            "average": average,
             "safeguard": safeguard,
             "backend": backend,
         }

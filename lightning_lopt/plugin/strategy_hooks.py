@@ -1,4 +1,4 @@
-"""Where the callback meets Lightning: two wrapped methods of the Trainer's strategy, and the loss that passes by."""
+"""Where the callback meets Lightning: wrapped methods of the Trainer's strategy, and the loss that passes by."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_lopt.plugin.weight_averaging import AveragedWeights
+
 
 class StrategyHooks:
-    """Wraps two methods of a strategy object while a fit lasts.
+    """Wraps methods of a strategy object while a fit lasts.
 
     The wraps stay for the whole fit: user code that calls `strategy.setup_optimizers` in mid-training must not silently
     get AdamW back.
@@ -17,9 +19,13 @@ class StrategyHooks:
     Args:
         trainer: the Trainer whose strategy is wrapped.
         replace: called with the Trainer and the `LossRecorder` each time the strategy has set up its optimizers.
+        averaged: swapped into state dicts of the module, and out of the module when everybody is done with a
+            validation; its start is a hook of callbacks.
     """
 
-    def __init__(self, trainer: Any, replace: Callable[[Any, LossRecorder], None]) -> None:
+    def __init__(
+        self, trainer: Any, replace: Callable[[Any, LossRecorder], None], averaged: AveragedWeights | None = None
+    ) -> None:
         self.strategy = trainer.strategy
         self.active = True
         recorder = LossRecorder(self.strategy)
@@ -36,11 +42,31 @@ class StrategyHooks:
                 recorder.add(closure_loss)
             return backward(closure_loss, *args, **kwargs)
 
-        self.wraps = {"setup_optimizers": setup_then_replace, "backward": record_then_backward}
+        self.wraps: dict[str, Callable[..., Any]] = {
+            "setup_optimizers": setup_then_replace,
+            "backward": record_then_backward,
+        }
+        if averaged is not None:
+            self.wraps |= self._averaging(averaged)
         # What the object itself held before: somebody else's wrap, or nothing, and then the class has the method.
         self.before = {name: vars(self.strategy).get(name) for name in self.wraps}
         for name, wrap in self.wraps.items():
             setattr(self.strategy, name, wrap)
+
+    def _averaging(self, averaged: AveragedWeights) -> dict[str, Callable[..., Any]]:
+        """Wraps for averaged weights."""
+        make_state_dict = self.strategy.lightning_module_state_dict
+        end_validation = self.strategy.on_validation_end
+
+        def averaged_state_dict() -> Any:
+            return averaged.state_dict(make_state_dict) if self.active else make_state_dict()
+
+        def end_validation_then_swap() -> None:
+            end_validation()
+            if self.active:
+                averaged.swap_out()
+
+        return {"lightning_module_state_dict": averaged_state_dict, "on_validation_end": end_validation_then_swap}
 
     def undo(self) -> None:
         """Put the strategy's own methods back.

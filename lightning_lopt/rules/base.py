@@ -141,6 +141,7 @@ class UpdateRule(nn.Module):
     needs_num_steps: bool = False  # the run's length must be known: `StepContext.num_steps` is never None
     takes_shards: bool = False  # `update` is coordinatewise, except for what it asks of `shards.means`
     whole_state: frozenset[str] = frozenset()  # fields of the state that are not sharded
+    average_fraction: float | None = None  # the last part of a run whose weights are averaged, in (0, 1]; None: none
     kind: str
     config: RuleConfig
     source: Source | None = None

@@ -1,7 +1,6 @@
 """ModelParallelStrategy (FSDP2) on two processes: sharded parameters and state, as one process with double batches."""
 
 import os
-import socket
 
 import lightning as L
 import pytest
@@ -11,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning_cases import KNOWN_WARNINGS, Report, Sharded, learned, reports, trainer
 from optimizer_cases import assert_close, assert_equal, star
-from sharded_cases import DTensor, fully_shard
+from sharded_cases import DTensor, fully_shard, on_processes
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -63,18 +62,6 @@ class Looks(Report):
         for param, state in trainer.optimizers[0].state.items():
             assert isinstance(param, DTensor)
             assert {name for name, tensor in state.items() if isinstance(tensor, DTensor)} >= {"exp_avg", "exp_avg_sq"}
-
-
-def in_process(rank, port, work, arguments):
-    os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    work(*arguments)
-
-
-def on_processes(number, work, *arguments):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(in_process, (port, work, arguments), nprocs=number, start_method="fork")
 
 
 def sharded_fit(

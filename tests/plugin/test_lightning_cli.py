@@ -75,12 +75,12 @@ def callback_of(cli):
 def test_from_pretrained_by_class_path(tmp_path, saved_rule):
     entry = {
         "class_path": "lightning_lopt.LearnedOptimizer.from_pretrained",
-        "init_args": {"name_or_path": saved_rule, "lr": "scale", "weight_decay": "decoupled", "safeguard": False},
+        "init_args": {"name_or_path": saved_rule, "lr": "scale", "weight_decay": "decoupled", "average": True},
     }
     cli = run(tmp_path, {"callbacks": [entry]})
     callback = callback_of(cli)
-    assert (callback.lr, callback.weight_decay, callback.safeguard) == ("scale", "decoupled", False)
-    expected = fit(tmp_path, learned(lr="scale", weight_decay="decoupled", safeguard=False))
+    assert (callback.lr, callback.weight_decay, callback.average) == ("scale", "decoupled", True)
+    expected = fit(tmp_path, learned(lr="scale", weight_decay="decoupled", average=True))
     assert_equal(weights(cli.trainer), weights(expected))
 
 

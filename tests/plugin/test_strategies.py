@@ -72,7 +72,9 @@ def test_one_device_is_the_callback_to_the_bit(tmp_path, module):
 
 
 @pytest.mark.parametrize(
-    "options", [{"lr": "scale"}, {"weight_decay": "decoupled"}, {"safeguard": False}, {"device": "cpu"}], ids=str
+    "options",
+    [{"lr": "scale"}, {"weight_decay": "decoupled"}, {"safeguard": False}, {"average": True}, {"device": "cpu"}],
+    ids=str,
 )
 def test_options_are_those_of_the_callback_and_the_base(tmp_path, saved_rule, options):
     runner = strategy_fit(tmp_path, LearnedSingleDevice(saved_rule, **options))
