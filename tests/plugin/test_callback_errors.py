@@ -20,7 +20,11 @@ pytestmark = KNOWN_WARNINGS
         ({"rule": 3}, TypeError, r"rule must be an UpdateRule or the name of one, got int.*rules.make\(kind\)"),
         ({"rule": "no_such_rule"}, ValueError, r"no_such_rule"),
         ({"lr": 1e-3}, ValueError, r"lr=0.001 is not allowed: use one of \['ignore', 'scale'\]"),
-        ({"weight_decay": 0.1}, ValueError, r"weight_decay=0.1 is not allowed: use one of \['rule', 'ignore', 'decoupled'\]"),
+        (
+            {"weight_decay": 0.1},
+            ValueError,
+            r"weight_decay=0.1 is not allowed: use one of \['rule', 'ignore', 'decoupled'\]",
+        ),
         ({"reference_lr": 0.1}, ValueError, r"reference_lr=0.1 has no effect with lr='ignore': use it with lr='scale'"),
         ({"lr": "scale", "reference_lr": 0.0}, ValueError, r"reference_lr=0.0 .* must be a positive finite number"),
         ({"only": 0}, ValueError, r"only=0 is not allowed: use a list of positions and optimizer classes"),
