@@ -65,12 +65,13 @@ LARGE = {"grow 1e+08": 8 * [(3536, 3536)]}  # 2 GB of memory for each optimizer
 
 
 def contenders(params):
-    """name -> a function that makes the optimizer."""
+    """name -> a function that makes the optimizer. For star, every matrix is a hidden layer: what costs most."""
+    groups = [{"params": [param], "role": "hidden"} for param in params]
     paper = lopt.rules.make("star", nominal_stepsize=1e-2)
     star = lopt.load_rule("star")
 
     def in_eager(rule):  # as where there is no compiler
-        optimizer = lopt.RuleOptimizer(params, rule, safeguard=True, num_steps=1000)
+        optimizer = lopt.RuleOptimizer(groups, rule, safeguard=True, num_steps=1000)
         optimizer._runtime._kernels["cpu"] = kernels.find_fallback(rule, "cpu")
         return optimizer
 
@@ -80,7 +81,7 @@ def contenders(params):
         "AdamW fused": lambda: torch.optim.AdamW(params, fused=True),
         "SGD momentum": lambda: torch.optim.SGD(params, lr=1e-3, momentum=0.9),
         "Adafactor": lambda: torch.optim.Adafactor(params),
-        "star": lambda: lopt.RuleOptimizer(params, star, safeguard=True, num_steps=1000),
+        "star": lambda: lopt.RuleOptimizer(groups, star, safeguard=True, num_steps=1000),
         "star, eager": lambda: in_eager(star),
         "STAR (paper)": lambda: lopt.RuleOptimizer(params, paper, safeguard=True),
         "STAR (paper), reference": lambda: lopt.RuleOptimizer(params, paper, safeguard=True, backend="reference"),

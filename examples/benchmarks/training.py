@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+import blocks
 import lightning_lopt as lopt
 
 
@@ -155,6 +156,15 @@ def measure(name, batch, rounds, repeats, clock):
     return row
 
 
+def table(rows):
+    """Of the README."""
+    lines = ["| | parameters | batch | `star` |", "|---|---|---|---|"]
+    for row in rows:
+        ratio = f"{row['star ratio']:.2f} ({row['star lowest']:.2f} to {row['star highest']:.2f})"
+        lines.append(f"| {row['model']} | {row['parameters'] / 1e6:.2g}M | {row['batch']} | {ratio} |")
+    return lines
+
+
 def draw(rows, path):
     import matplotlib
 
@@ -181,6 +191,7 @@ def main():
     parser.add_argument("--repeats", type=int, help="steps of one optimizer in a round; default 20 for the MLP, else 1")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", default="training", help="of .csv and .png")
+    parser.add_argument("--insert", type=Path, metavar="FILE", help="fill this file's block 'training' with the table")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     clock = time.process_time if options.threads == 1 else time.perf_counter
@@ -193,6 +204,8 @@ def main():
             writer.writeheader()
             writer.writerows(rows)
     draw(rows, f"{options.out}.png")
+    if options.insert:
+        blocks.fill(options.insert, "training", [*table(rows), "", f"Medians (and ranges) of {options.rounds} rounds."])
 
 
 if __name__ == "__main__":

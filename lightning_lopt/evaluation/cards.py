@@ -25,9 +25,10 @@ def insert(text: str, directory: Path) -> str:
         text: of a card or the README.
         directory: has a folder per block's FOLDER, as `lopt evaluate --out` writes it.
 
+    Where there is no such folder, the block says that the evaluation was not run yet.
+
     Raises:
         ValueError: a block does not end, or asks for something else than a summary or tasks.
-        FileNotFoundError: there is no such folder.
     """
     if text.count("<!-- evaluation:") != len(BLOCK.findall(text)):
         raise ValueError("A block '<!-- evaluation: FOLDER summary -->' has no '<!-- /evaluation -->' after it.")
@@ -36,7 +37,9 @@ def insert(text: str, directory: Path) -> str:
         what = match["what"]
         if what not in _TABLES:
             raise ValueError(f"A block of {match['folder']!r} asks for {what!r}; allowed are {sorted(_TABLES)}.")
-        return "\n".join([match[1].rstrip("\n"), *_TABLES[what](directory / match["folder"]), match[4]])
+        folder = directory / match["folder"]
+        lines = _TABLES[what](folder) if folder.is_dir() else ["*Not run yet with the rule as it is now.*"]
+        return "\n".join([match[1].rstrip("\n"), *lines, match[4]])
 
     return BLOCK.sub(fill, text)
 

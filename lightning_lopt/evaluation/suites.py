@@ -104,18 +104,22 @@ share a cache: `real-open` in one and `real-judging` in the other, then `real` f
 
 JUDGING_ONLY = frozenset(
     {
-        "real-resnet20",
-        "real-gpt-3m",
-        "real-lstm",
+        "real-denoiser",
         "real-siren",
         "real-factorization",
-        "real-noisy-labels",
+        "real-bag-of-words",
+        "real-finetune-conv",
         "real-finetune-gpt",
+        "real-lora",
         "real-gan",
         "real-policy-gradient",
     }
 )
-"""The kinds of `REAL` that only judge: never fit a rule to them, nor to tasks of the same kind, nor choose by them."""
+"""The kinds of `REAL` that only judge: never fit a rule to them, nor to tasks of the same kind, nor choose by them.
+
+The others are larger versions of kinds that `star` was fitted to: residual nets, ViTs, transformers, LSTMs, MLPs with
+LayerNorm, autoencoders, wrong labels.
+"""
 
 REAL_JUDGING = tuple(case for case in REAL if case.task in JUDGING_ONLY)
 REAL_OPEN = tuple(case for case in REAL if case.task not in JUDGING_ONLY)

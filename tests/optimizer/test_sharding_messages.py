@@ -33,6 +33,7 @@ CASES = (
     ("k_timesteps", {}, 0),
     ("k_momentums", {}, 0),
     ("multiscale_adam", {}, 0),
+    ("scheduled", {"orthogonal_start": 0.9, "decay": 0.1}, 2),
     ("muon", {}, 1),
     ("soap", {"precondition_every": 2}, 1),
     ("velo", {"lstm_hidden_size": 4, "param_inits": 2}, 4),
