@@ -10,6 +10,7 @@ small batch makes the optimizer's fraction of a step larger, and so the ratios.
 
 import argparse
 import csv
+import re
 import statistics
 import time
 from pathlib import Path
@@ -18,7 +19,6 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-import blocks
 import lightning_lopt as lopt
 
 
@@ -165,6 +165,15 @@ def table(rows):
     return lines
 
 
+def insert(path, lines):
+    """Replace what stands in the file's block of this benchmark."""
+    text = path.read_text(encoding="utf-8")
+    block = re.compile(r"(<!-- benchmark: training -->\n).*?(<!-- /benchmark -->)", re.DOTALL)
+    if not block.search(text):
+        raise SystemExit(f"{path} has no block '<!-- benchmark: training -->' ... '<!-- /benchmark -->'; add it.")
+    path.write_text(block.sub(lambda found: "\n".join([found[1].rstrip("\n"), *lines, found[2]]), text), "utf-8")
+
+
 def draw(rows, path):
     import matplotlib
 
@@ -205,7 +214,7 @@ def main():
             writer.writerows(rows)
     draw(rows, f"{options.out}.png")
     if options.insert:
-        blocks.fill(options.insert, "training", [*table(rows), "", f"Medians (and ranges) of {options.rounds} rounds."])
+        insert(options.insert, [*table(rows), "", f"Medians (and ranges) of {options.rounds} rounds."])
 
 
 if __name__ == "__main__":

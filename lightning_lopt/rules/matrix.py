@@ -167,7 +167,7 @@ def _iterated(matrices: Tensor, iterations: int, coefficients: tuple[float, floa
     else:
         for _ in range(iterations):
             gram = x @ x.mT
-            x = torch.add(torch.add(b * gram, gram @ gram, alpha=c) @ x, x, alpha=a)
+            x = a * x + (b * gram + c * (gram @ gram)) @ x
     return x.mT if tall else x
 
 
