@@ -14,11 +14,11 @@ import statistics
 import time
 from pathlib import Path
 
+import blocks
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-import blocks
 import lightning_lopt as lopt
 
 

@@ -96,7 +96,9 @@ def compare(kind, config, expected, mesh, placements, *, safeguard):
     rule, starts = make(kind, config), [torch.randn(s, generator=torch.Generator().manual_seed(9)) for s in SHAPES]
     whole = RuleOptimizer(hidden([nn.Parameter(s.clone()) for s in starts]), rule, num_steps=9, backend="reference")
     shards = [nn.Parameter(placed(s, mesh, placements)) for s in starts]
-    sharded = RuleOptimizer(hidden(shards), rule, num_steps=9, safeguard=safeguard, weight_decay=0.1, backend="reference")
+    sharded = RuleOptimizer(
+        hidden(shards), rule, num_steps=9, safeguard=safeguard, weight_decay=0.1, backend="reference"
+    )
     whole.param_groups[0]["weight_decay"] = 0.1
     steps(whole, lambda tensor: tensor)
     plain, measured = steps(sharded, lambda tensor: placed(tensor, mesh, placements))
