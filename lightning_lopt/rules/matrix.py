@@ -109,8 +109,8 @@ def orthogonal(matrices: Tensor, share: Tensor | float = 1.0, iterations: int = 
     gram = x @ x.mT
     gram = gram / _divisor(_trace(gram))  # of x with norm 1
     polynomial = _polynomial(gram, iterations, QUINTIC)
-    # The result is a mix of x and polynomial @ x, of norm 1 each. All norms follow from the Gram matrix, so nothing else
-    # is computed from numbers as many as the matrices have.
+    # The result is a mix of x and polynomial @ x, of norm 1 each. All norms follow from the Gram matrix, so nothing
+    # else is computed from numbers as many as the matrices have.
     product = polynomial @ gram
     found_size = _divisor(feats.root((product * polynomial).sum((-2, -1), keepdim=True)))
     cosine = _trace(product) / found_size
