@@ -15,7 +15,6 @@ import statistics
 import time
 from pathlib import Path
 
-import blocks
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy

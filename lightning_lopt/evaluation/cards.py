@@ -12,10 +12,14 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lightning_lopt.evaluation.results import MEASURES, REFERENCES
+from lightning_lopt.evaluation.compare import NOMINAL
+from lightning_lopt.evaluation.results import DEFAULT_ADAM, MEASURES, REFERENCES
+from lightning_lopt.evaluation.rivals import RIVALS
+from lightning_lopt.evaluation.tuning import BASELINES
 
 BLOCK = re.compile(r"(<!-- evaluation: (?P<folder>\S+) (?P<what>\S+) -->\n).*?(<!-- /evaluation -->)", re.DOTALL)
 Row = dict[str, str]
+_OTHERS = {*BASELINES, *RIVALS, DEFAULT_ADAM, NOMINAL}  # optimizers that are not the rules that are compared
 
 
 def insert(text: str, directory: Path) -> str:
@@ -45,8 +49,8 @@ def insert(text: str, directory: Path) -> str:
 
 
 def _summary(folder: Path) -> list[str]:
-    rows = _read(folder / "summary.csv")
-    names = [f"**{row['optimizer']}**" if number == 0 else row["optimizer"] for number, row in enumerate(rows)]
+    rows = sorted(_read(folder / "summary.csv"), key=lambda row: row["optimizer"] in _OTHERS)  # rules come first
+    names = [row["optimizer"] if row["optimizer"] in _OTHERS else f"**{row['optimizer']}**" for row in rows]
     lines = [_line(["", *names]), "|" + "---|" * (len(rows) + 1)]
     for measure in MEASURES:
         for reference, shown in REFERENCES.items():
@@ -61,7 +65,8 @@ def _summary(folder: Path) -> list[str]:
 
 def _tasks(folder: Path) -> list[str]:
     rows = _read(folder / "table.csv")
-    first = [row for row in rows if row["optimizer"] == rows[0]["optimizer"]]
+    rules = [row["optimizer"] for row in rows if row["optimizer"] not in _OTHERS]
+    first = [row for row in rows if row["optimizer"] == rules[0]]
     shown = [
         (f"{MEASURES[measure].label} / {REFERENCES[reference]}", f"{measure}_vs_{reference}")
         for measure in ("final", "mean", "valid", "test_valid")
