@@ -16,7 +16,7 @@ def folder(tmp_path_factory):
     """What the command writes for a rule, tuned Adam and two tasks."""
     made = tmp_path_factory.mktemp("docs")
     arguments = ["--task", "digits-logreg", "wine-mlp", "--steps", "20", "--seeds", "2", "--baseline", "adam"]
-    command = ["evaluate", "--rule", "hyperparam", *arguments, "--no-nominal", "--out", str(made / "small")]
+    command = ["evaluate", "--rule", "star", *arguments, "--no-nominal", "--out", str(made / "small")]
     assert cli.main([*command, "--cache", str(made / "cache")]) == 0
     return made
 
@@ -28,7 +28,7 @@ def rows(text):
 def test_a_summary_has_each_optimizers_ratios_with_their_spread(folder):
     text = cards.insert(BLOCK.format("summary"), folder)
     head, _, *lines = rows(text)
-    assert [cell.strip() for cell in head[1:3]] == ["**hyperparam**", "adam"]
+    assert [cell.strip() for cell in head[1:3]] == ["**star**", "adam"]
     assert all(len(line) == len(head) for line in lines)
     own = next(line for line in lines if line[0].strip() == "final training loss / tuned Adam")
     assert own[2].strip().startswith("1.000")
