@@ -218,7 +218,8 @@ class Scheduled(UpdateRule):
             direction = matrix.orthogonal_step(direction, context.role, share, shard)
         delta = -factor.squeeze(0) * (self.config.nominal_stepsize * direction)
         if len(shape) > 1:
-            delta = delta - decay(meta_params, step, num_steps) * param
+            lost = decay(meta_params, step, num_steps) * param
+            delta = delta - (torch.where(grad == 0, 0.0, lost) if reads_rows else lost)
         return delta, Moments(exp_avg, exp_avg_sq, first_square)
 
     def terms(

@@ -386,7 +386,8 @@ def test_without_decay_nothing_is_taken_off():
 
 def rows_moved(reads, role="embedding", width=4, num_rows=3):
     """What each row has moved by after steps that read some of them: step -> rows."""
-    rule = make("scheduled", nominal_stepsize=0.1, eps=1e-12, mix_start=1.0, centering_start=0.5, caution_start=0.5)
+    numbers = {"mix_start": 1.0, "centering_start": 0.5, "caution_start": 0.5, "decay": 5.0}
+    rule = make("scheduled", nominal_stepsize=0.1, eps=1e-12, **numbers)
     theta = {name: value.double() for name, value in rule.meta_params().items()}
     generator = torch.Generator().manual_seed(0)
     param = torch.ones(num_rows, width, dtype=torch.float64)

@@ -278,7 +278,8 @@ void move_block(Work& w, int64_t block) {
   for (int k = 0; k < 3; k++) weights[k] = w.multipliers.momenta[k] * stepsize;
   const Real kept = 1 - w.multipliers.caution;
   const Real own_decay = w.multipliers.decay;
-  const Real decay = t.decay + t.scale * own_decay;
+  const V decay = each(t.decay + t.scale * own_decay);
+  const bool decays = t.decay != 0 || own_decay != 0;
   Real room[CHUNK];
   V spoiled = {}, change_squares = {}, nominal_squares = {};
   const int64_t end = std::min(t.size, (block + 1) * BLOCK);
@@ -296,10 +297,15 @@ void move_block(Work& w, int64_t block) {
       nominal *= inverse_root(c.second + EPS);
       if (w.is_table) nominal = c.grad == 0 ? V{} : nominal;
       V value = w.step ? c.param : c.param - nominal * t.scale;
-      if (decay != 0) value -= c.param * decay;
+      V lost = decay, own_lost = each(own_decay);
+      if (w.is_table) {  // what the batch does not read has only the decay that the user asked for
+        lost = c.grad == 0 ? each(t.decay) : decay;
+        own_lost = c.grad == 0 ? V{} : own_lost;
+      }
+      if (decays) value -= c.param * lost;
       if (mode == WRITE) {
         if (w.step) store(w.step + at, nominal * -t.scale, n);
-        if (!w.step || decay != 0) store(t.param + at, value, n);
+        if (!w.step || decays) store(t.param + at, value, n);
         store(t.exp_avg_sq + at, c.second, n);
         for (int k = 0; k < 3; k++) store(t.exp_avg + k * t.size + at, c.momentum[k], n);
       } else {  // the zeros beyond the last coordinate stay zeros
@@ -307,7 +313,7 @@ void move_block(Work& w, int64_t block) {
         const V size = value > 0 ? value : -value;
         const V moments = c.second + c.momentum[0] + c.momentum[1] + c.momentum[2];
         spoiled += (size < t.limit ? V{} : each(1)) + moments * 0;
-        const V change = value - c.param, step = nominal + c.param * own_decay;
+        const V change = value - c.param, step = nominal + c.param * own_lost;
         change_squares += change * change;
         nominal_squares += step * step;
       }

@@ -170,7 +170,7 @@ def _update_tile(
         u = tl.where(
             (stays | is_matrix) if CHECK and MATRICES else stays, 0.0, u
         )  # a matrix's step is not known when it is looked at
-        delta = -tl.load(multiplier + c.STEPSIZE) * u - tl.load(multiplier + c.OWN_DECAY) * p
+        delta = -tl.load(multiplier + c.STEPSIZE) * u - tl.where(stays, 0.0, tl.load(multiplier + c.OWN_DECAY) * p)
         new = p + (delta * tl.load(number + c.SCALE) - tl.load(number + c.DECAY) * p)
         if CHECK:
             if is_matrix:  # but how large it can be

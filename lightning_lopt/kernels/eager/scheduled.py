@@ -208,7 +208,8 @@ class EagerScheduled:
             rows, columns = matrix.sides(stack.shape, stack.role)
             matrices = steps.reshape(len(stack.items), -1, rows, columns)
             steps = matrix.orthogonal(matrices, multipliers.orthogonal).reshape(steps.shape)
-        steps = steps - multipliers.decay * stack.param
+        lost = multipliers.decay * stack.param
+        steps = steps - (torch.where(stack.grad == 0, 0.0, lost) if stack.is_table else lost)
         scale, decay = float(stack.items[0].scale), float(stack.items[0].decay)
         moved = torch.add(stack.param, steps, alpha=scale)
         if decay:
