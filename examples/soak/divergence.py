@@ -22,6 +22,7 @@ from rich.table import Table
 import lightning_lopt as lopt
 from lightning_lopt import tasks
 from lightning_lopt.evaluation.runs import run
+from lightning_lopt.evaluation.suites import JUDGING_ONLY, UNSEEN2
 
 
 def main() -> None:
@@ -35,7 +36,9 @@ def main() -> None:
     rule = lopt.load_rule(arguments.rule)
     table, skipped = Table("task", "parameters", "initial loss", "final loss", ""), []
     counts = {"diverged": 0, "above their initial loss": 0, "runs": 0}
-    for name in track([name for name in tasks.list_tasks() if arguments.tasks in name], description=str(rule.kind)):
+    judging = JUDGING_ONLY | {case.task for case in UNSEEN2}  # looked at once, by `lopt evaluate`
+    names = [name for name in tasks.list_tasks() if arguments.tasks in name and name not in judging]
+    for name in track(names, description=str(rule.kind)):
         task = tasks.make(name)
         if task.num_params > arguments.largest or name == "random-slopes":  # whose loss falls without end
             skipped.append(name)
