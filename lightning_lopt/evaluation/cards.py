@@ -23,19 +23,19 @@ _OTHERS = {*BASELINES, *RIVALS, DEFAULT_ADAM, NOMINAL}  # optimizers that are no
 
 
 def insert(text: str, directory: Path) -> str:
-    """The text with all its blocks filled anew.
+    """The text with all its blocks filled anew; a block without a folder says that its evaluation was not run yet.
 
     Args:
         text: of a card or the README.
         directory: has a folder per block's FOLDER, as `lopt evaluate --out` writes it.
 
-    Where there is no such folder, the block says that the evaluation was not run yet.
-
     Raises:
         ValueError: a block does not end, or asks for something else than a summary or tasks.
     """
     if text.count("<!-- evaluation:") != len(BLOCK.findall(text)):
-        raise ValueError("A block '<!-- evaluation: FOLDER summary -->' has no '<!-- /evaluation -->' after it.")
+        raise ValueError(
+            "A block '<!-- evaluation: FOLDER summary -->' has no '<!-- /evaluation -->' after it; add the line."
+        )
 
     def fill(match: re.Match[str]) -> str:
         what = match["what"]

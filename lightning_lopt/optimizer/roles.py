@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _LAYERS = (nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
 _CONVOLUTIONS = (nn.modules.conv._ConvNd,)
 
@@ -68,7 +68,7 @@ def by_name(named: Iterable[tuple[str, Tensor]]) -> dict[Tensor, str]:
 
 
 def _role_in(owner: nn.Module, path: str, name: str, param: Tensor) -> str:
-    if isinstance(owner, EMBEDDINGS):
+    if isinstance(owner, _EMBEDDINGS):
         return "embedding"
     if isinstance(owner, _CONVOLUTIONS):  # the filters of groups see different inputs
         return "hidden" if owner.groups == 1 else "other"

@@ -46,13 +46,13 @@ from lightning_lopt.rules import networks
 from lightning_lopt.rules.base import RuleConfig, StepContext, UpdateRule, register
 from lightning_lopt.rules.constants import constant
 from lightning_lopt.rules.jax_arrays import as_tensors, check_shapes
+from lightning_lopt.rules.matrix import QUINTIC
 from lightning_lopt.rules.shards import TensorShard, local, means
 
 MOMENTUM_DECAYS, RMS_DECAY, ADAFACTOR_DECAYS = (0.9, 0.99, 0.999), 0.95, (0.9, 0.99, 0.999)
 LARGEST_GRADIENT = 1000.0
 EPS = 1e-8  # of the second moment's root, and AdamW's
 RMS_EPS = 1e-9  # added to mean squares
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a, b, c of X <- a X + (b A + c A^2) X with A = X X'
 NEWTON_SCHULZ_STEPS = 5
 
 # The authors' 14 blocks of features, each with a matrix w0__i of its own: here, rows of w0 in the same order.
@@ -299,7 +299,7 @@ def orthogonalized(matrices: Tensor, layout: str = "torch") -> Tensor:
     is_tall = batch.shape[-2] > batch.shape[-1]
     x: Tensor = batch.mT if is_tall else batch
     x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + EPS)
-    a, b, c = NEWTON_SCHULZ
+    a, b, c = QUINTIC
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x

@@ -1,9 +1,9 @@
 """Matrix-aware steps: a tensor's step seen as a matrix, and made orthogonal.
 
 A step that moves every coordinate by itself moves a matrix mostly along its few largest singular directions. The
-nearest orthogonal matrix moves all directions equally far. Muon (Jordan et al. 2024,
-https://kellerjordan.github.io/posts/muon) takes it of a momentum; `orthogonal_step` takes it of any rule's step, and
-keeps that step's root mean square.
+nearest orthogonal matrix, U V^T of the step's singular vectors, moves all directions equally far. Muon (Jordan et al.
+2024, https://kellerjordan.github.io/posts/muon) takes it of a momentum; `orthogonal_step` takes it of any rule's step,
+and keeps that step's root mean square.
 
 Which tensors are matrices in this sense, a shape does not tell: an embedding and a hidden layer look alike. `ROLES` has
 the roles that a tensor can have in a net; `StepContext.role` is that of the tensor that moves.
@@ -63,9 +63,9 @@ def newton_schulz(matrices: Tensor, iterations: int = 2, coefficients: tuple[flo
     """Push the singular values of matrices towards 1 and keep their singular vectors.
 
     Each iteration is X <- a X + b (X X^T) X + c (X X^T)^2 X, from X of Frobenius norm 1, with the shorter side as rows.
-    Wide matrices take all iterations on X X^T alone, which is smaller, and multiply X by the result once. Two
-    iterations did as well as five in training (measured), so that is the default: singular values above a tenth of the
-    norm end near 1, smaller ones grow twelvefold.
+    Wide matrices take all iterations on X X^T alone, which is smaller, and multiply X by the result once. After the two
+    iterations of the default, singular values above a tenth of the norm are near 1, and smaller ones have grown at most
+    twelvefold.
 
     Muon's own code divides by the norm or 1e-7, whichever is larger, and so shrinks what is smaller. Here the result
     does not depend on the scale, down to 1e-30.
@@ -80,13 +80,6 @@ def newton_schulz(matrices: Tensor, iterations: int = 2, coefficients: tuple[flo
         tensor([1.1000, 0.8000])
     """
     return _iterated(matrices / _divisor(norm(matrices)), iterations, coefficients)
-
-
-def polar(matrices: Tensor) -> Tensor:
-    """The nearest orthogonal matrices U V^T, by SVD: what `newton_schulz` approximates. (..., rows, columns)."""
-    u, _, v = torch.linalg.svd(matrices, full_matrices=False)
-    nearest: Tensor = u @ v
-    return nearest
 
 
 def orthogonal(matrices: Tensor, share: Tensor | float = 1.0, iterations: int = 2) -> Tensor:

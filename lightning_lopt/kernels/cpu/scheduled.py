@@ -136,7 +136,7 @@ def _add_orthogonal(values: Sequence[Tensor], stack: Tensor, share: Tensor) -> N
     number = max(1, AT_ONCE // stack[0].numel())
     for first in range(0, len(values), number):
         part, own_share = stack[first : first + number], share[first : first + number]
-        orthogonal = matrix.orthogonal(part, 1.0 if bool((own_share == 1).all()) else own_share.reshape(-1, 1, 1, 1))
+        orthogonal = matrix.orthogonal(part, own_share.reshape(-1, 1, 1, 1))
         for value, step in zip(values[first : first + number], orthogonal, strict=True):
             value.view(step.shape).add_(step)
 
